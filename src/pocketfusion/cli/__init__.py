@@ -1,0 +1,32 @@
+"""The commands: each parses, calls one function and prints a table. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from pocketfusion.errors import PocketfusionError
+
+app = typer.Typer(
+    name="pocketfusion",
+    help="Make a Stable-Diffusion-class text-to-image model small, few-step and ready for phones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def main() -> None:
+    """Entry point of the `pocketfusion` command: exit code 2 and one sentence on bad input, never a traceback."""
+    from pocketfusion.cli import commands  # noqa: F401  (registers them)
+
+    try:
+        app()
+    except PocketfusionError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {error}", markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
