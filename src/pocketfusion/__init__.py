@@ -1,0 +1,3 @@
+"""pocketfusion."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,64 @@
+"""`train-autoencoder`, `train-teacher`, `train-judge`: recipe and data in, model folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from pocketfusion.cli import app
+
+if TYPE_CHECKING:
+    from pocketfusion.data.packed import CaptionedImages
+    from pocketfusion.folder import Provenance
+    from pocketfusion.recipe import Recipe
+    from pocketfusion.train.stage import StageRun
+
+RecipeArg = Annotated[Path, typer.Argument(help="Recipe, such as recipes/emoji64.yaml.", show_default=False)]
+DataOpt = Annotated[Path, typer.Option("--data", help="Folder of captioned pictures.", show_default=False)]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
+RunOpt = Annotated[Path | None, typer.Option("--run", help="Checkpoints, log, previews. Default: OUT.run")]
+MinutesOpt = Annotated[float | None, typer.Option("--max-minutes", help="Stop after MIN; run again to go on.")]
+InitOpt = Annotated[Path | None, typer.Option("--init", help="Begin with the weights of this folder.")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that came from other inputs.")]
+
+
+def _begin(recipe: Path, data: Path, out: Path, run: Path | None, minutes: float | None, overwrite: bool) -> tuple:
+    from pocketfusion.cli.extras import require_compress
+
+    require_compress()
+    from pocketfusion.data.sources import open_dataset
+    from pocketfusion.recipe import load_recipe
+    from pocketfusion.train.stage import StageRun
+
+    loaded: Recipe = load_recipe(recipe)
+    stage: StageRun = StageRun.at(out, run, minutes, overwrite)
+    images: CaptionedImages = open_dataset(data, loaded.data.size)
+    return loaded, images, stage
+
+
+def _report(provenance: Provenance, out: Path) -> None:
+    state = "finished" if provenance.finished else "stopped by --max-minutes; run the same command to go on"
+    console = Console(highlight=False)
+    console.print(f"{out}: {provenance.samples_seen:,} samples, {provenance.hours:.2f} h, {state}")
+    for name, value in provenance.results.items():
+        console.print(f"  {name}: {value}")
+
+
+@app.command("train-autoencoder")
+def train_autoencoder_command(
+    recipe: RecipeArg,
+    data: DataOpt,
+    out: OutOpt,
+    run: RunOpt = None,
+    max_minutes: MinutesOpt = None,
+    init: InitOpt = None,
+    overwrite: OverwriteOpt = False,
+) -> None:
+    """Train the autoencoder (SD's AutoencoderKL) on the pictures."""
+    loaded, images, stage = _begin(recipe, data, out, run, max_minutes, overwrite)
+    from pocketfusion.train.autoencoder import train_autoencoder
+
+    _report(train_autoencoder(loaded, images, stage, init), out)

@@ -1,0 +1,247 @@
+"""`pocketfusion data emoji OUT`: packages → pictures and captions as packed arrays with an index, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from pocketfusion.artefact import atomic_folder, sha256_file
+from pocketfusion.data.emoji.captions import captions_for, may_flip
+from pocketfusion.data.emoji.concepts import Drawing, iter_drawings, load_concepts, name_index
+from pocketfusion.data.emoji.packages import DEFAULT_STYLES, STYLES, fetch_packages, lock_hash
+from pocketfusion.data.emoji.render import render_on
+from pocketfusion.data.emoji.scenes import render_scene, sample_scene
+from pocketfusion.data.emoji.split import assign_split, frozen_groups
+from pocketfusion.data.packed import FORMAT, VERSION
+from pocketfusion.errors import PocketfusionError
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class EmojiSettings:
+    """What to build. `variants` adds that many scaled and shifted renderings of each training drawing."""
+
+    styles: tuple[str, ...] = DEFAULT_STYLES
+    sizes: tuple[int, ...] = (64, 128)
+    scenes: int = 2000
+    variants: int = 0
+    skin_tones: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises PocketfusionError on a value that cannot be built."""
+        for style in self.styles:
+            if style not in STYLES:
+                raise PocketfusionError(f"there is no style '{style}': choose from {', '.join(STYLES)}")
+        for size in self.sizes:
+            if not 16 <= size <= 512:
+                raise PocketfusionError(f"a size of {size} px is outside 16 to 512: choose another --size")
+        for name in ("scenes", "variants"):
+            if getattr(self, name) < 0:
+                raise PocketfusionError(f"--{name} {getattr(self, name)} is negative: give 0 or more")
+
+
+@dataclass(frozen=True)
+class _Job:
+    row: dict
+    paint: Callable[[int], np.ndarray]
+
+
+def _paint_all(jobs: list[_Job], sizes: tuple[int, ...]) -> list[np.ndarray]:
+    return [np.stack([job.paint(size) for job in jobs]) for size in sizes]
+
+
+class _PaintDrawing:
+    """Picklable: renders a drawing with a placement at any size."""
+
+    def __init__(self, source: str | Path, scale: float = 1.0, offset: tuple[float, float] = (0.0, 0.0)):
+        self.source, self.scale, self.offset = source, scale, offset
+
+    def __call__(self, size: int) -> np.ndarray:
+        return render_on(self.source, size, scale=self.scale, offset=self.offset)
+
+
+class _Source:
+    """Picklable `Drawing.read`."""
+
+    def __init__(self, source: str | Path):
+        self.source = source
+
+    def __call__(self) -> str | Path:
+        return self.source
+
+
+class _PaintScene:
+    def __init__(self, scene, shown: list[Drawing]):
+        self.scene, self.shown = scene, [Drawing(d.concept, d.style, _Source(d.read())) for d in shown]
+
+    def __call__(self, size: int) -> np.ndarray:
+        return render_scene(self.scene, self.shown, size)
+
+
+def _rng(*parts: object) -> random.Random:
+    return random.Random(sha256("|".join(map(str, parts)).encode()).digest())
+
+
+def _drawing_row(drawing: Drawing, groups: dict[str, str]) -> dict:
+    concept, style = drawing.concept, STYLES[drawing.style]
+    group = groups.get(concept.base, concept.base)
+    return {
+        "id": f"{style.name}/{concept.hex}",
+        "kind": "drawing",
+        "split": assign_split(group, style.family),
+        "style": style.name,
+        "family": style.family,
+        "hex": concept.hex,
+        "label": concept.label,
+        "captions": captions_for(concept, style.name),
+        "tags": list(concept.tags),
+        "group": concept.group,
+        "concept_group": group,
+        "gender": concept.gender,
+        "flip": may_flip(concept),
+        "licence": style.spdx,
+    }
+
+
+def plan(settings: EmojiSettings, node_modules: Path) -> list[_Job]:
+    """Every picture to render, in its final order: drawings by style, then variants, then scenes."""
+    concepts = load_concepts(node_modules, skin_tones=settings.skin_tones)
+    names, groups = name_index(node_modules, concepts), frozen_groups()
+    jobs, variants = [], []
+    by_style: dict[str, list[Drawing]] = {}
+    for style in settings.styles:
+        for drawing in iter_drawings(node_modules, style, concepts, names):
+            row = _drawing_row(drawing, groups)
+            jobs.append(_Job(row, _PaintDrawing(drawing.read())))
+            if row["split"] != "train":
+                continue
+            by_style.setdefault(style, []).append(drawing)
+            for number in range(settings.variants):
+                rng = _rng("variant", settings.seed, row["id"], number)
+                scale = rng.uniform(0.6, 1.0)
+                offset = tuple(rng.uniform(-0.5, 0.5) * (1 - scale) for _ in range(2))
+                placed = {"scale": round(scale, 4), "offset": [round(x, 4) for x in offset]}
+                variants.append(
+                    _Job(
+                        {**row, "id": f"{row['id']}#{number}", "kind": "variant", **placed},
+                        _PaintDrawing(drawing.read(), placed["scale"], tuple(placed["offset"])),
+                    )
+                )
+    scenes, seen = [], set()
+    styles = sorted(style for style, drawings in by_style.items() if len(drawings) > 1)
+    rng = _rng("scenes", settings.seed)
+    while styles and len(scenes) < settings.scenes:
+        scene, shown = sample_scene(by_style[rng.choice(styles)], rng)
+        if scene.caption in seen:
+            continue
+        seen.add(scene.caption)
+        row = {
+            "id": f"scene/{len(scenes):06d}",
+            "kind": "scene",
+            "split": scene.split,
+            "style": scene.style,
+            "family": STYLES[scene.style].family,
+            "label": scene.caption,
+            "captions": [scene.caption],
+            "flip": False,
+            "licence": STYLES[scene.style].spdx,
+            "scene": scene.as_dict(),
+        }
+        scenes.append(_Job(row, _PaintScene(scene, shown)))
+    return [*jobs, *variants, *scenes]
+
+
+def _chunks(items: list[_Job], size: int) -> Iterable[list[_Job]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def build_emoji(
+    out: Path,
+    settings: EmojiSettings = EmojiSettings(),
+    *,
+    cache: Path | None = None,
+    overwrite: bool = False,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> dict:
+    """Builds the data set folder and returns its `dataset.json`.
+
+    Writes `images_<size>.npy` (uint8 [N, size, size, 3]), `index.jsonl` (one row a picture), `dataset.json`,
+    `LICENCES.md` and `contact_sheet.png`. The same settings give the same bytes.
+    Raises PocketfusionError on bad settings, an unreachable registry, damaged packages or an unwritable `out`.
+    """
+    settings.check()
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        if progress:
+            progress("fetching packages", 0, 1)
+        jobs = plan(settings, fetch_packages(cache))
+        arrays = {
+            size: np.lib.format.open_memmap(
+                partial / f"images_{size}.npy", mode="w+", dtype=np.uint8, shape=(len(jobs), size, size, 3)
+            )
+            for size in settings.sizes
+        }
+        done = 0
+        with ProcessPoolExecutor(workers) as pool:
+            chunks = list(_chunks(jobs, 64))
+            for pictures in pool.map(_paint_all, chunks, [settings.sizes] * len(chunks)):
+                for array, block in zip(arrays.values(), pictures, strict=True):
+                    array[done : done + len(block)] = block
+                done += len(pictures[0])
+                if progress:
+                    progress("rendering", done, len(jobs))
+        for array in arrays.values():
+            array.flush()
+        rows = [job.row for job in jobs]
+        (partial / "index.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows), encoding="utf-8"
+        )
+        (partial / "LICENCES.md").write_text(licence_text(settings.styles), encoding="utf-8")
+        _contact_sheet(arrays[max(settings.sizes)], rows, partial / "contact_sheet.png")
+        files = sorted(p for p in partial.iterdir() if p.suffix in (".npy", ".jsonl"))
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": "emoji",
+            "count": len(rows),
+            "sizes": list(settings.sizes),
+            "splits": dict(sorted(Counter(row["split"] for row in rows).items())),
+            "kinds": dict(sorted(Counter(row["kind"] for row in rows).items())),
+            "settings": {**settings.__dict__, "styles": list(settings.styles), "sizes": list(settings.sizes)},
+            "packages_lock_sha256": lock_hash(),
+            "files": {p.name: {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files},
+        }
+        (partial / "dataset.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def licence_text(styles: tuple[str, ...]) -> str:
+    """The attributions that go beside the data, as Markdown."""
+    lines = ["# Licences of the drawings", "", "| style | package | licence | attribution |", "|---|---|---|---|"]
+    lines += [
+        f"| {s.name} | {s.package} | {s.spdx} | {s.attribution} |" for s in (STYLES[style] for style in styles)
+    ]
+    lines += ["", "Names and keywords: emojibase-data (MIT), from Unicode CLDR (Unicode licence).", ""]
+    return "\n".join(lines)
+
+
+def _contact_sheet(images: np.ndarray, rows: list[dict], path: Path) -> None:
+    from PIL import Image
+
+    from pocketfusion.runtime.sheet import contact_sheet
+
+    order = sorted(range(len(rows)), key=lambda i: sha256(rows[i]["id"].encode()).digest())
+    scenes = [i for i in order if rows[i]["kind"] == "scene"][:12]
+    chosen = [*[i for i in order if rows[i]["kind"] == "drawing"][: 48 - len(scenes)], *scenes]
+    captions = [rows[i]["captions"][0] for i in chosen]
+    contact_sheet([Image.fromarray(images[i]) for i in chosen], captions, columns=8).save(path)

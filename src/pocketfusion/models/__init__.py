@@ -1,0 +1,1 @@
+"""Networks that are not stock diffusers classes, and adaptors for those that are."""

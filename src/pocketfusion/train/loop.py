@@ -1,0 +1,213 @@
+"""The one training loop: accelerate, AdamW, EMA, schedules, checkpoints that resume to the sample."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+from pocketfusion.artefact import write_json
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.recipe import TrainSettings
+from pocketfusion.train.batch import Batch, BatchPlan
+from pocketfusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from pocketfusion.train.log import TrainLog
+
+
+class Task(Protocol):
+    """What a stage gives to the loop."""
+
+    model: nn.Module
+    plan: BatchPlan
+
+    def to(self, device: torch.device) -> None:
+        """Moves whatever the loss needs beside the model to `device`."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean loss over the batch (scalar) and figures to log."""
+
+    def preview(self, model: nn.Module) -> Image.Image:
+        """A picture of what the model does now."""
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Held-out figures."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where training stands: `model` holds the EMA weights."""
+
+    model: nn.Module
+    steps: int
+    samples: int
+    seconds: float
+    finished: bool
+    figures: dict[str, float]
+
+
+def learning_rate_at(step: int, settings: TrainSettings) -> float:
+    """Linear warm-up to `learning_rate`, then constant or a cosine to a fiftieth of it at the last step."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    floor = 0.02
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@torch.no_grad()
+def update_ema(average: list[torch.Tensor], parameters: list[torch.Tensor], decay: float, step: int) -> None:
+    """Exponential moving average with warm-up: decay is at most (1 + step) / (10 + step)."""
+    torch._foreach_lerp_(average, parameters, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def train(
+    task: Task,
+    settings: TrainSettings,
+    run: Path,
+    *,
+    fingerprint: dict,
+    max_minutes: float | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Trains `task.model` in the run folder `run`, from its newest checkpoint if it has one.
+
+    `fingerprint` (settings and input hashes) must equal the one the run was begun with. Stops after `max_minutes`
+    with a checkpoint. The samples and random numbers of a step depend on the seed and the step alone.
+    Raises PocketfusionError on a run begun with other settings, a batch that does not divide, or a loss that is
+    not finite (the last good checkpoint stays).
+    """
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation
+    )
+    parts = accelerator.num_processes * settings.gradient_accumulation
+    if settings.batch_size % parts:
+        raise PocketfusionError(
+            f"batch_size {settings.batch_size} does not divide by {accelerator.num_processes} processes "
+            f"x {settings.gradient_accumulation} accumulation parts: choose a multiple of {parts}"
+        )
+    begin_run(run, fingerprint, accelerator)
+    raw = task.model.to(accelerator.device)
+    task.to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        raw.parameters(),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    ema = [p.detach().clone() for p in raw.parameters()]
+    parameters = list(raw.parameters())
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    step = load_checkpoint(checkpoint, raw, ema, optimizer) if checkpoint else 0
+    model, prepared = accelerator.prepare(raw, optimizer)
+    if settings.compile:
+        model = torch.compile(model)
+    log = TrainLog(run, step, settings, enabled=accelerator.is_main_process)
+    started, saved_at, figures = time.monotonic(), step, {}
+    deadline = started + 60 * max_minutes if max_minutes else math.inf
+
+    def save() -> None:
+        nonlocal saved_at
+        if accelerator.is_main_process and saved_at != step:
+            save_checkpoint(run / "checkpoints", step, raw, ema, optimizer)
+        saved_at = step
+
+    def look() -> dict[str, float]:
+        with swapped(parameters, ema):
+            raw.eval()
+            held_out = task.validate(raw) if accelerator.is_main_process else {}
+            if accelerator.is_main_process:
+                task.preview(raw).save(log.preview_path(step))
+            raw.train()
+        return held_out
+
+    raw.train()
+    with log.progress():
+        while step < settings.steps and time.monotonic() < deadline:
+            for group in prepared.param_groups:
+                group["lr"] = learning_rate_at(step, settings)
+            loss_sum, logged = 0.0, {}
+            for micro in range(settings.gradient_accumulation):
+                batch = task.plan.part(step, micro * accelerator.num_processes + accelerator.process_index, parts)
+                with accelerator.accumulate(model):
+                    with accelerator.autocast():
+                        loss, logged = task.loss(model, batch)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                    prepared.step()
+                    prepared.zero_grad()
+                loss_sum += accelerator.reduce(loss.detach(), "mean").item() / settings.gradient_accumulation
+            if not math.isfinite(loss_sum):
+                kept = latest_checkpoint(run / "checkpoints")
+                raise PocketfusionError(
+                    f"the loss became {loss_sum} at step {step + 1}: training stopped and kept "
+                    f"{kept or 'no checkpoint'}; lower learning_rate {settings.learning_rate:g} or check the data"
+                )
+            step += 1
+            update_ema(ema, parameters, settings.ema_decay, step)
+            log.add(step, loss_sum, learning_rate_at(step - 1, settings), logged)
+            if on_step:
+                on_step(step, {"loss": loss_sum, **logged})
+            if step % settings.checkpoint_every == 0:
+                save()
+            if step % settings.preview_every == 0 and step < settings.steps:
+                figures = look()
+                log.held_out(step, figures)
+        save()
+        figures = look()
+        log.held_out(step, figures)
+    accelerator.wait_for_everyone()
+    with torch.no_grad():
+        for parameter, average in zip(parameters, ema, strict=True):
+            parameter.copy_(average)
+    raw.eval()
+    return TrainResult(
+        raw, step, step * settings.batch_size, log.seconds, finished=step >= settings.steps, figures=figures
+    )
+
+
+def begin_run(run: Path, fingerprint: dict, accelerator: Accelerator) -> None:
+    """Creates the run folder, or checks that it was begun with the same settings and inputs."""
+    state = run / "run.json"
+    if state.is_file():
+        before = json.loads(state.read_text())
+        now = json.loads(json.dumps(fingerprint))
+        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if differing:
+            raise PocketfusionError(
+                f"the run in {run} was begun with another {', '.join(differing)}: delete it or choose another --run"
+            )
+    elif accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(state, fingerprint)
+    accelerator.wait_for_everyone()
+
+
+class swapped:
+    """Context: the parameters hold the EMA weights; the live ones come back afterwards."""
+
+    def __init__(self, parameters: list[nn.Parameter], ema: list[torch.Tensor]):
+        self.parameters, self.ema = parameters, ema
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        self.live = [p.detach().clone() for p in self.parameters]
+        for parameter, average in zip(self.parameters, self.ema, strict=True):
+            parameter.copy_(average)
+
+    @torch.no_grad()
+    def __exit__(self, *exc: object) -> None:
+        for parameter, live in zip(self.parameters, self.live, strict=True):
+            parameter.copy_(live)
