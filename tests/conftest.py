@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +28,36 @@ def tiny_bundle(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("bundle") / "tiny"
     export(tiny_folder, out, name="tiny")
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed data set of 72 captioned 64-px squares and discs in all splits. Read only."""
+    from shapes import make_shapes
+
+    return make_shapes(tmp_path_factory.mktemp("shapes") / "data")
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """recipes/tiny.yaml with the tiny folder's text encoder."""
+    import yaml
+
+    recipe = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
+    recipe["text"] = {"source": str(tiny_folder), "max_length": 32}
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cli():
+    """Runs `pocketfusion ARGS` in a process of its own and returns it, with its output as text."""
+
+    def run(*arguments: object, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pocketfusion", *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, **environment}
+        )
+
+    return run

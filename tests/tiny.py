@@ -1,6 +1,6 @@
 """A complete model folder of random weights, small enough to convert and sample in seconds.
 
-It has the shape of the real ones: SD-1.5's 4-level UNet (38 removable blocks), a factor-8 autoencoder, a BERT text encoder.
+It has the real ones' shape: SD-1.5's 4-level UNet (38 removable blocks), a factor-8 autoencoder, BERT text encoder.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 MAX_LENGTH = 32
 WIDTH = 32
-WORDS = """a an the of on in and with left right above below to at it is red green blue yellow orange purple pink black
-white brown gray apple pear face cat dog car tree house sun moon star heart flower fish bird noto style twemoji emoji
-drawing one two three four smiling grinning background plain color colour round small big eyes happy sad""".split()
+_WORDS = """a an the of on in and with left right above below to at it is red green blue yellow orange purple pink
+black white brown gray apple pear face cat dog car tree house sun moon star heart flower fish bird noto style twemoji
+emoji drawing one two three four smiling grinning background plain color colour round small big eyes happy sad"""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer over letters, digits, punctuation and a few words; special tokens as BERT's."""
+    """A lower-casing WordPiece tokenizer of letters, digits, punctuation and a few words; BERT's special tokens."""
     characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters, *(f"##{c}" for c in characters), *WORDS]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters, *(f"##{c}" for c in characters), *_WORDS.split()]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)

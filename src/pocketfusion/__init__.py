@@ -1,3 +1,25 @@
-"""pocketfusion."""
+"""pocketfusion: small, few-step text-to-image diffusion for phones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pocketfusion.runtime.pipeline import Pipeline
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(bundle: str | Path | None = None, *, num_threads: int | None = None) -> Pipeline:
+    """Loads the bundle at `bundle` (default: the embedded one) on `num_threads` threads (default: all cores).
+
+    Raises PocketfusionError if the bundle is missing, altered, damaged or from a newer version.
+
+    >>> pocketfusion.load().generate("a red apple").images[0].save("apple.png")
+    """
+    from pocketfusion.runtime.pipeline import Pipeline
+
+    return Pipeline.load(bundle, num_threads)

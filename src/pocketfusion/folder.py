@@ -60,7 +60,9 @@ def read_provenance(path: Path) -> Provenance | None:
     try:
         return Provenance.model_validate_json(file.read_text(encoding="utf-8"))
     except (ValidationError, ValueError):
-        raise PocketfusionError(f"{file} is damaged or from a newer pocketfusion: restore it from its source") from None
+        raise PocketfusionError(
+            f"{file} is damaged or from a newer pocketfusion: restore it from its source"
+        ) from None
 
 
 def write_provenance(path: Path, provenance: Provenance) -> None:

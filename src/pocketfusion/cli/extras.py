@@ -1,7 +1,8 @@
-"""Says which extra to install when a command's libraries are missing."""
+"""Says which extra to install when a command's libraries are missing, and keeps those libraries quiet."""
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 
 from pocketfusion.errors import PocketfusionError
@@ -9,8 +10,22 @@ from pocketfusion.errors import PocketfusionError
 COMPRESS = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "yaml")
 
 
-def require_compress() -> None:
-    """Raises PocketfusionError unless the `[compress]` extra is installed."""
-    missing = [name for name in COMPRESS if find_spec(name) is None]
+def require(*modules: str) -> None:
+    """Raises PocketfusionError unless all `modules` are installed."""
+    missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise PocketfusionError(f"this command needs {', '.join(missing)}: pip install 'pocketfusion[compress]'")
+
+
+def require_compress() -> None:
+    """Raises PocketfusionError unless the `[compress]` extra is installed; silences its libraries' chatter."""
+    require(*COMPRESS)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()

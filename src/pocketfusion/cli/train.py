@@ -62,3 +62,42 @@ def train_autoencoder_command(
     from pocketfusion.train.autoencoder import train_autoencoder
 
     _report(train_autoencoder(loaded, images, stage, init), out)
+
+
+@app.command("train-teacher")
+def train_teacher_command(
+    recipe: RecipeArg,
+    data: DataOpt,
+    out: OutOpt,
+    autoencoder: Annotated[
+        Path, typer.Option("--autoencoder", help="Trained autoencoder folder.", show_default=False)
+    ],
+    run: RunOpt = None,
+    max_minutes: MinutesOpt = None,
+    init: InitOpt = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Latents and prompt states. Default: RUN/cache")
+    ] = None,
+    overwrite: OverwriteOpt = False,
+) -> None:
+    """Train the base UNet and write the whole model folder."""
+    loaded, images, stage = _begin(recipe, data, out, run, max_minutes, overwrite)
+    from pocketfusion.train.teacher import train_teacher
+
+    _report(train_teacher(loaded, images, autoencoder, stage, init, cache), out)
+
+
+@app.command("train-judge")
+def train_judge_command(
+    recipe: RecipeArg,
+    data: DataOpt,
+    out: OutOpt,
+    run: RunOpt = None,
+    max_minutes: MinutesOpt = None,
+    overwrite: OverwriteOpt = False,
+) -> None:
+    """Train the judge: the image-text model that scores pictures."""
+    loaded, images, stage = _begin(recipe, data, out, run, max_minutes, overwrite)
+    from pocketfusion.train.judge import train_judge
+
+    _report(train_judge(loaded, images, stage), out)

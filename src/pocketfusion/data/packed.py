@@ -71,5 +71,7 @@ def open_packed(path: Path, size: int, *, verify: bool = False) -> CaptionedImag
             raise PocketfusionError(f"{file} was altered since it was built: build the data set again")
     images = np.load(path / f"images_{size}.npy", mmap_mode="r")
     rows = [json.loads(line) for line in (path / "index.jsonl").read_text(encoding="utf-8").splitlines()]
-    fingerprint = manifest["files"][f"images_{size}.npy"]["sha256"][:16] + manifest["files"]["index.jsonl"]["sha256"][:16]
+    fingerprint = (
+        manifest["files"][f"images_{size}.npy"]["sha256"][:16] + manifest["files"]["index.jsonl"]["sha256"][:16]
+    )
     return CaptionedImages(images, rows, f"{manifest['name']} at {size} px", fingerprint)

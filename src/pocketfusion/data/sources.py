@@ -22,7 +22,7 @@ def open_dataset(path: Path, size: int) -> CaptionedImages:
 
     - a folder with `dataset.json`: what `pocketfusion data` wrote;
     - a folder with `*.tar`: webdataset shards of picture + `.txt` (or `.json` with a `caption`) under one key;
-    - a folder with pictures: the caption is in the `.txt` of the same name, or in a `metadata.jsonl` (`file_name`, `text`).
+    - a folder with pictures: the caption is in the `.txt` of the same name or in `metadata.jsonl` (`file_name`, `text`).
 
     A row of `metadata.jsonl` or a sample's `.json` may carry `split`; without one, a twentieth is `val_combo` by hash
     of the picture's name. Raises PocketfusionError if nothing is found or a shard or picture is damaged.
@@ -107,5 +107,7 @@ def _iter_files(path: Path) -> Iterator[tuple[str, Image.Image, dict]]:
         elif caption.is_file():
             row = {"captions": [caption.read_text(encoding="utf-8").strip()]}
         else:
-            raise PocketfusionError(f"{file} has no caption: write {caption.name} beside it or list it in metadata.jsonl")
+            raise PocketfusionError(
+                f"{file} has no caption: write {caption.name} beside it or list it in metadata.jsonl"
+            )
         yield file.stem, _decode(file.read_bytes(), str(file)), row

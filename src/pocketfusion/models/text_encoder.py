@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import BertModel, PreTrainedTokenizerFast
 
+from pocketfusion.artefact import sha256_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import TextSettings
 
@@ -32,8 +33,9 @@ def minilm_folder() -> Path:
 class TextEncoder:
     """A frozen BERT-class encoder with its tokenizer, as a model folder carries them."""
 
-    def __init__(self, encoder: BertModel, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, encoder: BertModel, tokenizer: PreTrainedTokenizerFast, fingerprint: str):
         self.encoder, self.tokenizer = encoder.eval().requires_grad_(False), tokenizer
+        self.fingerprint = fingerprint  #: SHA-256 of the encoder's files
 
     @property
     def width(self) -> int:
@@ -47,7 +49,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`prompt_embeds` [B, max_length, width] fp32, pad states kept as stock SD does, and the mask [B, max_length]."""
+        """`prompt_embeds` [B, T, width] fp32, pad states kept as stock SD does; the mask [B, T]; T = max_length."""
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.encoder.device)
@@ -88,7 +90,7 @@ def load_text_encoder(settings: TextSettings) -> TextEncoder:
         cls_token="[CLS]",
         sep_token="[SEP]",
     )
-    return TextEncoder(encoder, tokenizer)
+    return TextEncoder(encoder, tokenizer, sha256_folder(encoder_path))
 
 
 def copy_licences(folder: Path, texts: Iterable[tuple[str, str]]) -> None:

@@ -76,7 +76,9 @@ class AutoencoderTask:
     def reconstruct(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out pictures and their reconstructions from the latents' means, [-1, 1]."""
         pixels = [to_tensor(self.data.images[part]) for part in np.array_split(indices, max(1, len(indices) // 32))]
-        images = [self.model.decode(self.model.encode(x.to(self.device)).latent_dist.mean).sample.cpu() for x in pixels]
+        images = [
+            self.model.decode(self.model.encode(x.to(self.device)).latent_dist.mean).sample.cpu() for x in pixels
+        ]
         return torch.cat(pixels), torch.cat(images)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -122,8 +124,8 @@ def latent_std(vae: AutoencoderKL, data: CaptionedImages, samples: int = 1024) -
     indices = data.indices(["train"])
     chosen = indices[:: max(1, len(indices) // samples)]
     device = next(vae.parameters()).device
-    latents = [vae.encode(to_tensor(data.images[part]).to(device)).latent_dist.mean for part in np.array_split(chosen, 32)]
-    return torch.cat(latents).float().std().item()
+    pixels = [to_tensor(data.images[part]).to(device) for part in np.array_split(chosen, min(32, len(chosen)))]
+    return torch.cat([vae.encode(x).latent_dist.mean for x in pixels]).float().std().item()
 
 
 def train_autoencoder(recipe: Recipe, data: CaptionedImages, stage: StageRun, init: Path | None = None) -> Provenance:

@@ -45,9 +45,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step_*"), default=None)
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, ema: list[torch.Tensor], optimizer: torch.optim.Optimizer
-) -> int:
+def load_checkpoint(path: Path, model: nn.Module, ema: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Restores everything in place and returns the step; raises PocketfusionError if a file is damaged."""
     device = next(model.parameters()).device
     try:

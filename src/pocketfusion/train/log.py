@@ -7,10 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from pocketfusion.recipe import TrainSettings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class TrainLog:
@@ -22,8 +26,10 @@ class TrainLog:
         lines = read_log(run) if self.path.is_file() else []
         self.lines = [line for line in lines if line["step"] <= step]
         self.seconds = max((line["seconds"] for line in self.lines), default=0.0)
-        self._last, self._bar, self._task = time.monotonic(), None, None
-        self._step, self._file = step, None
+        self._last = time.monotonic()
+        self._bar: Progress | None = None
+        self._step = step
+        self._file: TextIO | None = None
 
     @contextmanager
     def progress(self) -> Iterator[None]:
@@ -31,17 +37,27 @@ class TrainLog:
         if not self.enabled:
             yield
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
-        self._bar = Progress(
+        self._bar = bar = Progress(
             *columns, TextColumn("{task.fields[speed]} samples/s"), TimeElapsedColumn(), TimeRemainingColumn()
         )
-        self._task = self._bar.add_task("training", total=self.settings.steps, completed=self._step, loss="-", speed="-")
+        self._task = bar.add_task(
+            "training", total=self.settings.steps, completed=self._step, loss="-", speed="-"
+        )
         (self.run / "previews").mkdir(exist_ok=True)
-        with self._bar, self.path.open("w", encoding="utf-8") as self._file:
+        with bar, self.path.open("w", encoding="utf-8") as file:
+            self._file = file
             for line in self.lines:
-                self._file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line) + "\n")
             self._last = time.monotonic()
             yield
         self.plot()
@@ -53,13 +69,24 @@ class TrainLog:
         self.seconds += elapsed
         if not self.enabled or self._file is None or self._bar is None:
             return
-        line = {"step": step, "loss": loss, "learning_rate": learning_rate, "seconds": round(self.seconds, 3), **figures}
+        line = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "seconds": round(self.seconds, 3),
+            **figures,
+        }
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
         if step % 20 == 0:
-            self._file.flush()
+            self.flush()
         speed = f"{self.settings.batch_size / max(elapsed, 1e-9):.0f}"
         self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=speed)
+
+    def flush(self) -> None:
+        """Lets the lines so far survive a kill."""
+        if self._file is not None:
+            self._file.flush()
 
     def held_out(self, step: int, figures: dict[str, float]) -> None:
         """Held-out figures of a step, printed above the bar and kept in the log."""
@@ -69,7 +96,7 @@ class TrainLog:
         line = {"step": step, "seconds": round(self.seconds, 3), "held_out": figures}
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self.flush()
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self._bar.console.print(f"step {step}: {shown}", highlight=False)
         self.plot()
@@ -93,7 +120,9 @@ class TrainLog:
         mean = np.convolve(losses, np.ones(width) / width, mode="valid")
         figure, axes = plt.subplots(figsize=(7, 4), dpi=100)
         axes.plot(steps * self.settings.batch_size, losses, color="0.8", linewidth=0.7)
-        axes.plot(steps[width - 1 :] * self.settings.batch_size, mean, color="tab:blue", label=f"mean of {width} steps")
+        axes.plot(
+            steps[width - 1 :] * self.settings.batch_size, mean, color="tab:blue", label=f"mean of {width} steps"
+        )
         axes.set(xlabel="samples seen", ylabel="loss", yscale="log", title=f"{self.run.name}")
         axes.legend()
         figure.tight_layout()

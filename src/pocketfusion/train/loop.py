@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,8 +26,11 @@ from pocketfusion.train.log import TrainLog
 class Task(Protocol):
     """What a stage gives to the loop."""
 
-    model: nn.Module
     plan: BatchPlan
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
 
     def to(self, device: torch.device) -> None:
         """Moves whatever the loss needs beside the model to `device`."""
@@ -66,9 +69,9 @@ def learning_rate_at(step: int, settings: TrainSettings) -> float:
 
 
 @torch.no_grad()
-def update_ema(average: list[torch.Tensor], parameters: list[torch.Tensor], decay: float, step: int) -> None:
+def update_ema(average: list[torch.Tensor], parameters: Sequence[torch.Tensor], decay: float, step: int) -> None:
     """Exponential moving average with warm-up: decay is at most (1 + step) / (10 + step)."""
-    torch._foreach_lerp_(average, parameters, 1 - min(decay, (1 + step) / (10 + step)))
+    torch._foreach_lerp_(average, list(parameters), 1 - min(decay, (1 + step) / (10 + step)))
 
 
 def train(
@@ -120,6 +123,7 @@ def train(
     def save() -> None:
         nonlocal saved_at
         if accelerator.is_main_process and saved_at != step:
+            log.flush()  # a kill right after the checkpoint must not lose lines before it
             save_checkpoint(run / "checkpoints", step, raw, ema, optimizer)
         saved_at = step
 
@@ -137,7 +141,8 @@ def train(
         while step < settings.steps and time.monotonic() < deadline:
             for group in prepared.param_groups:
                 group["lr"] = learning_rate_at(step, settings)
-            loss_sum, logged = 0.0, {}
+            loss_sum: float = 0.0
+            logged: dict[str, float] = {}
             for micro in range(settings.gradient_accumulation):
                 batch = task.plan.part(step, micro * accelerator.num_processes + accelerator.process_index, parts)
                 with accelerator.accumulate(model):

@@ -25,7 +25,9 @@ class StageRun:
     overwrite: bool = False
 
     @classmethod
-    def at(cls, out: Path, run: Path | None = None, max_minutes: float | None = None, overwrite: bool = False) -> StageRun:
+    def at(
+        cls, out: Path, run: Path | None = None, max_minutes: float | None = None, overwrite: bool = False
+    ) -> StageRun:
         """The run folder is `OUT.run` unless given; raises PocketfusionError on a bad limit or an unwritable place."""
         if max_minutes is not None and not max_minutes > 0:
             raise PocketfusionError(f"--max-minutes {max_minutes} is not above 0: give the minutes to train")

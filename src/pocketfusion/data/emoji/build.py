@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -60,34 +61,6 @@ def _paint_all(jobs: list[_Job], sizes: tuple[int, ...]) -> list[np.ndarray]:
     return [np.stack([job.paint(size) for job in jobs]) for size in sizes]
 
 
-class _PaintDrawing:
-    """Picklable: renders a drawing with a placement at any size."""
-
-    def __init__(self, source: str | Path, scale: float = 1.0, offset: tuple[float, float] = (0.0, 0.0)):
-        self.source, self.scale, self.offset = source, scale, offset
-
-    def __call__(self, size: int) -> np.ndarray:
-        return render_on(self.source, size, scale=self.scale, offset=self.offset)
-
-
-class _Source:
-    """Picklable `Drawing.read`."""
-
-    def __init__(self, source: str | Path):
-        self.source = source
-
-    def __call__(self) -> str | Path:
-        return self.source
-
-
-class _PaintScene:
-    def __init__(self, scene, shown: list[Drawing]):
-        self.scene, self.shown = scene, [Drawing(d.concept, d.style, _Source(d.read())) for d in shown]
-
-    def __call__(self, size: int) -> np.ndarray:
-        return render_scene(self.scene, self.shown, size)
-
-
 def _rng(*parts: object) -> random.Random:
     return random.Random(sha256("|".join(map(str, parts)).encode()).digest())
 
@@ -117,27 +90,32 @@ def plan(settings: EmojiSettings, node_modules: Path) -> list[_Job]:
     """Every picture to render, in its final order: drawings by style, then variants, then scenes."""
     concepts = load_concepts(node_modules, skin_tones=settings.skin_tones)
     names, groups = name_index(node_modules, concepts), frozen_groups()
-    jobs, variants = [], []
+    jobs: list[_Job] = []
+    variants: list[_Job] = []
     by_style: dict[str, list[Drawing]] = {}
     for style in settings.styles:
         for drawing in iter_drawings(node_modules, style, concepts, names):
             row = _drawing_row(drawing, groups)
-            jobs.append(_Job(row, _PaintDrawing(drawing.read())))
+            jobs.append(_Job(row, partial(render_on, drawing.source)))
             if row["split"] != "train":
                 continue
             by_style.setdefault(style, []).append(drawing)
             for number in range(settings.variants):
                 rng = _rng("variant", settings.seed, row["id"], number)
-                scale = rng.uniform(0.6, 1.0)
-                offset = tuple(rng.uniform(-0.5, 0.5) * (1 - scale) for _ in range(2))
-                placed = {"scale": round(scale, 4), "offset": [round(x, 4) for x in offset]}
+                scale = round(rng.uniform(0.6, 1.0), 4)
+                offset = (
+                    round(rng.uniform(-0.5, 0.5) * (1 - scale), 4),
+                    round(rng.uniform(-0.5, 0.5) * (1 - scale), 4),
+                )
+                placed = {"scale": scale, "offset": list(offset)}
                 variants.append(
                     _Job(
                         {**row, "id": f"{row['id']}#{number}", "kind": "variant", **placed},
-                        _PaintDrawing(drawing.read(), placed["scale"], tuple(placed["offset"])),
+                        partial(render_on, drawing.source, scale=scale, offset=offset),
                     )
                 )
-    scenes, seen = [], set()
+    scenes: list[_Job] = []
+    seen: set[str] = set()
     styles = sorted(style for style, drawings in by_style.items() if len(drawings) > 1)
     rng = _rng("scenes", settings.seed)
     while styles and len(scenes) < settings.scenes:
@@ -157,7 +135,7 @@ def plan(settings: EmojiSettings, node_modules: Path) -> list[_Job]:
             "licence": STYLES[scene.style].spdx,
             "scene": scene.as_dict(),
         }
-        scenes.append(_Job(row, _PaintScene(scene, shown)))
+        scenes.append(_Job(row, partial(render_scene, scene, shown)))
     return [*jobs, *variants, *scenes]
 
 
@@ -181,13 +159,13 @@ def build_emoji(
     Raises PocketfusionError on bad settings, an unreachable registry, damaged packages or an unwritable `out`.
     """
     settings.check()
-    with atomic_folder(out, overwrite=overwrite) as partial:
+    with atomic_folder(out, overwrite=overwrite) as folder:
         if progress:
             progress("fetching packages", 0, 1)
         jobs = plan(settings, fetch_packages(cache))
         arrays = {
             size: np.lib.format.open_memmap(
-                partial / f"images_{size}.npy", mode="w+", dtype=np.uint8, shape=(len(jobs), size, size, 3)
+                folder / f"images_{size}.npy", mode="w+", dtype=np.uint8, shape=(len(jobs), size, size, 3)
             )
             for size in settings.sizes
         }
@@ -203,12 +181,12 @@ def build_emoji(
         for array in arrays.values():
             array.flush()
         rows = [job.row for job in jobs]
-        (partial / "index.jsonl").write_text(
+        (folder / "index.jsonl").write_text(
             "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows), encoding="utf-8"
         )
-        (partial / "LICENCES.md").write_text(licence_text(settings.styles), encoding="utf-8")
-        _contact_sheet(arrays[max(settings.sizes)], rows, partial / "contact_sheet.png")
-        files = sorted(p for p in partial.iterdir() if p.suffix in (".npy", ".jsonl"))
+        (folder / "LICENCES.md").write_text(licence_text(settings.styles), encoding="utf-8")
+        _contact_sheet(arrays[max(settings.sizes)], rows, folder / "contact_sheet.png")
+        files = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".jsonl"))
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -221,16 +199,14 @@ def build_emoji(
             "packages_lock_sha256": lock_hash(),
             "files": {p.name: {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files},
         }
-        (partial / "dataset.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / "dataset.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
 def licence_text(styles: tuple[str, ...]) -> str:
     """The attributions that go beside the data, as Markdown."""
     lines = ["# Licences of the drawings", "", "| style | package | licence | attribution |", "|---|---|---|---|"]
-    lines += [
-        f"| {s.name} | {s.package} | {s.spdx} | {s.attribution} |" for s in (STYLES[style] for style in styles)
-    ]
+    lines += [f"| {s.name} | {s.package} | {s.spdx} | {s.attribution} |" for s in (STYLES[style] for style in styles)]
     lines += ["", "Names and keywords: emojibase-data (MIT), from Unicode CLDR (Unicode licence).", ""]
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class Drawing:
 
     concept: Concept
     style: str
-    read: Callable[[], str | Path] = field(repr=False)
+    source: str | Path = field(repr=False)
 
 
 def plain_hex(code: str) -> str:
@@ -53,7 +53,7 @@ def squash(text: str) -> str:
 
 
 def load_concepts(node_modules: Path, *, skin_tones: bool = False) -> list[Concept]:
-    """All concepts of emojibase but flags and components, in Unicode's order; with `skin_tones`, their variants too."""
+    """All concepts of emojibase but flags and components, in Unicode's order; `skin_tones` adds variants."""
     root = node_modules / "emojibase-data"
     names = read_json(root / "meta" / "groups.json")["groups"]
     shortcodes = read_json(root / "en" / "shortcodes" / "emojibase.json")
@@ -88,7 +88,7 @@ def iter_drawings(node_modules: Path, style: str, concepts: list[Concept], names
         files = {plain_hex(p.stem): p for p in sorted((package / "assets").glob("*.webp"))}
         for concept in concepts:
             if concept.hex in files:
-                yield Drawing(concept, style, lambda path=files[concept.hex]: path)
+                yield Drawing(concept, style, files[concept.hex])
         return
     icons = read_json(package / "icons.json")
     by_hex: dict[str, str] = {}
@@ -110,8 +110,10 @@ def iter_drawings(node_modules: Path, style: str, concepts: list[Concept], names
             width = icon.get("width", icons.get("width", 16))
             height = icon.get("height", icons.get("height", 16))
             left, top = icon.get("left", 0), icon.get("top", 0)
-            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
-            yield Drawing(concept, style, lambda text=svg: text)
+            svg = (
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+            )
+            yield Drawing(concept, style, svg)
 
 
 def name_index(node_modules: Path, concepts: list[Concept]) -> dict[str, str]:

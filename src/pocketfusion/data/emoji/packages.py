@@ -31,19 +31,22 @@ class Style:
         return self.name.replace("-", " ")
 
 
+_ICONIFY = "@iconify-json"
 STYLES = {
     style.name: style
     for style in (
-        Style("noto", "@iconify-json/noto", "noto", "Apache-2.0", "Noto Emoji, Google Inc"),
-        Style("noto-v1", "@iconify-json/noto-v1", "noto-v1", "Apache-2.0", "Noto Emoji (2016), Google Inc"),
-        Style("twemoji", "@iconify-json/twemoji", "twemoji", "CC-BY-4.0", "Twemoji, Twitter, Inc and contributors"),
-        Style("fluent-flat", "@iconify-json/fluent-emoji-flat", "fluent", "MIT", "Fluent Emoji, Microsoft"),
-        Style("fluent-contrast", "@iconify-json/fluent-emoji-high-contrast", "contrast", "MIT", "Fluent Emoji, Microsoft"),
+        Style("noto", f"{_ICONIFY}/noto", "noto", "Apache-2.0", "Noto Emoji, Google Inc"),
+        Style("noto-v1", f"{_ICONIFY}/noto-v1", "noto-v1", "Apache-2.0", "Noto Emoji (2016), Google Inc"),
+        Style("twemoji", f"{_ICONIFY}/twemoji", "twemoji", "CC-BY-4.0", "Twemoji, Twitter, Inc and contributors"),
+        Style("fluent-flat", f"{_ICONIFY}/fluent-emoji-flat", "fluent", "MIT", "Fluent Emoji, Microsoft"),
+        Style(
+            "fluent-contrast", f"{_ICONIFY}/fluent-emoji-high-contrast", "contrast", "MIT", "Fluent Emoji, Microsoft"
+        ),
         Style("fluent-3d", "@lobehub/fluent-emoji-3d", "fluent", "MIT", "Fluent Emoji, Microsoft, packed by LobeHub"),
-        Style("fxemoji", "@iconify-json/fxemoji", "fxemoji", "Apache-2.0", "FxEmojis, Mozilla"),
-        Style("emojione", "@iconify-json/emojione", "emojione", "CC-BY-4.0", "EmojiOne 2 (EmojiTwo), emojione.com"),
-        Style("openmoji", "@iconify-json/openmoji", "openmoji", "CC-BY-SA-4.0", "OpenMoji, openmoji.org"),
-        Style("emojione-v1", "@iconify-json/emojione-v1", "emojione-v1", "CC-BY-SA-4.0", "EmojiOne 1, emojione.com"),
+        Style("fxemoji", f"{_ICONIFY}/fxemoji", "fxemoji", "Apache-2.0", "FxEmojis, Mozilla"),
+        Style("emojione", f"{_ICONIFY}/emojione", "emojione", "CC-BY-4.0", "EmojiOne 2 (EmojiTwo), emojione.com"),
+        Style("openmoji", f"{_ICONIFY}/openmoji", "openmoji", "CC-BY-SA-4.0", "OpenMoji, openmoji.org"),
+        Style("emojione-v1", f"{_ICONIFY}/emojione-v1", "emojione-v1", "CC-BY-SA-4.0", "EmojiOne 1, emojione.com"),
     )
 }
 #: No share-alike terms among these (facts/data.md 1.5); the others are by option.

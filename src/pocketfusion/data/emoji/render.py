@@ -33,9 +33,7 @@ def render_rgba(source: str | Path, size: int) -> Image.Image:
         raise PocketfusionError(f"a drawing could not be rendered ({error}): the package may be damaged") from None
 
 
-def place(
-    canvas: Image.Image, source: str | Path, size: int, centre: tuple[float, float], flip: bool = False
-) -> None:
+def place(canvas: Image.Image, source: str | Path, size: int, centre: tuple[float, float], flip: bool = False) -> None:
     """Draws `source` at `size` pixels onto `canvas`, centred at `centre` (pixels), mirrored if `flip`.
 
     The drawing is rendered at its final size, so scaling never resamples pixels.

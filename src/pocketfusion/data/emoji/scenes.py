@@ -98,5 +98,5 @@ def render_scene(scene: Scene, shown: list[Drawing], size: int) -> np.ndarray:
     }[scene.number]
     share = 0.8 if scene.number == 1 else 0.42
     for drawing, (x, y) in zip(shown, centres, strict=True):
-        place(canvas, drawing.read(), round(size * share), (x * size, y * size))
+        place(canvas, drawing.source, round(size * share), (x * size, y * size))
     return np.asarray(canvas.convert("RGB"))

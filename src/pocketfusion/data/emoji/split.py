@@ -54,7 +54,9 @@ def gender_neutral(label: str) -> str:
     return " ".join(_GENDER_WORDS.sub(" ", label).replace(":", " ").split()) or label
 
 
-def compute_groups(concepts: list[Concept], thumbnails: Iterable[tuple[Mapping[str, int], np.ndarray]]) -> dict[str, str]:
+def compute_groups(
+    concepts: list[Concept], thumbnails: Iterable[tuple[Mapping[str, int], np.ndarray]]
+) -> dict[str, str]:
     """Union-find over gender forms and near duplicates in any style.
 
     `thumbnails` gives, for each style, a map hex → row and the pictures as uint8 [N, 16, 16, 3]; two concepts whose

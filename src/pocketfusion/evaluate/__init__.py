@@ -1,0 +1,1 @@
+"""Scores of generated pictures beside those of real ones (the ceiling) and of shuffled captions (the floor)."""

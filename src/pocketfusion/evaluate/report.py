@@ -1,0 +1,171 @@
+"""The result file's shape, and its tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from rich import box
+from rich.table import Table
+
+from pocketfusion.evaluate.metrics import Estimate
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NearestStats(_Record):
+    """Distances to the nearest training picture over a set (a real training picture's own copy is left out)."""
+
+    rms_median: float  #: of 0 to 255, at 32×32 pixels
+    rms_p5: float
+    cosine_median: float  #: of judge features
+    suspicious: float  #: share nearer than all but 5 % of the real held-out pictures
+
+
+class Row(_Record):
+    """The scores of one kind of picture; None where a measure does not apply or has too few pictures."""
+
+    clip_score: Estimate
+    top1: Estimate
+    top5: Estimate
+    frechet_real: float | None = None  #: to the real pictures of this set
+    frechet_train: float | None = None  #: to the training pictures
+    nearest: NearestStats | None = None
+
+
+class SceneScores(_Record):
+    """Shares of pictures found right; `layout` and `relation` over the relation scenes alone."""
+
+    background: Estimate
+    number: Estimate
+    layout: Estimate | None = None
+    relation: Estimate | None = None
+
+
+class SetResult(_Record):
+    """One set: generated pictures between the ceiling (real) and the floor (real pictures, shuffled captions)."""
+
+    name: str
+    count: int
+    pool: int
+    chance_top1: float
+    chance_top5: float
+    real: Row
+    generated: Row
+    shuffled: Row
+    share: dict[str, float]  #: generated ÷ real, of clip_score, top1, top5
+    scenes: dict[str, SceneScores] | None = None  #: real, generated, shuffled
+    frechet_absent: str | None = None  #: why there is no Fréchet distance
+
+
+class Report(_Record):
+    """A whole evaluation: enough to repeat it and to compare it."""
+
+    format: str = "pocketfusion-evaluation"
+    version: int = 1
+    protocol: dict[str, Any]
+    sets: list[SetResult]
+    notes: list[str] = []
+
+
+HEADER = (
+    "set", "pictures", "CLIP score", "top-1 %", "top-5 %", "Fréchet to real", "Fréchet to train", "nearest RMS",
+    "nearest cosine", "suspicious %",
+)  # fmt: skip
+SCENE_HEADER = ("pictures", "background %", "number %", "layout %", "relation %")
+
+
+def _interval(value: Estimate | None, scale: float = 1.0) -> str:
+    if value is None:
+        return "–"
+    return f"{scale * value.value:.1f} ({scale * value.low:.1f}–{scale * value.high:.1f})"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def score_rows(report: Report) -> list[tuple[str, ...]]:
+    """The score table's cells, under HEADER: per set the real, generated and shuffled rows and generated ÷ real."""
+    rows = []
+    for result in report.sets:
+        title = f"{result.name} (n={result.count})"
+        for kind in ("real", "generated", "shuffled"):
+            row: Row = getattr(result, kind)
+            near = row.nearest
+            cells = [_interval(row.clip_score), _interval(row.top1, 100), _interval(row.top5, 100)]
+            cells += [_number(row.frechet_real), _number(row.frechet_train)]
+            cells += [_number(near.rms_median if near else None), _number(near.cosine_median if near else None, 3)]
+            cells += [_number(100 * near.suspicious if near else None)]
+            rows.append((title, "shuffled captions" if kind == "shuffled" else kind, *cells))
+            title = ""
+        share = [
+            f"{100 * result.share[key]:.0f} %" if key in result.share else "–"
+            for key in ("clip_score", "top1", "top5")
+        ]
+        rows.append(("", "generated ÷ real", *share, "", "", "", "", ""))
+    return rows
+
+
+def scene_rows(report: Report) -> list[tuple[str, ...]]:
+    """The scene table's cells, under SCENE_HEADER; empty without scenes."""
+    rows = []
+    for result in report.sets:
+        for kind, scores in (result.scenes or {}).items():
+            cells = (scores.background, scores.number, scores.layout, scores.relation)
+            title = "shuffled captions" if kind == "shuffled" else kind
+            rows.append((title, *(_interval(value, 100) for value in cells)))
+    return rows
+
+
+def remarks(report: Report) -> list[str]:
+    """What a reader needs to read the tables right."""
+    lines = list(report.notes)
+    for result in report.sets:
+        if result.pool:
+            lines.append(
+                f"{result.name}: top-1 and top-5 among {result.pool} captions; guessing finds "
+                f"{100 * result.chance_top1:.1f} % and {100 * result.chance_top5:.1f} %."
+            )
+        if result.frechet_absent:
+            lines.append(f"{result.name}: no Fréchet distance, {result.frechet_absent}.")
+    return lines
+
+
+def tables(report: Report) -> list[Table]:
+    """The score table and, with scenes, the scene table, for the terminal."""
+    made = []
+    for header, rows in ((HEADER, score_rows(report)), (SCENE_HEADER, scene_rows(report))):
+        if rows:
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+            for i, name in enumerate(header):
+                table.add_column(name, justify="left" if i < (2 if header is HEADER else 1) else "right")
+            for row in rows:
+                table.add_row(*row)
+            made.append(table)
+    return made
+
+
+def _markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def markdown(report: Report) -> str:
+    """The report as one page: protocol in a line, tables, remarks."""
+    protocol = report.protocol
+    system, judge, sampler = protocol["system"], protocol["judge"], protocol["sampler"]
+    parts = [
+        f"# Scores of {system['name']}",
+        f"{system['kind']} `{system['sha256'][:12]}`, judge `{judge['sha256'][:12]}`, data {protocol['data']['name']} "
+        f"`{protocol['data']['fingerprint'][:12]}`, {sampler['num_inference_steps']} steps, guidance "
+        f"{sampler['guidance_scale']:g}, seed {protocol['seed']}, {protocol['image_size']} px. 95 % intervals by "
+        "bootstrap over pictures.",
+        _markdown_table(HEADER, score_rows(report)),
+    ]
+    if scenes := scene_rows(report):
+        parts += ["Composed scenes, share found right:", _markdown_table(SCENE_HEADER, scenes)]
+    parts.append("\n".join(f"- {line}" for line in remarks(report)))
+    return "\n\n".join(parts) + "\n"

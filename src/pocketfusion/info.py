@@ -1,0 +1,235 @@
+"""What a folder is: bundle, model folder or single model; its sizes, costs, licences, provenance, and if it is whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import check_folder, folder_hash, read_provenance
+from pocketfusion.runtime.manifest import MANIFEST, Bundle
+
+_HEADER_LIMIT = 100 << 20  # the format's own limit on its JSON header
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # floating types; others cannot hold NaN
+
+
+def describe(path: Path, on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
+    """A JSON-ready description of the folder at `path`. Sizes are bytes; `problems` is empty if all is well.
+
+    `on_stage` is called with the name of each slow stage. Raises PocketfusionError if there is nothing at `path`, it
+    is of no known kind, or what describes it is damaged.
+    """
+    if not path.exists():
+        raise PocketfusionError(f"there is nothing at {path}: check the path")
+    if (path / MANIFEST).is_file():
+        return describe_bundle(path)
+    if (path / "model_index.json").is_file():
+        return describe_model_folder(path, on_stage)
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return describe_single_model(path)
+    raise PocketfusionError(
+        f"{path} is neither a bundle ({MANIFEST}) nor a model folder (model_index.json) nor a single model "
+        "(config.json and safetensors): check the path"
+    )
+
+
+def describe_bundle(path: Path) -> dict[str, Any]:
+    """The manifest's content, file sizes and the hash check of the bundle at `path`."""
+    bundle = Bundle.open(path, verify=False)
+    manifest = bundle.manifest
+    networks = {
+        name: {"size": manifest.files[name].size, **network.model_dump()} for name, network in manifest.networks
+    }
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        "name": manifest.name,
+        "version": manifest.version,
+        "created_by": manifest.created_by,
+        "sha256": bundle.hash,
+        "size": sum(file.size for file in manifest.files.values()),
+        "problems": list(bundle.problems()),
+        "networks": networks,
+        "max_tokens": manifest.tokenizer.max_length,
+        "latents": manifest.latents.model_dump(),
+        "image": manifest.image.model_dump(),
+        "scheduler": manifest.scheduler.model_dump(),
+        "defaults": manifest.defaults.model_dump(),
+        "licences": [licence.model_dump() for licence in manifest.licences],
+        "provenance": manifest.provenance,
+    }
+
+
+def describe_model_folder(path: Path, on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
+    """Networks, configs and provenance of the model folder at `path`. Only its multiply-adds need torch."""
+    check_folder(path)
+    on_stage("reading the weights")
+    networks = {name: _weights(path / name) for name in ("text_encoder", "unet", "vae")}
+    problems = [problem for network in networks.values() for problem in network.pop("problems")]
+    unet, vae = (_read_json(path / name / "config.json") for name in ("unet", "vae"))
+    size = unet.get("sample_size")
+    height, width = (size, size) if isinstance(size, int) else size or (None, None)
+    scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
+    provenance = _provenance(path)
+    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    on_stage("counting multiply-adds")
+    macs, note = _multiply_adds(path)
+    on_stage("hashing the files")
+    return {
+        "kind": "model folder",
+        "path": str(path),
+        "name": path.resolve().name,
+        "sha256": folder_hash(path),
+        "size": _size(path),
+        "problems": problems,
+        "networks": networks,
+        "multiply_adds": macs,
+        "multiply_adds_note": note,
+        "latents": {"channels": unet.get("in_channels"), "height": height, "width": width},
+        "image": {"height": height and height * factor, "width": width and width * factor},
+        "scheduler": scheduler,
+        "licences": _licence_files(path),
+        "provenance": provenance,
+    }
+
+
+def describe_single_model(path: Path) -> dict[str, Any]:
+    """Weights, config and provenance of a folder that holds one model, such as the judge."""
+    weights = _weights(path)
+    return {
+        "kind": "model",
+        "path": str(path),
+        "name": path.resolve().name,
+        "sha256": folder_hash(path),
+        "size": _size(path),
+        "problems": weights.pop("problems"),
+        "networks": {path.resolve().name: weights},
+        "config": _read_json(path / "config.json"),
+        "licences": _licence_files(path),
+        "provenance": _provenance(path),
+    }
+
+
+def read_safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The tensors of a safetensors file (name → dtype, shape, data_offsets) and the offset at which their data begins.
+
+    The format: 8 bytes with the header's length, little-endian, the header as JSON, the data. Raises PocketfusionError
+    if the file is truncated or not of this format.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+            raise PocketfusionError(f"{file} is truncated or not a safetensors file: restore it from its source")
+        try:
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            whole = all(math.prod(tensor["shape"]) >= 0 and tensor["dtype"] for tensor in header.values())
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise PocketfusionError(f"{file} has a damaged header: restore it from its source") from None
+    if not whole or 8 + length + end != size:
+        raise PocketfusionError(f"{file} is truncated: it has {size:,} of {8 + length + end:,} bytes; restore it")
+    return header, 8 + length
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    """Class, parameters, dtypes and size of the network in `folder`, and its weights that hold NaN or infinity."""
+    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if ".fp16." not in file.name] or files  # a variant beside the full weights
+    if not files:
+        raise PocketfusionError(f"{folder} holds no safetensors: convert its weights first")
+    parameters, dtypes, problems = 0, set[str](), list[str]()
+    for file in files:
+        header, start = read_safetensors_header(file)
+        parameters += sum(math.prod(tensor["shape"]) for tensor in header.values())
+        dtypes |= {tensor["dtype"] for tensor in header.values()}
+        problems += [f"{file}: the weight {name} holds NaN or infinity" for name in _unsound(file, header, start)]
+    config = _read_json(folder / "config.json")
+    return {
+        "class": config.get("_class_name") or next(iter(config.get("architectures") or []), "unknown"),
+        "parameters": parameters,
+        "weights": ", ".join(sorted(dtypes)),
+        "size": sum(file.stat().st_size for file in files),
+        "problems": problems,
+    }
+
+
+def _unsound(file: Path, header: dict[str, dict[str, Any]], start: int) -> Iterator[str]:
+    for name, tensor in header.items():
+        begin, end = tensor["data_offsets"]
+        if tensor["dtype"] not in _DTYPES or begin == end:
+            continue
+        dtype = np.dtype(_DTYPES[tensor["dtype"]])
+        values = np.memmap(file, dtype, "r", start + begin, (end - begin) // dtype.itemsize)
+        # bfloat16 is read as integers: NaN and infinity are those with all exponent bits set
+        bad = (values & 0x7F80) == 0x7F80 if tensor["dtype"] == "BF16" else ~np.isfinite(values)
+        if bad.any():
+            yield name
+
+
+def _multiply_adds(path: Path) -> tuple[dict[str, int] | None, str]:
+    """Multiply-adds of one call per network at batch 1, counted on shapes alone (meta tensors), and a note if not."""
+    if find_spec("torch") is None or find_spec("diffusers") is None:
+        return None, "to count them: pip install 'pocketfusion[compress]'"
+    from pocketfusion.mobile.quiet import quiet
+
+    with quiet():  # what the libraries say on import is of no use here
+        return _count_on_meta(path)
+
+
+def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str]:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    from pocketfusion.mobile.specs import multiply_adds, samples
+    from pocketfusion.mobile.wrappers import wrap
+
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path / "unet"))
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(path / "vae"))
+            text_encoder = AutoModel.from_config(AutoConfig.from_pretrained(path / "text_encoder"))
+        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+        pipeline = cast(Any, SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer))
+        inputs = samples(pipeline, batch=1)
+        return {
+            name: multiply_adds(network, {key: value.to("meta") for key, value in inputs[name].items()})
+            for name, network in wrap(pipeline).items()
+        }, ""
+    except Exception as error:  # an architecture that stock diffusers does not know; the rest is still shown
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        return None, f"not counted ({reason})"
+
+
+def _provenance(path: Path) -> dict[str, Any] | None:
+    provenance = read_provenance(path)
+    return provenance.model_dump() if provenance else None
+
+
+def _licence_files(path: Path) -> list[dict[str, str]]:
+    return [{"what": file.name} for file in sorted((path / "licences").glob("*")) if file.is_file()]
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PocketfusionError(f"{file} cannot be read ({error.strerror}): restore it from its source") from None
+    except ValueError:
+        raise PocketfusionError(f"{file} is not valid JSON: restore it from its source") from None
+    if not isinstance(value, dict):
+        raise PocketfusionError(f"{file} does not hold a JSON object: restore it from its source")
+    return value

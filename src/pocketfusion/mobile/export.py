@@ -1,0 +1,280 @@
+"""A model folder to a LiteRT bundle: convert, shrink, measure against PyTorch, write the manifest; all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from pocketfusion import __version__
+from pocketfusion.artefact import atomic_folder, check_writable_parent, sha256_file, write_json
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import check_folder, folder_hash, load_pipeline, read_provenance
+from pocketfusion.mobile import gate, specs
+from pocketfusion.mobile.convert import BATCH_1, DEFAULT_SIGNATURE, convert
+from pocketfusion.mobile.inputs import GateInputs, reference_runs
+from pocketfusion.mobile.licences import copy_licences
+from pocketfusion.mobile.quantize import WEIGHTS, quantize
+from pocketfusion.mobile.quiet import quiet
+from pocketfusion.mobile.wrappers import StablePipeline, wrap
+from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, BundleFile, Defaults, Manifest, Network, Networks
+
+#: Called with the stage's name, its number from 0 and their count.
+Progress = Callable[[str, int, int], None]
+STAGES = (
+    "loading",
+    "PyTorch reference",
+    *(f"{name.replace('_', ' ')}: {step}" for name in NETWORKS for step in ("convert", "gate")),
+    "writing bundle",
+)
+
+
+@dataclass(frozen=True)
+class NetworkReport:
+    """One network's row of the report.
+
+    `sqnr_db` is over all gate inputs together (text encoder: at the prompts' tokens), `padding_sqnr_db` the text
+    encoder's at the padding; `chain_sqnr_db` and `guidance_delta` are the UNet's, fed by the exported text encoder.
+    """
+
+    name: str
+    weights: str
+    size: int
+    parameters: int
+    macs: int
+    sqnr_db: float
+    padding_sqnr_db: float | None = None
+    chain_sqnr_db: float | None = None
+    guidance_delta: float | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` did: the bundle, its size in bytes, its networks, and the process's peak memory in bytes."""
+
+    bundle: str
+    size: int
+    networks: list[NetworkReport]
+    peak_rss: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+
+def export(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    weights: Mapping[str, str] | None = None,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 4.0,
+    name: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda stage, index, count: None,
+) -> ExportReport:
+    """Exports the model folder `folder` to the bundle `out`.
+
+    `weights`: per network (`text_encoder`, `unet`, `decoder`) float32, float16 or int8; float32 where not given.
+    `num_inference_steps` and `guidance_scale` become the bundle's defaults; the latter also in the gate's sampling.
+    `name` is the bundle's (default: `out`'s last part). An existing `out` is replaced only with `overwrite`.
+
+    Raises PocketfusionError, and leaves no `out`, if the folder or the settings are wrong, a network does not convert,
+    the gate (see `pocketfusion.mobile.gate`) is missed, or the disk is full.
+    """
+    folder, out = Path(folder), Path(out)
+    kinds = _check(folder, out, weights or {}, num_inference_steps, guidance_scale, overwrite)
+    stages = iter(STAGES)
+
+    def stage() -> None:
+        current = next(stages)
+        progress(current, STAGES.index(current), len(STAGES))
+
+    stage()
+    with quiet():
+        pipeline: StablePipeline = load_pipeline(folder)
+    networks = wrap(pipeline)
+    spec = specs.tokenizer_spec(pipeline)
+    scheduler = specs.scheduler_spec(pipeline)
+    with _disk_errors(out), atomic_folder(out, overwrite=overwrite) as partial:
+        stage()
+        reference = reference_runs(pipeline, networks, spec.max_length, guidance_scale)
+        rows: dict[str, NetworkReport] = {}
+        embeds: np.ndarray | None = None
+        for network in NETWORKS:
+            stage()
+            file = partial / f"{network}.tflite"
+            _write_network(pipeline, network, networks[network], kinds[network], file)
+            stage()
+            measured = _run(file, network, reference)
+            rows[network] = _measure(network, kinds, file, networks[network], pipeline, measured, reference, embeds)
+            if network == "text_encoder":
+                embeds = measured
+        stage()
+        Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str()).save(str(partial / "tokenizer.json"))
+        licence_files, licences = copy_licences(folder, partial)
+        files = (
+            {n: partial / f"{n}.tflite" for n in NETWORKS} | {"tokenizer": partial / "tokenizer.json"} | licence_files
+        )
+        manifest = Manifest(
+            name=name or out.name,
+            created_by=f"pocketfusion {__version__}",
+            files={key: _file(path, partial) for key, path in files.items()},
+            networks=Networks(**{n: _network(pipeline, n, networks[n], row) for n, row in rows.items()}),
+            tokenizer=spec,
+            latents=specs.latent_spec(pipeline),
+            image=specs.image_spec(pipeline),
+            scheduler=scheduler,
+            defaults=Defaults(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
+            licences=licences,
+            provenance=_provenance(folder),
+        )
+        write_json(partial / MANIFEST, manifest.model_dump(exclude_none=True))
+        size = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
+    return ExportReport(str(out), size, list(rows.values()), peak_rss())
+
+
+def peak_rss() -> int:
+    """The process's largest resident memory so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check(
+    folder: Path, out: Path, weights: Mapping[str, str], steps: int, guidance: float, overwrite: bool
+) -> dict[str, str]:
+    """Everything that can be refused before minutes of work; returns the weights of all three networks."""
+    for network, kind in weights.items():
+        if network not in NETWORKS or kind not in WEIGHTS:
+            raise PocketfusionError(
+                f"{kind!r} weights for {network!r} are not known: "
+                f"choose {', '.join(WEIGHTS)} for {', '.join(NETWORKS)}"
+            )
+    if not 1 <= steps <= 1000:
+        raise PocketfusionError(f"--steps is {steps}: choose 1 to 1000")
+    if not np.isfinite(guidance):
+        raise PocketfusionError(f"--guidance is {guidance}: choose a finite number, such as 4")
+    check_folder(folder)
+    check_writable_parent(out)
+    if out.exists() and not overwrite:
+        raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise PocketfusionError(f"{out} exists and is not a bundle: it is not replaced, choose another output path")
+    return {network: weights.get(network, "float32") for network in NETWORKS}
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PocketfusionError(
+            f"the disk of {out.absolute().parent} is full: free some space and run again"
+        ) from None
+
+
+def _write_network(pipeline: StablePipeline, network: str, module: nn.Module, kind: str, file: Path) -> None:
+    """Writes the network at `file`; the UNet with a second signature of batch 1."""
+    signatures = {DEFAULT_SIGNATURE: specs.samples(pipeline, batch=2)[network]}
+    if network == "unet":
+        signatures[BATCH_1] = specs.samples(pipeline, batch=1)[network]
+    if kind == "float32":
+        convert(module, signatures, file)
+        return
+    exact = file.with_suffix(".float32.tflite")
+    convert(module, signatures, exact)
+    quantize(exact, file, kind)
+    exact.unlink()
+
+
+def _run(file: Path, network: str, reference: GateInputs, embeds: np.ndarray | None = None) -> np.ndarray:
+    """The file's outputs on the gate's inputs; with `embeds`, the UNet attends to these instead of PyTorch's."""
+    inputs = reference.inputs[network]
+    if embeds is not None:
+        states = [np.concatenate([embeds[0], embeds[prompt]]) for prompt in reference.prompts]
+        inputs = [one | {"encoder_hidden_states": s} for one, s in zip(inputs, states, strict=True)]
+    output = {"text_encoder": "prompt_embeds", "unet": "noise_pred", "decoder": "image"}[network]
+    return gate.run(file, inputs, output, DEFAULT_SIGNATURE)
+
+
+def _measure(
+    network: str,
+    kinds: Mapping[str, str],
+    file: Path,
+    module: nn.Module,
+    pipeline: StablePipeline,
+    measured: np.ndarray,
+    reference: GateInputs,
+    embeds: np.ndarray | None,
+) -> NetworkReport:
+    """The network's figures; raises PocketfusionError if one misses its gate."""
+    expected, kind, coarser = reference.outputs[network], kinds[network], _coarser(kinds)
+    padding = chain = delta = None
+    if network == "text_encoder":
+        tokens = np.stack([one["attention_mask"] for one in reference.inputs[network]]).astype(bool)
+        sqnr = gate.sqnr(expected[tokens], measured[tokens])
+        if not tokens.all():
+            padding = gate.sqnr(expected[~tokens], measured[~tokens])
+            gate.check_sqnr("text encoder's padding", kind, padding, gate.MIN_PADDING_SQNR)
+    else:
+        sqnr = gate.sqnr(expected, measured)
+    gate.check_sqnr(network.replace("_", " "), kind, sqnr)
+    if network == "unet":
+        fed = _run(file, network, reference, embeds)
+        chain = gate.sqnr(expected, fed)
+        gate.check_sqnr("unet, fed by the exported text encoder,", coarser, chain)
+        original = gate.guidance_std(expected)
+        if original > 0:  # zero for a network that ignores the prompt: nothing to keep
+            delta = gate.guidance_std(fed) / original
+            gate.check_guidance(coarser, delta)
+    return NetworkReport(
+        name=network,
+        weights=kind,
+        size=file.stat().st_size,
+        parameters=sum(p.numel() for p in module.parameters()),
+        macs=specs.multiply_adds(module, specs.samples(pipeline, batch=1)[network]),
+        sqnr_db=round(sqnr, 2),
+        padding_sqnr_db=None if padding is None else round(padding, 2),
+        chain_sqnr_db=None if chain is None else round(chain, 2),
+        guidance_delta=None if delta is None else round(delta, 5),
+    )
+
+
+def _coarser(kinds: Mapping[str, str]) -> str:
+    """The coarser weights of text encoder and UNet."""
+    return max((kinds["text_encoder"], kinds["unet"]), key=WEIGHTS.index)
+
+
+@torch.no_grad()
+def _network(pipeline: StablePipeline, network: str, module: nn.Module, row: NetworkReport) -> Network:
+    inputs = specs.samples(pipeline, batch=2)[network]
+    return Network(
+        inputs=specs.tensor_specs(inputs),
+        outputs=specs.tensor_specs(module(**inputs)),
+        parameters=row.parameters,
+        macs=row.macs,
+        weights=row.weights,  # type: ignore[arg-type]  # one of WEIGHTS, checked
+        sqnr_db=row.sqnr_db,
+        guidance_delta=row.guidance_delta,
+    )
+
+
+def _file(path: Path, bundle: Path) -> BundleFile:
+    return BundleFile(path=path.relative_to(bundle).as_posix(), sha256=sha256_file(path), size=path.stat().st_size)
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    provenance = read_provenance(folder)
+    return {"model_folder": folder_hash(folder)} | ({"model": provenance.model_dump()} if provenance else {})

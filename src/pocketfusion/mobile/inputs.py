@@ -1,0 +1,86 @@
+"""The gate's inputs: real prompts, and the latents that the PyTorch model meets while drawing them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+from pocketfusion.mobile.wrappers import StablePipeline
+
+PROMPTS = (
+    "",
+    "a red apple, noto style",
+    "grinning face with big eyes",
+    "a dog left of a tree on a yellow background",
+    "a castle at night",
+)
+_STEPS = 5
+_SEEDS = (0, 1)
+
+
+@dataclass(frozen=True)
+class GateInputs:
+    """Per network: one dict of inputs per run, and PyTorch's outputs stacked [N, ...]. All NHWC numpy."""
+
+    inputs: dict[str, list[dict[str, np.ndarray]]]
+    outputs: dict[str, np.ndarray]
+    #: index of the conditional prompt of each UNet run; its unconditional row is prompt 0, the empty one
+    prompts: list[int]
+
+
+def tokenize(pipeline: StablePipeline, max_length: int) -> list[dict[str, np.ndarray]]:
+    """The prompts as the text encoder's inputs, int32 [1, max_length] each."""
+    runs = []
+    for prompt in PROMPTS:
+        tokens = pipeline.tokenizer(
+            prompt, padding="max_length", max_length=max_length, truncation=True, return_tensors="np"
+        )
+        runs.append({name: tokens[name].astype(np.int32) for name in ("input_ids", "attention_mask")})
+    return runs
+
+
+@torch.no_grad()
+def reference_runs(
+    pipeline: StablePipeline, networks: dict[str, nn.Module], max_length: int, guidance_scale: float
+) -> GateInputs:
+    """Runs the PyTorch networks: every prompt, then a short guided DDIM sampling per seed, each with its own prompt.
+
+    The latents at every step are the UNet's inputs (batch 2: empty prompt, prompt), the last ones the decoder's.
+    """
+
+    def call(name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        (output,) = networks[name](**{key: torch.from_numpy(value) for key, value in inputs.items()}).values()
+        return output.numpy()
+
+    texts = tokenize(pipeline, max_length)
+    embeds = [call("text_encoder", one) for one in texts]
+    config = pipeline.unet.config
+    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    runs: dict[str, list[dict[str, np.ndarray]]] = {"text_encoder": texts, "unet": [], "decoder": []}
+    outputs: dict[str, list[np.ndarray]] = {"text_encoder": embeds, "unet": [], "decoder": []}
+    prompts: list[int] = []
+    for seed in _SEEDS:
+        index = 1 + seed
+        scheduler.set_timesteps(_STEPS)
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(1, height, width, config.in_channels, generator=generator)
+        for t in scheduler.timesteps:
+            one = {
+                "sample": z.repeat(2, 1, 1, 1).numpy(),
+                "timestep": np.full(2, float(t), np.float32),
+                "encoder_hidden_states": np.concatenate([embeds[0], embeds[index]]),
+            }
+            prediction = call("unet", one)
+            runs["unet"].append(one)
+            outputs["unet"].append(prediction)
+            prompts.append(index)
+            uncond, cond = torch.from_numpy(prediction).chunk(2)
+            z = scheduler.step(uncond + guidance_scale * (cond - uncond), t, z).prev_sample
+        runs["decoder"].append({"latents": z.numpy()})
+        outputs["decoder"].append(call("decoder", runs["decoder"][-1]))
+    return GateInputs(runs, {name: np.stack(values) for name, values in outputs.items()}, prompts)

@@ -1,0 +1,93 @@
+"""What the manifest says of a pipeline, read from its configs: nothing about a model's sizes is assumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.wrappers import StablePipeline
+from pocketfusion.runtime.manifest import ImageSpec, LatentSpec, SchedulerSpec, TensorSpec, TokenizerSpec
+
+Samples = dict[str, torch.Tensor]
+
+
+def latent_spec(pipeline: StablePipeline) -> LatentSpec:
+    """Shape of the latents that the UNet was made for."""
+    config = pipeline.unet.config
+    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    return LatentSpec(channels=config.in_channels, height=height, width=width)
+
+
+def image_spec(pipeline: StablePipeline) -> ImageSpec:
+    """Size of the pictures: the latents' times the autoencoder's factor."""
+    latents, factor = latent_spec(pipeline), 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return ImageSpec(height=latents.height * factor, width=latents.width * factor)
+
+
+def tokenizer_spec(pipeline: StablePipeline) -> TokenizerSpec:
+    """The prompt's fixed length and padding. Raises PocketfusionError without a padding token."""
+    tokenizer = pipeline.tokenizer
+    if tokenizer.pad_token is None:
+        raise PocketfusionError("the folder's tokenizer has no padding token: set pad_token in tokenizer_config.json")
+    length = min(tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings)
+    return TokenizerSpec(max_length=length, pad_token=tokenizer.pad_token, pad_token_id=tokenizer.pad_token_id)
+
+
+def scheduler_spec(pipeline: StablePipeline) -> SchedulerSpec:
+    """The noise schedule as DDIM reads it. Raises PocketfusionError for schedules the runtime does not draw."""
+    config = DDIMScheduler.from_config(pipeline.scheduler.config).config
+    known = {
+        "beta_schedule": ("linear", "scaled_linear"),
+        "prediction_type": ("epsilon", "v_prediction"),
+        "timestep_spacing": ("leading", "trailing"),
+    }
+    for key, values in known.items():
+        if config[key] not in values:
+            raise PocketfusionError(
+                f"the folder's scheduler has {key} {config[key]!r}: the runtime knows {' and '.join(values)}"
+            )
+    for key in ("rescale_betas_zero_snr", "thresholding", "clip_sample"):
+        if config[key]:
+            raise PocketfusionError(f"the folder's scheduler sets {key}, which the runtime does not know: turn it off")
+    return SchedulerSpec(**{name: config[name] for name in SchedulerSpec.model_fields})
+
+
+def samples(pipeline: StablePipeline, batch: int) -> dict[str, Samples]:
+    """Sample inputs of the three networks by the bundle's names; `batch` is the UNet's (the others take 1)."""
+    latents, length = latent_spec(pipeline), tokenizer_spec(pipeline).max_length
+    shape = (latents.height, latents.width, latents.channels)
+    width = pipeline.text_encoder.config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "text_encoder": {
+            "input_ids": torch.zeros(1, length, dtype=torch.int32),
+            "attention_mask": torch.ones(1, length, dtype=torch.int32),
+        },
+        "unet": {
+            "sample": torch.randn(batch, *shape, generator=generator),
+            "timestep": torch.full((batch,), 500.0),
+            "encoder_hidden_states": torch.randn(batch, length, width, generator=generator),
+        },
+        "decoder": {"latents": torch.randn(1, *shape, generator=generator)},
+    }
+
+
+def tensor_specs(tensors: Samples) -> list[TensorSpec]:
+    """The manifest's entries for named tensors."""
+    kinds: dict[torch.dtype, Any] = {torch.float32: "float32", torch.int32: "int32"}
+    return [TensorSpec(name=name, shape=list(x.shape), dtype=kinds[x.dtype]) for name, x in tensors.items()]
+
+
+@torch.no_grad()
+def multiply_adds(network: nn.Module, inputs: Samples) -> int:
+    """Multiply-adds of one call: matrix products and convolutions, by torch's flop counter."""
+    # The maths form of attention, because the counter does not know the CPU's fused one.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(**inputs)
+    return counter.get_total_flops() // 2

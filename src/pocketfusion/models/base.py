@@ -1,0 +1,41 @@
+"""The base model folder: stock diffusers components with everything a stock pipeline needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from pocketfusion.models.text_encoder import MINILM_LICENCE, TextEncoder, copy_licences
+
+
+def write_base_folder(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text: TextEncoder,
+    scheduler: DDIMScheduler,
+    autoencoder: Path,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads: weights in `dtype`, and licences."""
+    pipeline = StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text.encoder,
+        tokenizer=text.tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    modules = (unet, vae, text.encoder)
+    for module in modules:
+        module.to(dtype)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for module in modules:
+        module.to(torch.float32)
+    texts = [("text-encoder", f"# Text encoder\n\n{MINILM_LICENCE}.")]
+    texts += [(p.stem, p.read_text(encoding="utf-8")) for p in sorted((autoencoder / "licences").glob("*.md"))]
+    copy_licences(folder, texts)

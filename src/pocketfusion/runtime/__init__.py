@@ -1,0 +1,1 @@
+"""Runs bundles: prompt in, pictures out, with LiteRT and numpy. Never imports torch."""

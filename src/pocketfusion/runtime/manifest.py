@@ -1,0 +1,241 @@
+"""The bundle: a folder of LiteRT files beside `bundle.json`, a validated, versioned manifest of all that is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pocketfusion.artefact import sha256_file
+from pocketfusion.errors import PocketfusionError
+
+MANIFEST = "bundle.json"
+FORMAT: Final = "pocketfusion-bundle"
+VERSION: Final = 1
+NETWORKS = ("text_encoder", "unet", "decoder")
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class BundleFile(_Strict):
+    """One file: its path inside the bundle (forward slashes), its SHA-256 and its size in bytes."""
+
+    path: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _path_is_inside(self) -> BundleFile:
+        path = PurePosixPath(self.path)
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in self.path or ":" in self.path:
+            raise ValueError(f"the path {self.path!r} leaves the bundle")
+        return self
+
+
+class TensorSpec(_Strict):
+    """A network's input or output: its name, fixed shape (NHWC) and type."""
+
+    name: str
+    shape: list[Positive]
+    dtype: Literal["float32", "int32"]
+
+
+class Network(_Strict):
+    """What one `.tflite` file computes and how near it is to the PyTorch network that it was made from.
+
+    `macs` are the multiply-adds of one call at batch 1; `sqnr_db` is the signal-to-noise ratio against
+    PyTorch; `guidance_delta` (UNet only) is std(conditional - unconditional), exported over original.
+    """
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    parameters: int = Field(ge=0)
+    macs: int = Field(ge=0)
+    weights: Literal["float32", "float16", "int8"]
+    sqnr_db: float | None = None
+    guidance_delta: float | None = None
+
+
+class Networks(_Strict):
+    """The three networks of a bundle."""
+
+    text_encoder: Network
+    unet: Network
+    decoder: Network
+
+
+class TokenizerSpec(_Strict):
+    """How prompts are cut and padded: always to `max_length` tokens."""
+
+    max_length: Positive
+    pad_token: str
+    pad_token_id: int = Field(ge=0)
+
+
+class LatentSpec(_Strict):
+    """Shape of the sampler's latents: [height, width, channels]."""
+
+    channels: Positive
+    height: Positive
+    width: Positive
+
+
+class ImageSpec(_Strict):
+    """Size of the pictures in pixels."""
+
+    height: Positive
+    width: Positive
+
+
+class SchedulerSpec(_Strict):
+    """The noise schedule, with the names of `diffusers.DDIMScheduler`."""
+
+    num_train_timesteps: Positive
+    beta_start: float = Field(gt=0, lt=1)
+    beta_end: float = Field(gt=0, lt=1)
+    beta_schedule: Literal["linear", "scaled_linear"]
+    prediction_type: Literal["epsilon", "v_prediction"]
+    timestep_spacing: Literal["leading", "trailing"]
+    steps_offset: int = Field(default=0, ge=0)
+    set_alpha_to_one: bool = True
+
+
+class Defaults(_Strict):
+    """Settings that hold when a caller gives none."""
+
+    num_inference_steps: Positive
+    guidance_scale: float
+
+
+class Licence(_Strict):
+    """One part of the bundle, the licence that it is under and the attribution that this asks for."""
+
+    what: str
+    spdx: str
+    attribution: str = ""
+
+
+class Manifest(_Strict):
+    """`bundle.json`, version 1. Unknown keys are refused: a reader must not ignore what it does not understand."""
+
+    format: Literal["pocketfusion-bundle"] = FORMAT
+    version: Literal[1] = VERSION
+    name: str
+    created_by: str
+    files: dict[str, BundleFile]
+    networks: Networks
+    tokenizer: TokenizerSpec
+    latents: LatentSpec
+    image: ImageSpec
+    scheduler: SchedulerSpec
+    defaults: Defaults
+    licences: list[Licence] = []
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _required_files(self) -> Manifest:
+        missing = [name for name in (*NETWORKS, "tokenizer") if name not in self.files]
+        if missing:
+            raise ValueError(f"no file is given for {', '.join(missing)}")
+        if self.defaults.num_inference_steps > self.scheduler.num_train_timesteps:
+            raise ValueError("defaults.num_inference_steps is above scheduler.num_train_timesteps")
+        return self
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest is valid and whose files all lie inside its folder."""
+
+    path: Path
+    manifest: Manifest
+    hash: str  #: SHA-256 of bundle.json, which holds every other file's: it names the bundle's whole content
+
+    @classmethod
+    def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
+        """Reads the manifest of the bundle at `path`; `verify` also checks every file's size and SHA-256.
+
+        Raises PocketfusionError for a missing, damaged or newer manifest, a path that leaves the bundle and, if
+        `verify`, a missing, truncated or altered file.
+        """
+        path = Path(path)
+        manifest, digest = read_manifest(path)
+        bundle = cls(path, manifest, digest)
+        for name in manifest.files:
+            bundle.file(name)
+        if verify:
+            for problem in bundle.problems():
+                raise PocketfusionError(f"{problem}: restore the bundle from its source or export it again")
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Path of the file called `name` in the manifest; PocketfusionError if a link leads it out of the bundle."""
+        file = self.path / self.manifest.files[name].path
+        if not file.resolve().is_relative_to(self.path.resolve()):
+            raise PocketfusionError(
+                f"{self.path / MANIFEST} names {self.manifest.files[name].path!r}, a link that leaves the bundle: "
+                "it is not read; get the bundle from a source that you trust"
+            )
+        return file
+
+    def problems(self) -> Iterator[str]:
+        """One sentence without its end for each file that is missing, cut short or altered."""
+        for name, expected in self.manifest.files.items():
+            file = self.file(name)
+            if not file.is_file():
+                yield f"{file} is missing"
+            elif (size := file.stat().st_size) != expected.size:
+                what = "truncated" if size < expected.size else "altered"
+                yield f"{file} is {what}: it has {size:,} bytes, not {expected.size:,}"
+            elif sha256_file(file) != expected.sha256:
+                yield f"{file} is altered: its SHA-256 differs from the manifest's"
+
+
+def read_manifest(path: Path) -> tuple[Manifest, str]:
+    """The validated manifest of the bundle folder `path` and its SHA-256; raises PocketfusionError."""
+    file = path / MANIFEST
+    if not path.exists():
+        raise PocketfusionError(f"there is no bundle at {path}: check the path")
+    if not file.is_file():
+        raise PocketfusionError(f"{path} is not a bundle: it has no {MANIFEST}")
+    try:
+        content = file.read_bytes()
+        raw = json.loads(content)
+    except OSError as error:
+        raise PocketfusionError(f"{file} cannot be read ({error.strerror}): check its permissions") from None
+    except (ValueError, RecursionError):
+        raise PocketfusionError(f"{file} is not valid JSON: restore the bundle from its source") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise PocketfusionError(f'{file} is not a bundle\'s manifest: its "format" is not "{FORMAT}"')
+    version = raw.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise PocketfusionError(
+            f"{file} is of version {version}, made by a newer pocketfusion (this one reads {VERSION}): "
+            "upgrade with pip install -U pocketfusion"
+        )
+    try:
+        return Manifest.model_validate(raw), hashlib.sha256(content).hexdigest()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = first["msg"].removeprefix("Value error, ")
+        raise PocketfusionError(
+            f"{file} is not a valid manifest ({where + ': ' if where else ''}{what}): "
+            "restore the bundle from its source"
+        ) from None
+
+
+def embedded_bundle() -> Path:
+    """The bundle that ships inside the package; raises PocketfusionError if this installation has none."""
+    path = Path(__file__).parents[1] / "bundles" / "emoji"
+    if not (path / MANIFEST).is_file():
+        raise PocketfusionError(f"this installation holds no embedded bundle at {path}: pass the path of a bundle")
+    return path

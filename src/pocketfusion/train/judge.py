@@ -1,0 +1,148 @@
+"""`train-judge`: the image-text judge, contrastively, on the training split alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from pocketfusion.data.packed import CaptionedImages
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import Provenance, read_provenance
+from pocketfusion.models.judge import Judge, JudgeModel, pool_states
+from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
+from pocketfusion.recipe import Recipe
+from pocketfusion.train.autoencoder import to_tensor
+from pocketfusion.train.batch import Batch, BatchPlan
+from pocketfusion.train.cache import CaptionTable
+from pocketfusion.train.loop import TrainResult
+from pocketfusion.train.stage import StageRun, is_finished, run_stage
+
+MAX_SHIFT = 6  # pixels of 64; position augmentation, since generated pictures are never placed exactly
+
+
+def contrastive_loss(
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, same: torch.Tensor
+) -> torch.Tensor:
+    """CLIP's symmetric cross-entropy; `same` [B, B] (symmetric) marks equal captions, which are positives too."""
+    logits = scale * images @ texts.T
+    positive = same / same.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive))
+
+
+class JudgeTask:
+    """Pictures (shifted, mirrored where the caption allows, slightly blurred or noisy) against their captions."""
+
+    def __init__(self, recipe: Recipe, data: CaptionedImages, model: JudgeModel, text: TextEncoder):
+        settings = recipe.judge
+        self.settings, self.data, self.model, self.text = settings, data, model, text
+        pools = [(data.indices(["train"]), 1 - recipe.data.scene_share)]
+        if "train_scene" in data.splits:
+            pools.append((data.indices(["train_scene"]), recipe.data.scene_share))
+        self.plan = BatchPlan(pools, settings.train.batch_size, settings.train.seed)
+        self.captions = CaptionTable(data.rows)
+        self.flip = np.array([row["flip"] for row in data.rows]) & recipe.data.flip
+        self.held_out = data.indices(["val_combo"])
+        self.pooled = torch.empty(0)
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> None:
+        """Pools the training captions' token states once."""
+        self.device = device
+        needed = np.unique(np.concatenate([self.captions.choices[i] for i in np.concatenate(self.plan.pools)]))
+        texts = [self.captions.captions[i] for i in needed]
+        pooled = [
+            pool_states(torch.from_numpy(states).float(), torch.from_numpy(mask))
+            for states, mask in self.text.iter_encoded(texts)
+        ]
+        self.pooled = torch.zeros(len(self.captions.captions), self.text.width)
+        self.pooled[needed] = torch.cat(pooled)
+
+    def augment(self, pixels: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Whole-pixel shift on a white margin, and a little noise for a half of the pictures."""
+        padded = F.pad(pixels, [MAX_SHIFT] * 4, value=1.0)
+        dx, dy = batch.randint(2 * MAX_SHIFT + 1), batch.randint(2 * MAX_SHIFT + 1)
+        size = pixels.shape[-1]
+        shifted = torch.stack([x[:, j : j + size, i : i + size] for x, i, j in zip(padded, dx, dy, strict=True)])
+        strength = 0.1 * (batch.rand() - 0.5).clamp_min(0)[:, None, None, None]
+        return shifted + strength * batch.randn(*pixels.shape[1:])
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """See `contrastive_loss`; also logs how often a picture finds its caption in the batch."""
+        numbers = torch.from_numpy(self.captions.pick(batch.indices, batch.rand().numpy()))
+        pixels = to_tensor(self.data.images[batch.indices])
+        mirrored = (batch.rand() < 0.5) & torch.from_numpy(self.flip[batch.indices])
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        pixels = self.augment(pixels, batch).to(self.device)
+        images, texts, scale = model(pixels, self.pooled[numbers].to(self.device))
+        same = (numbers[:, None] == numbers[None]).float().to(self.device)
+        loss = contrastive_loss(images, texts, scale, same)
+        top = (images @ texts.T).argmax(1).cpu()
+        return loss, {"batch_top1": (numbers[top] == numbers).float().mean().item(), "scale": scale.item()}
+
+    def scores(self, indices: np.ndarray) -> tuple[float, float]:
+        """Share of pictures that find their plainest caption first, or among five, in pools of 256."""
+        judge = Judge(self.model, self.text)
+        chosen = indices[:: max(1, len(indices) // 256)][:256]
+        images = judge.image_features(self.data.images[chosen])[1]
+        texts = judge.text_embeddings([self.data.rows[i]["captions"][0] for i in chosen])
+        similarity = images @ texts.T
+        rank = (similarity > np.diag(similarity)[:, None]).sum(1)
+        return float((rank < 1).mean()), float((rank < 5).mean())
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Retrieval on unseen pairs of seen concepts."""
+        top1, top5 = self.scores(self.held_out)
+        return {"val_combo_top1": top1, "val_combo_top5": top5}
+
+    def preview(self, model: nn.Module) -> Image.Image:
+        """Similarity of 24 held-out pictures (rows) with their captions (columns); a good judge shows the diagonal."""
+        judge = Judge(self.model, self.text)
+        chosen = self.held_out[:24]
+        images = judge.image_features(self.data.images[chosen])[1]
+        similarity = images @ judge.text_embeddings([self.data.rows[i]["captions"][0] for i in chosen]).T
+        return Image.fromarray(np.uint8(np.clip(similarity, 0, 1) * 255)).resize((480, 480), Image.Resampling.NEAREST)
+
+
+def train_judge(recipe: Recipe, data: CaptionedImages, stage: StageRun) -> Provenance:
+    """Trains the recipe's judge and writes its folder; one process only, since a batch is its own set of negatives."""
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PocketfusionError("train-judge runs in one process (its negatives are the batch): do not launch several")
+    identity = {
+        "stage": "train-judge",
+        "settings": recipe.judge.model_dump(mode="json") | {"data": recipe.data.model_dump(mode="json")},
+        "parents": {},
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+    }
+    if is_finished(stage, identity):
+        finished = read_provenance(stage.out)
+        assert finished is not None
+        return finished
+    text = load_text_encoder(recipe.text)
+    torch.manual_seed(recipe.judge.train.seed)
+    model = JudgeModel(
+        image_size=data.size,
+        widths=recipe.judge.widths,
+        text_width=text.width,
+        embed_dim=recipe.judge.embed_dim,
+        text=recipe.text.model_dump(),
+    )
+    task = JudgeTask(recipe, data, model, text)
+
+    def write(folder: Path, result: TrainResult) -> dict:
+        model.half().save_pretrained(folder, safe_serialization=True)
+        model.float()
+        results: dict[str, float] = {}
+        for split in ("train", "test_combo", "test_concept"):
+            if split in data.splits:
+                top1, top5 = task.scores(data.splits[split])
+                results |= {f"{split}_top1": round(top1, 4), f"{split}_top5": round(top5, 4)}
+        return results
+
+    return run_stage(stage, task, recipe.judge.train, identity, write)

@@ -1,0 +1,194 @@
+"""What export refuses: one sentence that names the trouble, and nothing under the final name."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile import export as module
+from pocketfusion.mobile import gate
+from pocketfusion.mobile.export import export
+
+
+def refused(folder: Path, out: Path, match: str, **settings: object) -> None:
+    with pytest.raises(PocketfusionError, match=match):
+        export(folder, out, **settings)  # type: ignore[arg-type]
+    assert not out.exists()
+    assert not list(out.parent.glob(f".{out.name}.partial*"))
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", tmp_path / "out", "no model folder at .*nowhere")
+
+
+def test_not_a_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    refused(tmp_path / "x", tmp_path / "out", "no model_index.json")
+
+
+def test_missing_component_is_named(tiny_folder_copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tiny_folder_copy / "vae")
+    refused(tiny_folder_copy, tmp_path / "out", "lacks vae/")
+
+
+def test_nan_weight_is_named(tiny_folder_copy: Path, tmp_path: Path) -> None:
+    file = tiny_folder_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(tiny_folder_copy, tmp_path / "out", "conv_in.weight holds NaN")
+
+
+def test_pickled_weights_are_refused(tiny_folder_copy: Path, tmp_path: Path) -> None:
+    safe = tiny_folder_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(safe), safe.with_suffix(".bin"))
+    safe.unlink()
+    refused(tiny_folder_copy, tmp_path / "out", "pickled and is never read")
+
+
+def test_unknown_schedule_is_named(tiny_folder_copy: Path, tmp_path: Path) -> None:
+    file = tiny_folder_copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
+    refused(tiny_folder_copy, tmp_path / "out", "prediction_type 'sample'")
+
+
+def test_mixed_models_are_refused(tiny_folder_copy: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(latent_channels=8, norm_num_groups=4, block_out_channels=(8,)).save_pretrained(
+        tiny_folder_copy / "vae"
+    )
+    refused(tiny_folder_copy, tmp_path / "out", "8 latent channels but the UNet takes 4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"weights": {"unet": "int7"}}, "'int7' weights for 'unet'"),
+        ({"weights": {"vae": "int8"}}, "'int8' weights for 'vae'"),
+        ({"num_inference_steps": 0}, "--steps is 0"),
+        ({"guidance_scale": float("nan")}, "--guidance is nan"),
+    ],
+)
+def test_settings(tiny_folder: Path, tmp_path: Path, settings: dict, match: str) -> None:
+    refused(tiny_folder, tmp_path / "out", match, **settings)
+
+
+def test_output_parent_missing(tiny_folder: Path, tmp_path: Path) -> None:
+    refused(tiny_folder, tmp_path / "no" / "out", "no does not exist")
+
+
+def test_output_parent_read_only(tiny_folder: Path) -> None:
+    refused(tiny_folder, Path("/proc/out"), "cannot write into /proc")
+
+
+def test_existing_output_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    for overwrite, match in ((False, "exists already"), (True, "is not a bundle")):
+        with pytest.raises(PocketfusionError, match=match):
+            export(tiny_folder, tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_overwrite_replaces_a_bundle(
+    tiny_folder: Path, tiny_bundle: Path, tmp_path: Path, fast_conversion: None
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "out")
+    export(tiny_folder, tmp_path / "out", name="second", overwrite=True)
+    assert json.loads((tmp_path / "out" / "bundle.json").read_text())["name"] == "second"
+
+
+def test_gate_failure_writes_nothing(
+    tiny_folder: Path, tmp_path: Path, fast_conversion: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An altered network (here: the decoder's file holds another seed's numbers) does not pass."""
+    original = gate.run
+
+    def off(path: Path, inputs: list, output: str, signature: str) -> object:
+        return original(path, inputs, output, signature) * (1.01 if output == "image" else 1)
+
+    monkeypatch.setattr(gate, "run", off)
+    refused(tiny_folder, tmp_path / "out", r"exported decoder with float32 weights differs .* SQNR 40.0 dB")
+
+
+def test_lost_guidance_writes_nothing(
+    tiny_folder: Path, tmp_path: Path, fast_conversion: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text encoder that says the same for every prompt passes no guidance gate, whatever the UNet's SQNR is."""
+    original = module._run
+
+    def deaf(file: Path, network: str, reference: object, embeds: object = None) -> object:
+        if embeds is not None:
+            embeds = embeds[:1].repeat(len(embeds), 0)  # type: ignore[index]
+        return original(file, network, reference, embeds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_run", deaf)
+    refused(tiny_folder, tmp_path / "out", "follow the prompt 0.000 times as much")
+
+
+def test_full_disk(tiny_folder: Path, tmp_path: Path, fast_conversion: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "copy_licences", full)
+    refused(tiny_folder, tmp_path / "out", "disk of .* is full")
+
+
+def test_kill_leaves_nothing_under_the_final_name(tiny_folder: Path, tmp_path: Path, fast_conversion: None) -> None:
+    out = tmp_path / "out"
+    code = f"from pocketfusion.mobile.export import export; export({str(tiny_folder)!r}, {str(out)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = tmp_path / ".out.partial"
+    deadline = time.monotonic() + 120
+    while not (partial / "text_encoder.tflite").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    assert (partial / "text_encoder.tflite").exists(), "the export did not get as far as its first network"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    export(tiny_folder, out)  # a second run starts clean
+    assert (out / "bundle.json").is_file() and not partial.exists()
+
+
+def test_command(tiny_folder: Path, tmp_path: Path, fast_conversion: None) -> None:
+    from pocketfusion.cli import app
+    from pocketfusion.cli import export as _  # noqa: F401  (registers the command)
+
+    arguments = ["export", str(tiny_folder), str(tmp_path / "out"), "--json", str(tmp_path / "r.json"), "--name", "n"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "peak memory" in result.output and "unet" in result.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [row["name"] for row in report["networks"]] == ["text_encoder", "unet", "decoder"]
+    assert report["peak_rss"] > 1e8
+
+
+def test_command_says_what_to_install(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+
+    from pocketfusion import cli
+    from pocketfusion.cli import extras
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "torch" else found(name))
+    monkeypatch.setattr(sys, "argv", ["pocketfusion", "export", str(tiny_folder), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "torch" in error and "pip install 'pocketfusion[compress]'" in error and "Traceback" not in error

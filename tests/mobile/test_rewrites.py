@@ -1,0 +1,58 @@
+"""The rewrites are exact: the same numbers as torch's own modules, and none of the operations that GPUs refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pocketfusion.mobile.convert import convert
+from pocketfusion.mobile.flatbuffer import operations
+from pocketfusion.mobile.rewrites import GroupNormNHWC, SiLUNHWC, rewrite
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 5, 7), (2, 12, 9)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_equals_torch(shape: tuple[int, ...], affine: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(3, 12, eps=1e-5, affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(shape) * 30 + 10
+    torch.testing.assert_close(GroupNormNHWC(norm)(x), norm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_silu_equals_torch() -> None:
+    for shape in ((2, 8, 3, 3), (2, 8)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(SiLUNHWC()(x), nn.functional.silu(x))
+
+
+def test_rewrite_copies() -> None:
+    original = nn.Sequential(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), nn.Conv2d(4, 4, 1))
+    changed = rewrite(original)
+    assert isinstance(original[0][0], nn.GroupNorm) and isinstance(original[0][1], nn.SiLU)
+    assert isinstance(changed[0][0], GroupNormNHWC) and isinstance(changed[0][1], SiLUNHWC)
+    x = torch.randn(1, 4, 3, 3)
+    torch.testing.assert_close(changed(x), original(x))
+
+
+class _Block(nn.Module):
+    """SD's residual branch, NHWC outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.layers(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)}
+
+
+def test_residual_branch_is_nhwc_inside(tmp_path: Path) -> None:
+    convert(_Block(), {"serving_default": {"x": torch.randn(1, 6, 6, 8)}}, tmp_path / "block.tflite")
+    (counts,) = operations(tmp_path / "block.tflite")
+    assert counts["CONV_2D"] == 1
+    assert counts["TRANSPOSE"] == 0 and counts["BROADCAST_TO"] == 0

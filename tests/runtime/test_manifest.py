@@ -1,0 +1,131 @@
+"""Opening bundles: the good one, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.manifest import Bundle, embedded_bundle
+from pocketfusion.runtime.pipeline import Pipeline
+
+
+def test_good_bundle_opens_and_its_hash_names_its_content(bundle, edit):
+    first = Bundle.open(bundle)
+    assert first.manifest.image.width == 64
+    assert list(first.problems()) == []
+    edit(lambda m: m.update(name="other"))
+    assert Bundle.open(bundle).hash != first.hash
+
+
+def refused(path: Path, match: str, **kwargs) -> None:
+    with pytest.raises(PocketfusionError, match=match) as caught:
+        Bundle.open(path, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder_and_manifest(tmp_path):
+    refused(tmp_path / "nowhere", "there is no bundle at .*nowhere")
+    refused(tmp_path, "not a bundle: it has no bundle.json")
+
+
+@pytest.mark.parametrize("content", ["{", "", "[" * 100_000, "\xff"])
+def test_invalid_json(bundle, content):
+    (bundle / "bundle.json").write_bytes(content.encode("latin-1"))
+    refused(bundle, "not valid JSON")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"format": "onnx"}'])
+def test_another_kind_of_json(bundle, content):
+    (bundle / "bundle.json").write_text(content)
+    refused(bundle, "not a bundle's manifest")
+
+
+def test_newer_version(bundle, edit):
+    edit(lambda m: m.update(version=2, surprise=1))
+    refused(bundle, "version 2, made by a newer pocketfusion.*upgrade")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
+        (lambda m: m.pop("latents"), "latents: Field required"),
+        (lambda m: m["latents"].update(height=0), "latents.height"),
+        (lambda m: m["scheduler"].update(prediction_type="sample"), "scheduler.prediction_type"),
+        (lambda m: m["files"].pop("unet"), "no file is given for unet"),
+        (lambda m: m["defaults"].update(num_inference_steps=1001), "num_inference_steps is above"),
+        (lambda m: m["defaults"].update(guidance_scale=float("nan")), "defaults.guidance_scale"),
+        (lambda m: m["files"]["unet"].update(sha256="abc"), "files.unet.sha256"),
+        (lambda m: m.update(version="1"), "version"),
+    ],
+)
+def test_manifest_that_breaks_a_rule(bundle, edit, change, match):
+    edit(change)
+    refused(bundle, match)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../unet.tflite", "a/../../unet.tflite", "C:\\x", "", "..\\x"])
+def test_path_that_leaves_the_bundle(bundle, edit, path):
+    edit(lambda m: m["files"]["unet"].update(path=path))
+    refused(bundle, "leaves the bundle", verify=False)
+
+
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_symlink_out_of_the_bundle(bundle, edit, tmp_path, link):
+    (tmp_path / "outside").mkdir()
+    target = tmp_path / "outside" / "unet.tflite"
+    os.replace(bundle / "unet.tflite", target)
+    if link == "file":
+        (bundle / "unet.tflite").symlink_to(target)
+    else:
+        (bundle / "sub").symlink_to(target.parent)
+        edit(lambda m: m["files"]["unet"].update(path="sub/unet.tflite"))
+    refused(bundle, "a link that leaves the bundle", verify=False)
+
+
+def test_missing_truncated_and_altered_file(bundle):
+    file = bundle / "decoder.tflite"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    refused(bundle, "decoder.tflite is truncated: it has")
+    file.write_bytes(content + b"x")
+    refused(bundle, "decoder.tflite is altered: it has")
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused(bundle, "decoder.tflite is altered: its SHA-256")
+    Bundle.open(bundle, verify=False)
+    file.unlink()
+    refused(bundle, "decoder.tflite is missing")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 5000, -100])
+def test_truncated_tflite_with_a_matching_hash(bundle, sign, keep):
+    file = bundle / "unet.tflite"
+    file.write_bytes(file.read_bytes()[:keep])
+    sign("unet")
+    with pytest.raises(PocketfusionError, match="LiteRT cannot load .*unet.tflite") as caught:
+        Pipeline.load(bundle, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_network_that_is_not_what_the_manifest_says(bundle, edit):
+    def swap(manifest):
+        files = manifest["files"]
+        files["unet"], files["decoder"] = files["decoder"], files["unet"]
+
+    edit(swap)
+    with pytest.raises(PocketfusionError, match="decoder.tflite has no signature .*sample.*export the bundle again"):
+        Pipeline.load(bundle, 1)
+
+
+def test_embedded_bundle_is_found_or_its_absence_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("pocketfusion.runtime.manifest.__file__", str(tmp_path / "pocketfusion/runtime/manifest.py"))
+    with pytest.raises(PocketfusionError, match="no embedded bundle"):
+        embedded_bundle()
+    folder = tmp_path / "pocketfusion/bundles/emoji"
+    folder.mkdir(parents=True)
+    (folder / "bundle.json").write_text(json.dumps({}))
+    assert embedded_bundle() == folder

@@ -1,0 +1,48 @@
+"""A task of milliseconds for the loop's tests: fit a line to points drawn with the step's own random numbers."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from pocketfusion.recipe import TrainSettings
+from pocketfusion.train.batch import Batch, BatchPlan
+from pocketfusion.train.loop import train
+
+
+def settings(**changes) -> TrainSettings:
+    values = {"steps": 12, "batch_size": 8, "learning_rate": 0.05, "warmup_steps": 2, "ema_decay": 0.9}
+    values |= {"mixed_precision": "no", "checkpoint_every": 3, "preview_every": 5, "seed": 3}
+    return TrainSettings(**{**values, **changes})
+
+
+class LineTask:
+    """y = 2 x + index / 10, plus noise."""
+
+    def __init__(self, nan_at: int | None = None):
+        torch.manual_seed(0)
+        self.model, self.nan_at, self.calls = nn.Linear(1, 1), nan_at, 0
+        self.plan = BatchPlan([(np.arange(30), 1.0)], 8, seed=3)
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        x = batch.randn(1)
+        y = 2 * x + torch.from_numpy(batch.indices)[:, None].float() / 10 + 0.1 * batch.randn(1)
+        self.calls += 1
+        bad = float("nan") if self.nan_at is not None and self.calls > self.nan_at else 1.0
+        return (model(x) - y).square().mean() * bad, {}
+
+    def preview(self, model: nn.Module) -> Image.Image:
+        return Image.new("RGB", (4, 4))
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        return {"slope": model.weight.item()}
+
+
+if __name__ == "__main__":
+    train(LineTask(), settings(), Path(sys.argv[1]), fingerprint={})

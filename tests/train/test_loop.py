@@ -1,0 +1,180 @@
+"""The training loop: resumes to the sample, survives kill -9, stops on NaN, accumulates exactly."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loop_task import LineTask, settings
+from safetensors.torch import load_file
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.train.batch import BatchPlan
+from pocketfusion.train.log import read_log
+from pocketfusion.train.loop import learning_rate_at, train, update_ema
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_log(run) if "loss" in line]
+
+
+def weights(result) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in result.model.parameters()])
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
+    whole = train(LineTask(), settings(), tmp_path / "whole", fingerprint={"a": 1})
+
+    def stop(step, _):
+        if step == 7:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        train(LineTask(), settings(), tmp_path / "cut", fingerprint={"a": 1}, on_step=stop)
+    resumed = train(LineTask(), settings(), tmp_path / "cut", fingerprint={"a": 1})
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 12
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.samples == 12 * 8 and resumed.finished
+
+
+def test_kill_9_loses_at_most_one_checkpoint_interval(tmp_path):
+    train(LineTask(), settings(), tmp_path / "whole", fingerprint={"a": 1})
+    script = """
+import os, signal, sys
+from pathlib import Path
+from loop_task import LineTask, settings
+from pocketfusion.train.loop import train
+kill = lambda step, _: step == 8 and os.kill(os.getpid(), signal.SIGKILL)
+train(LineTask(), settings(), Path(sys.argv[1]), fingerprint={"a": 1}, on_step=kill)
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "cut")], env=env, capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    kept = sorted(p.name for p in (tmp_path / "cut" / "checkpoints").iterdir() if not p.name.startswith("."))
+    assert kept == ["step_00000003", "step_00000006"]
+    train(LineTask(), settings(), tmp_path / "cut", fingerprint={"a": 1})
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(PocketfusionError, match=r"loss became nan at step 8.*step_00000006"):
+        train(LineTask(nan_at=7), settings(), tmp_path / "run", fingerprint={})
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors")
+    assert all(torch.isfinite(v).all() for v in saved.values())
+
+
+def test_max_minutes_stops_with_a_checkpoint_and_goes_on(tmp_path):
+    first = train(LineTask(), settings(), tmp_path / "run", fingerprint={}, max_minutes=1e-9)
+    assert first.steps == 0 and not first.finished
+    assert train(LineTask(), settings(), tmp_path / "run", fingerprint={}).finished
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    train(LineTask(), settings(), tmp_path / "run", fingerprint={"settings": 1, "data": 2})
+    with pytest.raises(PocketfusionError, match="begun with another data:"):
+        train(LineTask(), settings(), tmp_path / "run", fingerprint={"settings": 1, "data": 3})
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path):
+    whole = train(LineTask(), settings(), tmp_path / "whole", fingerprint={})
+    parts = train(LineTask(), settings(gradient_accumulation=4), tmp_path / "parts", fingerprint={})
+    assert torch.allclose(weights(parts), weights(whole), atol=1e-5)
+    assert np.allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(PocketfusionError, match="batch_size 8 does not divide by 1 processes x 3"):
+        train(LineTask(), settings(gradient_accumulation=3), tmp_path / "run", fingerprint={})
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    train(LineTask(), settings(), tmp_path / "run", fingerprint={})
+    file = tmp_path / "run" / "checkpoints" / "step_00000012" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(PocketfusionError, match="step_00000012 is damaged"):
+        train(LineTask(), settings(), tmp_path / "run", fingerprint={})
+
+
+def test_two_processes_equal_one(tmp_path):
+    one = train(LineTask(), settings(), tmp_path / "one", fingerprint={})
+    script = Path(__file__).parent / "loop_task.py"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29571"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "two")],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = load_file(tmp_path / "two" / "checkpoints" / "step_00000012" / "ema.safetensors")
+    assert torch.allclose(torch.cat([two["weight"].flatten(), two["bias"]]), weights(one), atol=1e-5)
+    assert np.allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_learning_rate():
+    s = settings(steps=110, warmup_steps=10, learning_rate=1.0)
+    assert learning_rate_at(0, s) == pytest.approx(0.1) and learning_rate_at(9, s) == pytest.approx(1.0)
+    assert learning_rate_at(60, s) == pytest.approx(0.02 + 0.98 * 0.5)
+    assert learning_rate_at(110, s) == pytest.approx(0.02)
+    constant = settings(warmup_steps=0, schedule="constant", learning_rate=0.5)
+    assert learning_rate_at(11, constant) == 0.5
+
+
+def test_ema_by_hand():
+    average, live = [torch.tensor([1.0])], [torch.tensor([3.0])]
+    update_ema(average, live, 0.9, step=1)  # warm-up: decay 2/11
+    assert average[0].item() == pytest.approx(1 * 2 / 11 + 3 * 9 / 11)
+    average = [torch.tensor([1.0])]
+    update_ema(average, live, 0.9, step=10_000)
+    assert average[0].item() == pytest.approx(0.9 + 0.3)
+
+
+def test_every_sample_once_a_pass_and_shares_are_kept():
+    plan = BatchPlan([(np.arange(10), 0.75), (np.arange(100, 104), 0.25)], 4, seed=1)
+    seen = np.concatenate([plan.indices(step) for step in range(10)])
+    assert sorted(seen[seen < 100]) == sorted([*range(10)] * 3) and (seen >= 100).sum() == 10
+    assert sorted(seen[seen >= 100][:4]) == [100, 101, 102, 103]
+    assert (plan.indices(3) == BatchPlan([(np.arange(10), 0.75), (np.arange(100, 104), 0.25)], 4, 1).indices(3)).all()
+
+
+def test_parts_draw_what_the_whole_draws():
+    plan = BatchPlan([(np.arange(50), 1.0)], 8, seed=1)
+    whole, parts = plan.part(5, 0, 1), [plan.part(5, i, 4) for i in range(4)]
+    assert (np.concatenate([p.indices for p in parts]) == whole.indices).all()
+    assert torch.equal(torch.cat([p.randn(3) for p in parts]), whole.randn(3))
+    assert torch.equal(torch.cat([p.randint(9) for p in parts]), whole.randint(9))
+
+
+def test_log_and_pictures_are_there(tmp_path):
+    train(LineTask(), settings(), tmp_path / "run", fingerprint={})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert any("held_out" in line for line in lines) and all(math.isfinite(line.get("loss", 0)) for line in lines)
+    assert (tmp_path / "run" / "loss.png").is_file()
+    assert sorted(p.name for p in (tmp_path / "run" / "previews").iterdir()) == [
+        f"step_{n:08d}.png" for n in (5, 10, 12)
+    ]
