@@ -37,7 +37,7 @@ print(json.dumps({"first": first[0], "load": pipeline.load_seconds, "peak_rss": 
 
 
 def fresh_processes(bundle: str | None, threads: int | None, steps: int | None, runs: int) -> dict[str, Any]:
-    """Start-up to first step, load (seconds) and peak memory (bytes) of `runs` fresh processes after one unmeasured."""
+    """Start-up to first step and load (s), peak memory (bytes) of `runs` fresh processes after one unmeasured."""
     rows = []
     for _ in range(runs + 1):
         start = time.time()

@@ -1,4 +1,4 @@
-"""What a folder is: bundle, model folder or single model; its sizes, costs, licences, provenance, and if it is whole."""
+"""What a folder is: bundle, model folder or single model; sizes, costs, licences, provenance, and if it is whole."""
 
 from __future__ import annotations
 

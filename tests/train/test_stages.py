@@ -16,8 +16,8 @@ from pocketfusion.models.judge import load_judge
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import TextSettings, load_recipe
 from pocketfusion.train.judge import contrastive_loss
+from pocketfusion.train.place import StageRun
 from pocketfusion.train.sample import sample_images, sample_latents, seeded_noise
-from pocketfusion.train.stage import StageRun
 from pocketfusion.train.teacher import train_teacher
 
 

@@ -29,10 +29,13 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+VersionOpt = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+]
+
+
 @app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version.")] = False,
-) -> None:
+def _options(version: VersionOpt = False) -> None:
     pass
 
 

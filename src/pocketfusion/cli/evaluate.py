@@ -66,9 +66,24 @@ def evaluate_command(
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
         return
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     for table in tables(report):
         console.print(table)
     for line in remarks(report):
         console.print(line)
     console.print(f"written to {out}: scores.json, scores.md, scores.png, prompts.png, nearest.png")
+
+
+@app.command("card")
+def card_command(
+    folder: Annotated[Path, typer.Argument(help="Model, judge or autoencoder folder.", show_default=False)],
+    scores: Annotated[Path | None, typer.Option("--scores", help="What `evaluate` wrote for it.")] = None,
+    notes: Annotated[Path | None, typer.Option("--notes", help="Markdown to include.")] = None,
+) -> None:
+    """Write a folder's model card from its provenance and scores."""
+    from pocketfusion.cli.extras import require_compress
+
+    require_compress()
+    from pocketfusion.evaluate.card import write_card
+
+    typer.echo(f"written: {write_card(folder, scores, notes)}")

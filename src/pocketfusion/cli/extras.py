@@ -20,6 +20,11 @@ def require(*modules: str) -> None:
 def require_compress() -> None:
     """Raises PocketfusionError unless the `[compress]` extra is installed; silences its libraries' chatter."""
     require(*COMPRESS)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Silences warnings and progress bars that tell a user nothing; imports the libraries."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     import transformers
 

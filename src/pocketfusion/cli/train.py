@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pocketfusion.data.packed import CaptionedImages
     from pocketfusion.folder import Provenance
     from pocketfusion.recipe import Recipe
-    from pocketfusion.train.stage import StageRun
+    from pocketfusion.train.place import StageRun
 
 RecipeArg = Annotated[Path, typer.Argument(help="Recipe, such as recipes/emoji64.yaml.", show_default=False)]
 DataOpt = Annotated[Path, typer.Option("--data", help="Folder of captioned pictures.", show_default=False)]
@@ -26,16 +26,17 @@ OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT 
 
 
 def _begin(recipe: Path, data: Path, out: Path, run: Path | None, minutes: float | None, overwrite: bool) -> tuple:
-    from pocketfusion.cli.extras import require_compress
+    from pocketfusion.cli.extras import COMPRESS, quiet_libraries, require
 
-    require_compress()
+    require(*COMPRESS)
     from pocketfusion.data.sources import open_dataset
     from pocketfusion.recipe import load_recipe
-    from pocketfusion.train.stage import StageRun
+    from pocketfusion.train.place import StageRun
 
     loaded: Recipe = load_recipe(recipe)
     stage: StageRun = StageRun.at(out, run, minutes, overwrite)
     images: CaptionedImages = open_dataset(data, loaded.data.size)
+    quiet_libraries()  # imports them: only after the quick checks
     return loaded, images, stage
 
 

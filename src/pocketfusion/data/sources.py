@@ -22,7 +22,8 @@ def open_dataset(path: Path, size: int) -> CaptionedImages:
 
     - a folder with `dataset.json`: what `pocketfusion data` wrote;
     - a folder with `*.tar`: webdataset shards of picture + `.txt` (or `.json` with a `caption`) under one key;
-    - a folder with pictures: the caption is in the `.txt` of the same name or in `metadata.jsonl` (`file_name`, `text`).
+    - a folder with pictures: the caption is in the `.txt` of the same name or in `metadata.jsonl` (`file_name`,
+      `text`).
 
     A row of `metadata.jsonl` or a sample's `.json` may carry `split`; without one, a twentieth is `val_combo` by hash
     of the picture's name. Raises PocketfusionError if nothing is found or a shard or picture is damaged.

@@ -10,10 +10,10 @@ from PIL import Image
 
 from pocketfusion.evaluate.copying import Pair
 from pocketfusion.evaluate.prompts import COLUMNS, Prompt
-from pocketfusion.evaluate.report import Report
+from pocketfusion.evaluate.report import KINDS, Report
 from pocketfusion.runtime.sheet import contact_sheet
 
-_KINDS = (("real", "#2a9d3f", "o"), ("generated", "#1f5fbf", "D"), ("shuffled", "#999999", "x"))
+_STYLES = (("real", "#2a9d3f", "o"), ("generated", "#1f5fbf", "D"), ("shuffled", "#999999", "x"))
 _MEASURES = (
     ("clip_score", "CLIP score", 1.0),
     ("top1", "top-1 retrieval, %", 100.0),
@@ -25,20 +25,21 @@ def plot_scores(report: Report, path: Path) -> None:
     """A panel a measure, a line a set: generated between real and shuffled captions, with 95 % intervals (PNG)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 1.6 + 0.42 * len(report.sets)), layout="constrained")
+    figure = Figure(figsize=(11, 1.6 + 0.5 * len(report.sets)), layout="constrained")
     axes = figure.subplots(1, len(_MEASURES), sharey=True)
     for axis, (measure, title, scale) in zip(axes, _MEASURES, strict=True):
-        for kind, colour, marker in _KINDS:
-            for y, result in enumerate(report.sets):
+        for offset, (kind, colour, marker) in zip((-0.2, 0.0, 0.2), _STYLES, strict=True):
+            for row, result in enumerate(report.sets):
+                y = row + offset
                 estimate = getattr(getattr(result, kind), measure)
-                label = {"shuffled": "shuffled captions"}.get(kind, kind) if y == 0 else None
+                label = KINDS[kind] if axis is axes[0] and row == 0 else None
                 axis.plot([scale * estimate.low, scale * estimate.high], [y, y], color=colour, lw=1.5)
                 axis.plot(scale * estimate.value, y, marker, color=colour, ms=6, label=label, ls="none")
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(range(len(report.sets)), [f"{result.name} (n={result.count})" for result in report.sets])
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8, loc="best")
+    figure.legend(fontsize=9, loc="outside lower center", ncols=len(_STYLES))
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 

@@ -77,6 +77,9 @@ HEADER = (
 SCENE_HEADER = ("pictures", "background %", "number %", "layout %", "relation %")
 
 
+KINDS = {"real": "real", "generated": "generated", "shuffled": "shuffled captions"}
+
+
 def _interval(value: Estimate | None, scale: float = 1.0) -> str:
     if value is None:
         return "–"
@@ -87,25 +90,25 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def _shares(result: SetResult) -> list[str]:
+    return [f"{result.share[key]:.0%}" if key in result.share else "–" for key in ("clip_score", "top1", "top5")]
+
+
 def score_rows(report: Report) -> list[tuple[str, ...]]:
     """The score table's cells, under HEADER: per set the real, generated and shuffled rows and generated ÷ real."""
     rows = []
     for result in report.sets:
         title = f"{result.name} (n={result.count})"
-        for kind in ("real", "generated", "shuffled"):
+        for kind in KINDS:
             row: Row = getattr(result, kind)
             near = row.nearest
             cells = [_interval(row.clip_score), _interval(row.top1, 100), _interval(row.top5, 100)]
             cells += [_number(row.frechet_real), _number(row.frechet_train)]
             cells += [_number(near.rms_median if near else None), _number(near.cosine_median if near else None, 3)]
             cells += [_number(100 * near.suspicious if near else None)]
-            rows.append((title, "shuffled captions" if kind == "shuffled" else kind, *cells))
+            rows.append((title, KINDS[kind], *cells))
             title = ""
-        share = [
-            f"{100 * result.share[key]:.0f} %" if key in result.share else "–"
-            for key in ("clip_score", "top1", "top5")
-        ]
-        rows.append(("", "generated ÷ real", *share, "", "", "", "", ""))
+        rows.append(("", "generated ÷ real", *_shares(result), "", "", "", "", ""))
     return rows
 
 
@@ -115,37 +118,56 @@ def scene_rows(report: Report) -> list[tuple[str, ...]]:
     for result in report.sets:
         for kind, scores in (result.scenes or {}).items():
             cells = (scores.background, scores.number, scores.layout, scores.relation)
-            title = "shuffled captions" if kind == "shuffled" else kind
-            rows.append((title, *(_interval(value, 100) for value in cells)))
+            rows.append((KINDS[kind], *(_interval(value, 100) for value in cells)))
     return rows
 
 
 def remarks(report: Report) -> list[str]:
     """What a reader needs to read the tables right."""
-    lines = list(report.notes)
+    lines = [
+        *report.notes,
+        "FD: Fréchet distance. RMS: to the nearest training picture, median. susp.: share of pictures nearer to "
+        "training than all but 5 % of the real held-out ones.",
+    ]
     for result in report.sets:
-        if result.pool:
-            lines.append(
-                f"{result.name}: top-1 and top-5 among {result.pool} captions; guessing finds "
-                f"{100 * result.chance_top1:.1f} % and {100 * result.chance_top5:.1f} %."
-            )
+        lines.append(
+            f"{result.name}: {result.count} pictures; top-1 and top-5 among {result.pool} captions, guessing finds "
+            f"{100 * result.chance_top1:.1f} % and {100 * result.chance_top5:.1f} %."
+        )
         if result.frechet_absent:
             lines.append(f"{result.name}: no Fréchet distance, {result.frechet_absent}.")
     return lines
 
 
 def tables(report: Report) -> list[Table]:
-    """The score table and, with scenes, the scene table, for the terminal."""
-    made = []
-    for header, rows in ((HEADER, score_rows(report)), (SCENE_HEADER, scene_rows(report))):
-        if rows:
-            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-            for i, name in enumerate(header):
-                table.add_column(name, justify="left" if i < (2 if header is HEADER else 1) else "right")
-            for row in rows:
-                table.add_row(*row)
-            made.append(table)
-    return made
+    """The tables for a terminal of 80 columns, without intervals: scores and, with scenes, shares found right."""
+    scores = _table("set", "CLIP", "top-1", "top-5", "FD real", "FD train", "RMS", "susp.")
+    scenes = _table("scenes found right", "background", "number", "layout", "relation")
+    for result in report.sets:
+        scores.add_row(result.name, style="bold")
+        for kind in KINDS:
+            row: Row = getattr(result, kind)
+            near = row.nearest
+            cells = [f"{row.clip_score.value:.1f}", _percent(row.top1), _percent(row.top5)]
+            cells += [_number(row.frechet_real), _number(row.frechet_train)]
+            cells += [_number(near.rms_median), f"{near.suspicious:.0%}"] if near else ["–", "–"]
+            scores.add_row(f" {KINDS[kind]}", *cells)
+        scores.add_row(" generated ÷ real", *_shares(result))
+        for kind, found in (result.scenes or {}).items():
+            parts = (found.background, found.number, found.layout, found.relation)
+            scenes.add_row(KINDS[kind], *(_percent(part) for part in parts))
+    return [scores, scenes] if scenes.rows else [scores]
+
+
+def _table(*header: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _percent(value: Estimate | None) -> str:
+    return "–" if value is None else f"{value.value:.1%}"
 
 
 def _markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -12,6 +12,7 @@ noise 60 dB below MiniLM's weights leaves 54 dB at the prompt's tokens and 36 dB
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def sqnr(reference: np.ndarray, measured: np.ndarray) -> float:
     noise = float(np.sum(np.square(reference.astype(np.float64) - measured)))
     if not np.isfinite(noise):
         return float("-inf")
-    return min(200.0, 10 * np.log10(signal / noise)) if noise and signal else (200.0 if not noise else float("-inf"))
+    if noise == 0:
+        return 200.0
+    return min(200.0, 10 * math.log10(signal / noise)) if signal else float("-inf")
 
 
 def run(path: Path, inputs: list[dict[str, np.ndarray]], output: str, signature: str) -> np.ndarray:

@@ -65,7 +65,9 @@ def quantize(source: Path, target: Path, kind: str) -> None:
             with atomic_file(target) as partial:
                 partial.write_bytes(result.quantized_model)
                 slim(partial)
-    except (ValueError, RuntimeError, IndexError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the quantizer raises what its flatbuffer reader does
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PocketfusionError(
             f"{source.name} cannot be given {kind} weights ({reason[:200]}): export it with float32 weights"

@@ -1,9 +1,8 @@
-"""Exact rewrites of modules into forms that the phone runtime runs fast: 4-D, NHWC, no BROADCAST_TO.
+"""Exact rewrites of modules into forms that phones' GPU delegates take: 4-D, NHWC, no BROADCAST_TO.
 
-Group normalisation is the costly one. PyTorch's lowers to reductions over several axes of a 5-D view and to
-BROADCAST_TO, which the GPU delegate refuses (*Squeezing Large-Scale Diffusion Models for Mobile*, arXiv 2307.01193,
-section 3.1) and LiteRT's CPU kernels run slowly. Here it is two single-axis means over a 4-D view in NHWC order:
-the same numbers to rounding, 2.5 times the speed for a whole UNet (measured, see docs/export.md).
+torch's group normalisation lowers to BROADCAST_TO, which the GPU delegate refuses (*Squeezing Large-Scale Diffusion
+Models for Mobile*, arXiv 2307.01193). Here it is single-axis means over a 4-D view in NHWC order: the same numbers to
+rounding, and no slower on CPUs (docs/export.md).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class GroupNormNHWC(nn.Module):
         last = x.permute(to_last)
         batch, channels, groups = x.shape[0], x.shape[1], self.norm.num_groups
         y = last.reshape(batch, -1, groups, channels // groups)
-        # One axis at a time: a mean over two axes at once falls back to LiteRT's slow reference kernel.
+        # One axis at a time: delegates take means over single axes, and fp16 sums stay short.
         centred = y - y.mean(1, keepdim=True).mean(3, keepdim=True)
         variance = (centred * centred).mean(1, keepdim=True).mean(3, keepdim=True)
         y = (centred * torch.rsqrt(variance + self.norm.eps)).reshape(last.shape)

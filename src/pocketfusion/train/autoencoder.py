@@ -18,7 +18,8 @@ from pocketfusion.folder import Provenance, read_provenance
 from pocketfusion.recipe import Recipe
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.loop import TrainResult
-from pocketfusion.train.stage import StageRun, is_finished, run_stage
+from pocketfusion.train.place import StageRun
+from pocketfusion.train.stage import is_finished, run_stage
 
 VALIDATION = ("val_combo", "val_concept")
 

@@ -20,7 +20,8 @@ from pocketfusion.train.autoencoder import to_tensor
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.cache import CaptionTable
 from pocketfusion.train.loop import TrainResult
-from pocketfusion.train.stage import StageRun, is_finished, run_stage
+from pocketfusion.train.place import StageRun
+from pocketfusion.train.stage import is_finished, run_stage
 
 MAX_SHIFT = 6  # pixels of 64; position augmentation, since generated pictures are never placed exactly
 

@@ -50,9 +50,7 @@ class TrainLog:
         self._bar = bar = Progress(
             *columns, TextColumn("{task.fields[speed]} samples/s"), TimeElapsedColumn(), TimeRemainingColumn()
         )
-        self._task = bar.add_task(
-            "training", total=self.settings.steps, completed=self._step, loss="-", speed="-"
-        )
+        self._task = bar.add_task("training", total=self.settings.steps, completed=self._step, loss="-", speed="-")
         (self.run / "previews").mkdir(exist_ok=True)
         with bar, self.path.open("w", encoding="utf-8") as file:
             self._file = file

@@ -16,8 +16,10 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Ten
     """Standard normal noise [B, C, h, w] from numpy's PCG64, drawn as [h, w, C] like the runtime does, so that a
     seed gives the same picture here and on the phone."""
     channels, height, width = shape
-    draws = [np.random.Generator(np.random.PCG64(s)).standard_normal((height, width, channels)) for s in seeds]
-    return torch.from_numpy(np.stack(draws).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
+    draws = [
+        np.random.Generator(np.random.PCG64(s)).standard_normal((height, width, channels), np.float32) for s in seeds
+    ]
+    return torch.from_numpy(np.stack(draws)).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()

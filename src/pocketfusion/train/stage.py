@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketfusion.artefact import atomic_folder, check_writable_parent
+from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, machine, read_provenance, write_provenance
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.train.loop import Task, TrainResult, train
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """Where a stage writes and how long it may take."""
-
-    out: Path
-    run: Path
-    max_minutes: float | None = None
-    overwrite: bool = False
-
-    @classmethod
-    def at(
-        cls, out: Path, run: Path | None = None, max_minutes: float | None = None, overwrite: bool = False
-    ) -> StageRun:
-        """The run folder is `OUT.run` unless given; raises PocketfusionError on a bad limit or an unwritable place."""
-        if max_minutes is not None and not max_minutes > 0:
-            raise PocketfusionError(f"--max-minutes {max_minutes} is not above 0: give the minutes to train")
-        check_writable_parent(out)
-        return cls(out, run or out.with_name(f"{out.name}.run"), max_minutes, overwrite)
+from pocketfusion.train.place import StageRun
 
 
 def is_finished(stage: StageRun, identity: dict[str, Any]) -> bool:

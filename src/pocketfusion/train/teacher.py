@@ -21,8 +21,9 @@ from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.cache import CaptionTable, cache_latents, cache_prompts
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.objectives import DenoisingObjective
+from pocketfusion.train.place import StageRun
 from pocketfusion.train.sample import sample_images
-from pocketfusion.train.stage import StageRun, is_finished, run_stage
+from pocketfusion.train.stage import is_finished, run_stage
 
 PREVIEW_PROMPTS = (
     "red apple, noto style",

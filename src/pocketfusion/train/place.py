@@ -1,0 +1,29 @@
+"""Where a training stage writes; light, so that a wrong path is told before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocketfusion.artefact import check_writable_parent
+from pocketfusion.errors import PocketfusionError
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Where a stage writes and how long it may take."""
+
+    out: Path
+    run: Path
+    max_minutes: float | None = None
+    overwrite: bool = False
+
+    @classmethod
+    def at(
+        cls, out: Path, run: Path | None = None, max_minutes: float | None = None, overwrite: bool = False
+    ) -> StageRun:
+        """The run folder is `OUT.run` unless given; raises PocketfusionError on a bad limit or an unwritable place."""
+        if max_minutes is not None and not max_minutes > 0:
+            raise PocketfusionError(f"--max-minutes {max_minutes} is not above 0: give the minutes to train")
+        check_writable_parent(out)
+        return cls(out, run or out.with_name(f"{out.name}.run"), max_minutes, overwrite)
