@@ -1,0 +1,46 @@
+"""Every `pocketfusion` command of the README runs, in the README's order, on small data."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+#: What makes the thread small enough for a test; everything else runs as it is written.
+SMALL = {
+    "data emoji data/emoji": "data emoji data/emoji --style fxemoji --size 64 --scenes 60",
+    "recipes/emoji64.yaml": "TINY_RECIPE",
+    "--samples 256": "--samples 4",
+}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```(?:console|bash|sh)?\n(.*?)```", README.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ").split(" #")[0].strip() for line in lines if "pocketfusion " in line.split("#")[0]]
+
+
+def test_the_readme_has_commands():
+    commands = readme_commands()
+    assert sum(c.startswith("pocketfusion ") for c in commands) >= 8
+    assert "make demo" in README.read_text() and "make test" in README.read_text()
+
+
+def test_every_command_runs(cli, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "emoji").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    for command in readme_commands():
+        if not command.startswith("pocketfusion "):
+            continue
+        for large, small in SMALL.items():
+            command = command.replace(large, small)
+        arguments = shlex.split(command.replace("TINY_RECIPE", str(tiny_recipe)))[1:]
+        done = cli(*arguments)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("command", ["data", "train-teacher", "evaluate", "export", "generate", "info"])
+def test_the_readme_names_every_command(command):
+    assert any(c.startswith(f"pocketfusion {command}") for c in readme_commands())
