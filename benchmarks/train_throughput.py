@@ -3,9 +3,9 @@
     python benchmarks/train_throughput.py recipes/emoji64.yaml --data data/emoji --autoencoder AE
 
 The plain loop is what diffusers' text-to-image example does each step: encode pictures and captions, add noise, run
-the UNet with its default attention, plain AdamW; EMA is left out on both sides. It runs in fp32 (the example's default)
-and in bf16. Ours runs the recipe's task through the same calls as `train`. Prints samples/s: median, min and max of
-the rounds, and the ratios.
+the UNet with its default attention, plain AdamW; EMA is left out on both sides. It runs in fp32, the example's
+default, and in bf16. Ours runs the recipe's task through the same calls as `train`. Prints samples/s: median, min and
+max of the rounds, and the ratios.
 """
 
 from __future__ import annotations

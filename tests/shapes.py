@@ -47,5 +47,6 @@ def make_shapes(path: Path) -> Path:
         for n in ("images_64.npy", "index.jsonl")
     }
     manifest = {"format": "pocketfusion-images", "version": 1, "name": "shapes", "sizes": [SIZE], "files": files}
+    manifest["licences"] = [{"what": "Drawings plain", "spdx": "CC0-1.0", "attribution": "nobody"}]
     (path / "dataset.json").write_text(json.dumps(manifest))
     return path

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile import export as module
-from pocketfusion.mobile import gate
+from pocketfusion.mobile import gate, measure
 from pocketfusion.mobile.export import export
 
 
@@ -128,14 +128,14 @@ def test_lost_guidance_writes_nothing(
     tiny_folder: Path, tmp_path: Path, fast_conversion: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text encoder that says the same for every prompt passes no guidance gate, whatever the UNet's SQNR is."""
-    original = module._run
+    original = measure.run_file
 
     def deaf(file: Path, network: str, reference: object, embeds: object = None) -> object:
         if embeds is not None:
             embeds = embeds[:1].repeat(len(embeds), 0)  # type: ignore[index]
         return original(file, network, reference, embeds)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_run", deaf)
+    monkeypatch.setattr(measure, "run_file", deaf)
     refused(tiny_folder, tmp_path / "out", "follow the prompt 0.000 times as much")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile import gate
-from pocketfusion.mobile.convert import BATCH_1, DEFAULT_SIGNATURE, convert
+from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.flatbuffer import operations, weights
 from pocketfusion.mobile.quantize import MIN_WEIGHT_SQNR, quantize, rounding_sqnr
 
@@ -33,12 +33,12 @@ class _Net(nn.Module):
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("net") / "net.tflite"
-    convert(_Net(), {DEFAULT_SIGNATURE: {"x": torch.zeros(2, 64)}, BATCH_1: {"x": torch.zeros(1, 64)}}, path)
+    convert(_Net(), {"x": torch.zeros(2, 64)}, path)
     return path
 
 
-def test_signatures_share_one_copy_of_the_weights(exact: Path) -> None:
-    assert len(operations(exact)) == 2
+def test_a_file_holds_one_signature_and_one_copy_of_the_weights(exact: Path) -> None:
+    assert len(operations(exact)) == 1
     parameters = (2 * 64 * 512 + 512 + 64) * 4
     assert parameters < exact.stat().st_size < 1.5 * parameters
 
@@ -50,15 +50,14 @@ def test_quantized_file_is_smaller_and_near(
     quantize(exact, tmp_path / "small.tflite", kind)
     x = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
     reference = gate.run(exact, [{"x": x}], "y", DEFAULT_SIGNATURE)
-    for signature, inputs in ((DEFAULT_SIGNATURE, x), (BATCH_1, x[:1])):
-        small = gate.run(tmp_path / "small.tflite", [{"x": inputs}], "y", signature)
-        assert least < gate.sqnr(reference[:, : len(inputs)], small) < 100
+    small = gate.run(tmp_path / "small.tflite", [{"x": x}], "y", DEFAULT_SIGNATURE)
+    assert least < gate.sqnr(reference, small) < 100
     assert (tmp_path / "small.tflite").stat().st_size < share * exact.stat().st_size
 
 
 def test_outlier_layer_is_the_one_that_stays_float16(exact: Path) -> None:
     values = {round(rounding_sqnr(w.values), 1) for w in weights(exact)}
-    assert len(values) == 2  # two layers, shared by both signatures
+    assert len(values) == 2  # two layers
     assert min(values) < MIN_WEIGHT_SQNR < max(values)
 
 

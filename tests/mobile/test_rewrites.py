@@ -52,7 +52,7 @@ class _Block(nn.Module):
 
 
 def test_residual_branch_is_nhwc_inside(tmp_path: Path) -> None:
-    convert(_Block(), {"serving_default": {"x": torch.randn(1, 6, 6, 8)}}, tmp_path / "block.tflite")
+    convert(_Block(), {"x": torch.randn(1, 6, 6, 8)}, tmp_path / "block.tflite")
     (counts,) = operations(tmp_path / "block.tflite")
     assert counts["CONV_2D"] == 1
     assert counts["TRANSPOSE"] == 0 and counts["BROADCAST_TO"] == 0

@@ -41,6 +41,8 @@ def test_provenance_says_how_it_came_to_be(trained):
     assert base is not None and base.finished and base.samples_seen == 24 and base.stage == "train-teacher"
     assert base.parents["autoencoder"] == folder_hash(trained / "autoencoder")
     assert base.data["name"] == "shapes at 64 px" and math.isfinite(base.results["val_mse"])
+    licence = (trained / "base" / "licences" / "drawings-plain.txt").read_text()
+    assert "SPDX-License-Identifier: CC0-1.0" in licence and "Attribution: nobody" in licence
     autoencoder = read_provenance(trained / "autoencoder")
     assert autoencoder is not None and autoencoder.results["test_combo_psnr_db"] > 0
 

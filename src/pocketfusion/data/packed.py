@@ -11,6 +11,7 @@ import numpy as np
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.models.licences import LicenceNote
 
 FORMAT, VERSION = "pocketfusion-images", 1
 
@@ -22,8 +23,16 @@ class CaptionedImages:
     plainest first), `split` and `flip` (whether the mirrored picture still fits its caption).
     """
 
-    def __init__(self, images: np.ndarray, rows: Sequence[dict], name: str, fingerprint: str):
+    def __init__(
+        self,
+        images: np.ndarray,
+        rows: Sequence[dict],
+        name: str,
+        fingerprint: str,
+        licences: Sequence[LicenceNote] = (),
+    ):
         self.images, self.rows, self.name, self.fingerprint = images, list(rows), name, fingerprint
+        self.licences = tuple(licences)  #: of the pictures, as far as the data set states them
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,4 +83,5 @@ def open_packed(path: Path, size: int, *, verify: bool = False) -> CaptionedImag
     fingerprint = (
         manifest["files"][f"images_{size}.npy"]["sha256"][:16] + manifest["files"]["index.jsonl"]["sha256"][:16]
     )
-    return CaptionedImages(images, rows, f"{manifest['name']} at {size} px", fingerprint)
+    licences = [LicenceNote(**entry) for entry in manifest.get("licences", [])]
+    return CaptionedImages(images, rows, f"{manifest['name']} at {size} px", fingerprint, licences)

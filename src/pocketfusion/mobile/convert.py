@@ -14,27 +14,24 @@ from pocketfusion.mobile.flatbuffer import slim
 from pocketfusion.mobile.quiet import quiet
 from pocketfusion.mobile.rewrites import rewrite
 
-#: The signature every file has. The UNet's takes batch 2: negative prompt, prompt.
+#: The signature every file has. The UNet's takes batch 2: negative prompt, prompt. A second one of batch 1 would share
+#: the weights on disk, but XNNPACK packs them once more in memory, and tracing it doubles the time of an export.
 DEFAULT_SIGNATURE = "serving_default"
-#: The UNet's second signature: batch 1, for guidance scale 1. Both share one copy of the weights.
-BATCH_1 = "batch1"
 
 
-def convert(module: nn.Module, signatures: Mapping[str, Mapping[str, torch.Tensor]], path: Path) -> None:
+def convert(module: nn.Module, samples: Mapping[str, torch.Tensor], path: Path) -> None:
     """Writes `module` as fp32 LiteRT at `path`, atomically.
 
-    `signatures`: signature name -> sample inputs by name. Shapes and types are fixed to the samples'; inputs and the
-    module's outputs (a dict) keep their names. Signatures share one copy of the weights.
+    `samples`: sample inputs by name. Shapes and types are fixed to theirs; inputs and the module's outputs (a dict)
+    keep their names.
     Raises PocketfusionError if the network holds an operation that litert-torch cannot lower.
     """
     with quiet():
         import litert_torch
 
         litert_torch.config.show_progress = False
-        rewritten = rewrite(module)
         converter = litert_torch.Converter()
-        for name, samples in signatures.items():
-            converter.add_signature(name, rewritten, sample_kwargs=dict(samples))
+        converter.add_signature(DEFAULT_SIGNATURE, rewrite(module), sample_kwargs=dict(samples))
         try:
             model = converter.convert()
         except OSError:

@@ -20,10 +20,11 @@ from pocketfusion import __version__
 from pocketfusion.artefact import atomic_folder, check_writable_parent, sha256_file, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash, load_pipeline, read_provenance
-from pocketfusion.mobile import gate, specs
-from pocketfusion.mobile.convert import BATCH_1, DEFAULT_SIGNATURE, convert
-from pocketfusion.mobile.inputs import GateInputs, reference_runs
+from pocketfusion.mobile import specs
+from pocketfusion.mobile.convert import convert
+from pocketfusion.mobile.inputs import reference_runs
 from pocketfusion.mobile.licences import copy_licences
+from pocketfusion.mobile.measure import NetworkReport, measure, run_file
 from pocketfusion.mobile.quantize import WEIGHTS, quantize
 from pocketfusion.mobile.quiet import quiet
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
@@ -37,25 +38,6 @@ STAGES = (
     *(f"{name.replace('_', ' ')}: {step}" for name in NETWORKS for step in ("convert", "gate")),
     "writing bundle",
 )
-
-
-@dataclass(frozen=True)
-class NetworkReport:
-    """One network's row of the report.
-
-    `sqnr_db` is over all gate inputs together (text encoder: at the prompts' tokens), `padding_sqnr_db` the text
-    encoder's at the padding; `chain_sqnr_db` and `guidance_delta` are the UNet's, fed by the exported text encoder.
-    """
-
-    name: str
-    weights: str
-    size: int
-    parameters: int
-    macs: int
-    sqnr_db: float
-    padding_sqnr_db: float | None = None
-    chain_sqnr_db: float | None = None
-    guidance_delta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +98,8 @@ def export(
             file = partial / f"{network}.tflite"
             _write_network(pipeline, network, networks[network], kinds[network], file)
             stage()
-            measured = _run(file, network, reference)
-            rows[network] = _measure(network, kinds, file, networks[network], pipeline, measured, reference, embeds)
+            measured = run_file(file, network, reference)
+            rows[network] = measure(network, kinds, file, networks[network], pipeline, measured, reference, embeds)
             if network == "text_encoder":
                 embeds = measured
         stage()
@@ -189,75 +171,14 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 
 def _write_network(pipeline: StablePipeline, network: str, module: nn.Module, kind: str, file: Path) -> None:
-    """Writes the network at `file`; the UNet with a second signature of batch 1."""
-    signatures = {DEFAULT_SIGNATURE: specs.samples(pipeline, batch=2)[network]}
-    if network == "unet":
-        signatures[BATCH_1] = specs.samples(pipeline, batch=1)[network]
+    samples = specs.samples(pipeline, batch=2)[network]
     if kind == "float32":
-        convert(module, signatures, file)
+        convert(module, samples, file)
         return
     exact = file.with_suffix(".float32.tflite")
-    convert(module, signatures, exact)
+    convert(module, samples, exact)
     quantize(exact, file, kind)
     exact.unlink()
-
-
-def _run(file: Path, network: str, reference: GateInputs, embeds: np.ndarray | None = None) -> np.ndarray:
-    """The file's outputs on the gate's inputs; with `embeds`, the UNet attends to these instead of PyTorch's."""
-    inputs = reference.inputs[network]
-    if embeds is not None:
-        states = [np.concatenate([embeds[0], embeds[prompt]]) for prompt in reference.prompts]
-        inputs = [one | {"encoder_hidden_states": s} for one, s in zip(inputs, states, strict=True)]
-    output = {"text_encoder": "prompt_embeds", "unet": "noise_pred", "decoder": "image"}[network]
-    return gate.run(file, inputs, output, DEFAULT_SIGNATURE)
-
-
-def _measure(
-    network: str,
-    kinds: Mapping[str, str],
-    file: Path,
-    module: nn.Module,
-    pipeline: StablePipeline,
-    measured: np.ndarray,
-    reference: GateInputs,
-    embeds: np.ndarray | None,
-) -> NetworkReport:
-    """The network's figures; raises PocketfusionError if one misses its gate."""
-    expected, kind, coarser = reference.outputs[network], kinds[network], _coarser(kinds)
-    padding = chain = delta = None
-    if network == "text_encoder":
-        tokens = np.stack([one["attention_mask"] for one in reference.inputs[network]]).astype(bool)
-        sqnr = gate.sqnr(expected[tokens], measured[tokens])
-        if not tokens.all():
-            padding = gate.sqnr(expected[~tokens], measured[~tokens])
-            gate.check_sqnr("text encoder's padding", kind, padding, gate.MIN_PADDING_SQNR)
-    else:
-        sqnr = gate.sqnr(expected, measured)
-    gate.check_sqnr(network.replace("_", " "), kind, sqnr)
-    if network == "unet":
-        fed = _run(file, network, reference, embeds)
-        chain = gate.sqnr(expected, fed)
-        original = gate.guidance_std(expected)
-        if original > 0:  # zero for a network that ignores the prompt: nothing to keep
-            delta = gate.guidance_std(fed) / original
-            gate.check_guidance(coarser, delta)
-        gate.check_sqnr("unet, fed by the exported text encoder,", coarser, chain)
-    return NetworkReport(
-        name=network,
-        weights=kind,
-        size=file.stat().st_size,
-        parameters=sum(p.numel() for p in module.parameters()),
-        macs=specs.multiply_adds(module, specs.samples(pipeline, batch=1)[network]),
-        sqnr_db=round(sqnr, 2),
-        padding_sqnr_db=None if padding is None else round(padding, 2),
-        chain_sqnr_db=None if chain is None else round(chain, 2),
-        guidance_delta=None if delta is None else round(delta, 5),
-    )
-
-
-def _coarser(kinds: Mapping[str, str]) -> str:
-    """The coarser weights of text encoder and UNet."""
-    return max((kinds["text_encoder"], kinds["unet"]), key=WEIGHTS.index)
 
 
 @torch.no_grad()

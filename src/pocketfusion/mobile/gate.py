@@ -7,7 +7,7 @@ conversion can have a fair SQNR and still lose the prompt, which moves the predi
 and is then multiplied by the guidance scale; this shows it.
 
 The text encoder's states at padding have gates of their own. Nothing trained them, and they are ill-conditioned:
-noise 60 dB below MiniLM's weights leaves 54 dB at the prompt's tokens and 36 dB at the padding (docs/export.md).
+noise 60 dB below MiniLM's weights leaves 53 dB at the prompt's tokens and 36 dB at the padding (docs/export.md).
 """
 
 from __future__ import annotations

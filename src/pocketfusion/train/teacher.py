@@ -200,7 +200,7 @@ def train_teacher(
     task.prepare(cache or stage.run / "cache", vae_hash, text.fingerprint, device)
 
     def write(folder: Path, result: TrainResult) -> dict:
-        write_base_folder(folder, unet, vae, text, task.scheduler, autoencoder)
+        write_base_folder(folder, unet, vae, text, task.scheduler, data.licences)
         task.preview(unet).save(folder / "preview.png")
         return {"autoencoder": (found := read_provenance(autoencoder)) and found.results}
 

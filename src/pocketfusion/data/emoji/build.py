@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -196,6 +196,7 @@ def build_emoji(
             "splits": dict(sorted(Counter(row["split"] for row in rows).items())),
             "kinds": dict(sorted(Counter(row["kind"] for row in rows).items())),
             "settings": {**settings.__dict__, "styles": list(settings.styles), "sizes": list(settings.sizes)},
+            "licences": [asdict(STYLES[name].licence_note) for name in settings.styles],
             "packages_lock_sha256": lock_hash(),
             "files": {p.name: {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files},
         }

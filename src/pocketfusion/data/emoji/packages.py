@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.models.licences import LicenceNote
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Style:
     def words(self) -> str:
         """The style's name as captions write it."""
         return self.name.replace("-", " ")
+
+    @property
+    def licence_note(self) -> LicenceNote:
+        """The licence of its drawings."""
+        return LicenceNote(f"Drawings {self.name}", self.spdx, self.attribution)
 
 
 _ICONIFY = "@iconify-json"
