@@ -1,6 +1,5 @@
 """Every `pocketfusion` command of the README runs, in the README's order, on small data."""
 
-import re
 import shlex
 from pathlib import Path
 
@@ -16,9 +15,13 @@ SMALL = {
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```(?:console|bash|sh)?\n(.*?)```", README.read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.removeprefix("$ ").split(" #")[0].strip() for line in lines if "pocketfusion " in line.split("#")[0]]
+    commands, inside = [], False
+    for line in README.read_text().splitlines():
+        if line.startswith("```"):
+            inside = not inside and line == "```console"
+        elif inside and line.startswith("$ "):
+            commands.append(line.removeprefix("$ ").split(" #")[0].strip())
+    return commands
 
 
 def test_the_readme_has_commands():

@@ -179,7 +179,7 @@ def _multiply_adds(path: Path) -> tuple[dict[str, int] | None, str]:
     """Multiply-adds of one call per network at batch 1, counted on shapes alone (meta tensors), and a note if not."""
     if find_spec("torch") is None or find_spec("diffusers") is None:
         return None, "to count them: pip install 'pocketfusion[compress]'"
-    from pocketfusion.mobile.quiet import quiet
+    from pocketfusion.quiet import quiet
 
     with quiet():  # what the libraries say on import is of no use here
         return _count_on_meta(path)

@@ -17,7 +17,7 @@ from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import TextSettings, load_recipe
 from pocketfusion.train.judge import contrastive_loss
 from pocketfusion.train.place import StageRun
-from pocketfusion.train.sample import sample_images, sample_latents, seeded_noise
+from pocketfusion.train.sample import noise_batch, sample_images, sample_latents
 from pocketfusion.train.teacher import train_teacher
 
 
@@ -73,7 +73,7 @@ def test_the_base_loads_in_stock_diffusers_and_draws_what_our_sampler_draws(trai
         num_inference_steps=3,
     )
     theirs = stock(
-        "a red disc", latents=seeded_noise([7], (4, 8, 8)), num_inference_steps=3, guidance_scale=4.0, output_type="np"
+        "a red disc", latents=noise_batch([7], (4, 8, 8)), num_inference_steps=3, guidance_scale=4.0, output_type="np"
     ).images
     mse = np.mean((ours[0] / 255.0 - theirs[0]) ** 2)
     assert 10 * math.log10(1 / mse) >= 40

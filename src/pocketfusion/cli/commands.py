@@ -1,7 +1,3 @@
-"""Registers every command on the application."""
+"""Registers every command on the application, in the order in which `--help` lists them."""
 
-import importlib.util
-
-for _name in ("data", "train", "evaluate", "export", "generate", "info"):
-    if importlib.util.find_spec(f"pocketfusion.cli.{_name}"):
-        importlib.import_module(f"pocketfusion.cli.{_name}")
+from pocketfusion.cli import generate, info, data, train, evaluate, export  # noqa: F401  # isort: skip

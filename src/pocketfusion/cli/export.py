@@ -38,7 +38,7 @@ def export_command(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from pocketfusion.artefact import check_writable_parent, write_json
-    from pocketfusion.mobile.quiet import quiet
+    from pocketfusion.quiet import quiet
 
     if json_file:
         check_writable_parent(json_file)
@@ -69,12 +69,12 @@ def export_command(
 def _print(report: ExportReport, console: Console) -> None:
     from rich.table import Table
 
-    table = Table("network", "weights", *("MB", "parameters", "MACs", "SQNR dB", "guidance delta"))
+    table = Table("network", "weights", "MB", "parameters", "MACs", "SQNR dB", "guidance delta")
     for column in table.columns[2:]:
         column.justify = "right"
     for row in report.networks:
         delta = "" if row.guidance_delta is None else f"{row.guidance_delta:.4f}"
-        cells = (f"{row.size / 1e6:.2f}", f"{row.parameters:,}", f"{row.macs:,}", f"{row.sqnr_db:.1f}", delta)
-        table.add_row(row.name, row.weights, *cells)
+        cells = (f"{row.size / 1e6:.2f}", f"{row.parameters / 1e6:.2f} M", f"{row.macs / 1e6:,.0f} M")
+        table.add_row(row.name.replace("_", " "), row.weights, *cells, f"{row.sqnr_db:.1f}", delta)
     console.print(table)
     console.print(f"{report.bundle}: {report.size / 1e6:.2f} MB; peak memory {report.peak_rss / 1e6:,.0f} MB")

@@ -6,6 +6,7 @@ import warnings
 from importlib.util import find_spec
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.quiet import quiet
 
 COMPRESS = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "yaml")
 
@@ -26,11 +27,11 @@ def require_compress() -> None:
 def quiet_libraries() -> None:
     """Silences warnings and progress bars that tell a user nothing; imports the libraries."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    import transformers
+    with quiet():  # torchao, which litert-torch brings, complains of GPU extensions
+        import diffusers
+        import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    import diffusers
-
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()

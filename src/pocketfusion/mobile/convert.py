@@ -11,8 +11,8 @@ from torch import nn
 from pocketfusion.artefact import atomic_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.flatbuffer import slim
-from pocketfusion.mobile.quiet import quiet
 from pocketfusion.mobile.rewrites import rewrite
+from pocketfusion.quiet import quiet
 
 #: The signature every file has. The UNet's takes batch 2: negative prompt, prompt. A second one of batch 1 would share
 #: the weights on disk, but XNNPACK packs them once more in memory, and tracing it doubles the time of an export.

@@ -26,8 +26,8 @@ from pocketfusion.mobile.inputs import reference_runs
 from pocketfusion.mobile.licences import copy_licences
 from pocketfusion.mobile.measure import NetworkReport, measure, run_file
 from pocketfusion.mobile.quantize import WEIGHTS, quantize
-from pocketfusion.mobile.quiet import quiet
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
+from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, BundleFile, Defaults, Manifest, Network, Networks
 
 #: Called with the stage's name, its number from 0 and their count.

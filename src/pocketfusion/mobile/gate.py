@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.quiet import quiet
+from pocketfusion.quiet import quiet
 
 #: Least SQNR in dB, by the network's weights.
 MIN_SQNR = {"float32": 60.0, "float16": 45.0, "int8": 25.0}

@@ -18,7 +18,7 @@ from pocketfusion.artefact import atomic_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.flatbuffer import WEIGHT_OPERATIONS, slim, weights
 from pocketfusion.mobile.gate import sqnr
-from pocketfusion.mobile.quiet import quiet
+from pocketfusion.quiet import quiet
 
 Weights = Literal["float32", "float16", "int8"]
 WEIGHTS: tuple[str, ...] = get_args(Weights)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
+from pocketfusion.folder import PROVENANCE
 from pocketfusion.models.licences import LicenceNote, write_licences
 from pocketfusion.models.text_encoder import TextEncoder
 
@@ -18,10 +20,14 @@ def write_base_folder(
     vae: AutoencoderKL,
     text: TextEncoder,
     scheduler: DDIMScheduler,
+    autoencoder: Path,
     licences: Sequence[LicenceNote],
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads: weights in `dtype`, and licences."""
+    """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads: weights in `dtype`, and licences.
+
+    `vae/` keeps the provenance of `autoencoder`, so that it can be trained on from there.
+    """
     pipeline = StableDiffusionPipeline(
         unet=unet,
         vae=vae,
@@ -38,4 +44,6 @@ def write_base_folder(
     pipeline.save_pretrained(folder, safe_serialization=True)
     for module in modules:
         module.to(torch.float32)
+    if (autoencoder / PROVENANCE).is_file():
+        shutil.copyfile(autoencoder / PROVENANCE, folder / "vae" / PROVENANCE)
     write_licences(folder, [*([text.licence] if text.licence else []), *licences])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy.typing as npt
 from ai_edge_litert.interpreter import Interpreter
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.quiet import quiet
 from pocketfusion.runtime import manifest
 
 Array = npt.NDArray[Any]
@@ -24,20 +22,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps LiteRT's native "Created TensorFlow Lite XNNPACK delegate" off stderr; its errors come as exceptions."""
-    sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
 class Network:
     """A `.tflite` file, loaded and ready: its constructor allocates and packs, so that calls cost run time only."""
 
@@ -45,7 +29,7 @@ class Network:
         """Raises PocketfusionError if LiteRT refuses the file or no signature has the manifest's tensors."""
         self.path, self.spec = path, spec
         try:
-            with _quiet():
+            with quiet():  # LiteRT's native "Created XNNPACK delegate"; its errors come as exceptions
                 # held because LiteRT's signature runners use it without owning it
                 self._interpreter = Interpreter(str(path), num_threads=num_threads)
                 self._interpreter.allocate_tensors()

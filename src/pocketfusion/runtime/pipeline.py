@@ -17,6 +17,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.memory import peak_rss
 from pocketfusion.runtime.networks import Network, available_cores
+from pocketfusion.runtime.noise import seeded_noise
 from pocketfusion.runtime.scheduler import DDIMScheduler
 from pocketfusion.runtime.tokenizer import PromptTokenizer, clean_text
 
@@ -150,8 +151,7 @@ class Pipeline:
     def noise(self, seed: int) -> Array:
         """Standard normal latents of `seed`, [1, height, width, channels], by numpy's PCG64."""
         shape = self.manifest.latents
-        generator = np.random.Generator(np.random.PCG64(seed))
-        return generator.standard_normal((1, shape.height, shape.width, shape.channels), np.float32)
+        return seeded_noise(seed, shape.height, shape.width, shape.channels)[None]
 
     def decode(self, latents: Array) -> Image.Image:
         """The picture of latents [1, height, width, channels]; PocketfusionError if the decoder gives NaN."""

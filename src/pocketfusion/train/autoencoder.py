@@ -150,7 +150,11 @@ def train_autoencoder(recipe: Recipe, data: CaptionedImages, stage: StageRun, in
         return finished
     torch.manual_seed(recipe.autoencoder.train.seed)
     try:
-        vae = AutoencoderKL.from_pretrained(init) if init else AutoencoderKL(**recipe.autoencoder.config)
+        vae = (
+            AutoencoderKL.from_pretrained(init, torch_dtype=torch.float32)
+            if init
+            else AutoencoderKL(**recipe.autoencoder.config)
+        )
     except (TypeError, ValueError, OSError) as error:
         raise PocketfusionError(f"the autoencoder cannot be made ({str(error).splitlines()[0]})") from None
     task = AutoencoderTask(recipe, data, TrainableAutoencoder(vae))  # type: ignore[arg-type]

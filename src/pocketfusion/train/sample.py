@@ -9,16 +9,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from pocketfusion.models.text_encoder import TextEncoder
+from pocketfusion.runtime.noise import seeded_noise
 from pocketfusion.train.autoencoder import to_uint8
 
 
-def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
-    """Standard normal noise [B, C, h, w] from numpy's PCG64, drawn as [h, w, C] like the runtime does, so that a
-    seed gives the same picture here and on the phone."""
+def noise_batch(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
+    """The runtime's noise of each seed for latents of `shape` (C, h, w): [B, C, h, w]."""
     channels, height, width = shape
-    draws = [
-        np.random.Generator(np.random.PCG64(s)).standard_normal((height, width, channels), np.float32) for s in seeds
-    ]
+    draws = [seeded_noise(seed, height, width, channels) for seed in seeds]
     return torch.from_numpy(np.stack(draws)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -73,7 +71,7 @@ def sample_images(
         latents = sample_latents(
             unet,
             scheduler,
-            seeded_noise(seeds[start : start + batch], shape).to(unet.device),
+            noise_batch(seeds[start : start + batch], shape).to(unet.device),
             states,
             empty.to(unet.device).expand_as(states),
             num_inference_steps=num_inference_steps,

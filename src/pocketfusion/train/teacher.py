@@ -200,9 +200,10 @@ def train_teacher(
     task.prepare(cache or stage.run / "cache", vae_hash, text.fingerprint, device)
 
     def write(folder: Path, result: TrainResult) -> dict:
-        write_base_folder(folder, unet, vae, text, task.scheduler, data.licences)
+        write_base_folder(folder, unet, vae, text, task.scheduler, autoencoder, data.licences)
         task.preview(unet).save(folder / "preview.png")
-        return {"autoencoder": (found := read_provenance(autoencoder)) and found.results}
+        made = read_provenance(autoencoder)
+        return {"autoencoder": {"samples_seen": made.samples_seen, **made.results}} if made else {}
 
     samples_before = before.samples_seen if before else 0
     return run_stage(stage, task, recipe.teacher.train, identity, write, samples_before)

@@ -1,4 +1,4 @@
-"""Keeps the converter's native log lines (absl, MLIR, XNNPACK) and its Python warnings off the terminal."""
+"""Keeps native log lines (absl, MLIR, XNNPACK) and libraries' Python warnings off the terminal."""
 
 from __future__ import annotations
 
