@@ -1,0 +1,96 @@
+"""The model inside the package and the folder it was exported from."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pocketfusion
+from pocketfusion.runtime.manifest import embedded_bundle
+
+ROOT = Path(__file__).parents[1]
+BASE, JUDGE = ROOT / "models" / "emoji" / "base", ROOT / "models" / "emoji" / "judge"
+PROMPT, SEED = "a red apple, noto style", 3
+GOLDEN = Path(__file__).parent / "golden" / "apple.png"
+
+
+def psnr(a, b) -> float:
+    mse = np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2)
+    return 10 * math.log10(255**2 / max(mse, 1e-9))
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return pocketfusion.load()
+
+
+@pytest.fixture(scope="module")
+def stock():
+    from diffusers import StableDiffusionPipeline
+
+    loaded = StableDiffusionPipeline.from_pretrained(BASE, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_it_fits(pipeline):
+    assert sum(p.stat().st_size for p in Path(embedded_bundle()).rglob("*") if p.is_file()) <= 40e6
+
+
+def test_it_was_exported_from_the_committed_folder(pipeline):
+    from pocketfusion.folder import folder_hash
+
+    assert pipeline.manifest.provenance["model_folder"] == folder_hash(BASE)
+
+
+def test_trained_weights_stay_under_100_mb():
+    assert sum(p.stat().st_size for f in (BASE, JUDGE) for p in f.rglob("*") if p.is_file()) < 100e6
+
+
+def test_same_seed_same_bytes_and_the_golden_picture(pipeline):
+    first, second = (pipeline.generate(PROMPT, seed=SEED).images[0] for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+    # another processor may round otherwise; a changed sampler or bundle draws something else
+    assert psnr(first, Image.open(GOLDEN)) > 30
+
+
+def test_the_prompt_matters(pipeline):
+    apple, contrast = (
+        np.asarray(pipeline.generate(prompt, seed=SEED).images[0], float)
+        for prompt in (PROMPT, "a cat, fluent contrast style")
+    )
+    red = apple[..., 0] - apple[..., 1:].mean(-1)
+    assert red.max() > 100  # red somewhere
+    saturation = contrast.max(-1) - contrast.min(-1)
+    assert np.median(saturation) < 30  # black and white
+
+
+def test_the_base_folder_draws_the_same_in_stock_diffusers(stock):
+    from diffusers import DDIMScheduler
+
+    from pocketfusion.models.text_encoder import TextEncoder
+    from pocketfusion.train.sample import noise_batch, sample_images
+
+    text = TextEncoder(stock.text_encoder, stock.tokenizer, "")
+    scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    ours = sample_images(
+        stock.unet, stock.vae, text, scheduler, [PROMPT], [SEED], num_inference_steps=10, guidance_scale=4.0
+    )
+    config = stock.unet.config
+    noise = noise_batch([SEED], (config.in_channels, config.sample_size, config.sample_size))
+    theirs = stock(PROMPT, latents=noise, num_inference_steps=10, guidance_scale=4.0, output_type="pil").images[0]
+    assert psnr(ours[0], theirs) >= 40
+
+
+def test_the_bundle_draws_what_the_folder_draws(pipeline, stock):
+    """8-bit weights move details, not the picture."""
+    from pocketfusion.train.sample import noise_batch
+
+    config = stock.unet.config
+    noise = noise_batch([SEED], (config.in_channels, config.sample_size, config.sample_size))
+    settings = {"num_inference_steps": 25, "guidance_scale": pipeline.manifest.defaults.guidance_scale}
+    theirs = stock(PROMPT, latents=noise, output_type="pil", **settings).images[0]
+    ours = pipeline.generate(PROMPT, seed=SEED, num_inference_steps=25).images[0]
+    assert psnr(ours, theirs) > 20
