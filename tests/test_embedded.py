@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import pocketfusion
@@ -30,7 +31,7 @@ def pipeline():
 def stock():
     from diffusers import StableDiffusionPipeline
 
-    loaded = StableDiffusionPipeline.from_pretrained(BASE, local_files_only=True)
+    loaded = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32, local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

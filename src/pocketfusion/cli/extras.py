@@ -27,9 +27,11 @@ def require_compress() -> None:
 def quiet_libraries() -> None:
     """Silences warnings and progress bars that tell a user nothing; imports the libraries."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with quiet():  # torchao, which litert-torch brings, complains of GPU extensions
+    with quiet():  # torchao, which litert-torch brings, complains of GPU extensions when a network is first named
         import diffusers
         import transformers
+
+        diffusers.UNet2DConditionModel  # noqa: B018
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
