@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
@@ -132,6 +136,40 @@ def test_continuing_from_a_folder_adds_up_the_samples(trained, tiny_recipe, tiny
         load_recipe(tiny_recipe), open_dataset(tiny_data, 64), trained / "autoencoder", stage, init=trained / "base"
     )
     assert done.samples_seen == 48 and done.parents["init"] == folder_hash(trained / "base")
+
+
+def test_two_processes_train_the_same_teacher(trained, tiny_recipe, tiny_data, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "29572",
+        "-m",
+        "pocketfusion",
+    ]
+    launch += ["train-teacher", str(tiny_recipe), "--data", str(tiny_data), "--out", str(tmp_path / "base")]
+    launch += ["--autoencoder", str(trained / "autoencoder")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for folder in (trained / "base", tmp_path / "base")
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name].float(), two[name].float(), atol=2e-3) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from PIL import Image
@@ -197,7 +198,8 @@ def train_teacher(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast_attention(unet, device)
     task = TeacherTask(recipe, data, unet, vae, text)
-    task.prepare(cache or stage.run / "cache", vae_hash, text.fingerprint, device)
+    with PartialState().main_process_first():  # one process fills the caches, the others find them
+        task.prepare(cache or stage.run / "cache", vae_hash, text.fingerprint, device)
 
     def write(folder: Path, result: TrainResult) -> dict:
         write_base_folder(folder, unet, vae, text, task.scheduler, autoencoder, data.licences)
