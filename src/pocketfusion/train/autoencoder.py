@@ -19,7 +19,7 @@ from pocketfusion.recipe import Recipe
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun
-from pocketfusion.train.stage import is_finished, run_stage
+from pocketfusion.train.stage import finished_result, run_stage
 
 VALIDATION = ("val_combo", "val_concept")
 
@@ -144,9 +144,7 @@ def train_autoencoder(recipe: Recipe, data: CaptionedImages, stage: StageRun, in
     if init is not None:
         before = read_provenance(init)
         samples_before = before.samples_seen if before else 0
-    if is_finished(stage, identity):
-        finished = read_provenance(stage.out)
-        assert finished is not None
+    if (finished := finished_result(stage, identity)) is not None:
         return finished
     torch.manual_seed(recipe.autoencoder.train.seed)
     try:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import Provenance, read_provenance
+from pocketfusion.folder import Provenance
 from pocketfusion.models.judge import Judge, JudgeModel, pool_states
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import Recipe
@@ -21,7 +21,7 @@ from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.cache import CaptionTable
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun
-from pocketfusion.train.stage import is_finished, run_stage
+from pocketfusion.train.stage import finished_result, run_stage
 
 MAX_SHIFT = 6  # pixels of 64; position augmentation, since generated pictures are never placed exactly
 
@@ -121,9 +121,7 @@ def train_judge(recipe: Recipe, data: CaptionedImages, stage: StageRun) -> Prove
         "parents": {},
         "data": {"name": data.name, "fingerprint": data.fingerprint},
     }
-    if is_finished(stage, identity):
-        finished = read_provenance(stage.out)
-        assert finished is not None
+    if (finished := finished_result(stage, identity)) is not None:
         return finished
     text = load_text_encoder(recipe.text)
     torch.manual_seed(recipe.judge.train.seed)

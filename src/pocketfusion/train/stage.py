@@ -15,22 +15,20 @@ from pocketfusion.train.loop import Task, TrainResult, train
 from pocketfusion.train.place import StageRun
 
 
-def is_finished(stage: StageRun, identity: dict[str, Any]) -> bool:
-    """Whether `stage.out` is the finished result of the same inputs.
+def finished_result(stage: StageRun, identity: dict[str, Any]) -> Provenance | None:
+    """The provenance of `stage.out` if it is the finished result of the same inputs, else None.
 
     Raises PocketfusionError if something else is there, unless it may be overwritten or it is this stage's unfinished
     result.
     """
     if not stage.out.exists():
-        return False
+        return None
     before = read_provenance(stage.out)
-    same = before is not None and before.stage == identity["stage"] and before.settings == identity["settings"]
-    same = same and before is not None and before.parents == identity["parents"] and before.data == identity["data"]
-    if same and before is not None:
-        return before.finished
+    if before is not None and all(getattr(before, name) == value for name, value in identity.items()):
+        return before if before.finished else None
     if not stage.overwrite:
         raise PocketfusionError(f"{stage.out} exists and came from other inputs: choose another --out or --overwrite")
-    return False
+    return None
 
 
 def run_stage(

@@ -24,7 +24,7 @@ from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.objectives import DenoisingObjective
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.sample import sample_images
-from pocketfusion.train.stage import is_finished, run_stage
+from pocketfusion.train.stage import finished_result, run_stage
 
 PREVIEW_PROMPTS = (
     "red apple, noto style",
@@ -182,9 +182,7 @@ def train_teacher(
         "parents": parents,
         "data": {"name": data.name, "fingerprint": data.fingerprint},
     }
-    if is_finished(stage, identity):
-        finished = read_provenance(stage.out)
-        assert finished is not None
+    if (finished := finished_result(stage, identity)) is not None:
         return finished
     text = load_text_encoder(recipe.text)
     vae = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32).requires_grad_(False).eval()
