@@ -18,6 +18,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import learning_rate_at, train, update_ema
+from processes import launch_two
 
 
 def losses(run: Path) -> list[float]:
@@ -53,6 +54,7 @@ def test_kill_9_loses_at_most_one_checkpoint_interval(tmp_path):
 import os, signal, sys
 from pathlib import Path
 from loop_task import LineTask, settings
+from processes import launch_two
 from pocketfusion.train.loop import train
 kill = lambda step, _: step == 8 and os.kill(os.getpid(), signal.SIGKILL)
 train(LineTask(), settings(), Path(sys.argv[1]), fingerprint={"a": 1}, on_step=kill)
@@ -109,28 +111,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 def test_two_processes_equal_one(tmp_path):
     one = train(LineTask(), settings(), tmp_path / "one", fingerprint={})
-    script = Path(__file__).parent / "loop_task.py"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29571"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "two")],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch_two(Path(__file__).parent / "loop_task.py", tmp_path / "two", port=29571)
     two = load_file(tmp_path / "two" / "checkpoints" / "step_00000012" / "ema.safetensors")
     assert torch.allclose(torch.cat([two["weight"].flatten(), two["bias"]]), weights(one), atol=1e-5)
     assert np.allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)

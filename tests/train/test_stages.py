@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,6 +20,7 @@ from pocketfusion.train.judge import contrastive_loss
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.sample import noise_batch, sample_images, sample_latents
 from pocketfusion.train.teacher import train_teacher
+from processes import launch_two
 
 
 @pytest.fixture(scope="session")
@@ -139,31 +137,8 @@ def test_continuing_from_a_folder_adds_up_the_samples(trained, tiny_recipe, tiny
 
 
 def test_two_processes_train_the_same_teacher(trained, tiny_recipe, tiny_data, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "29572",
-        "-m",
-        "pocketfusion",
-    ]
-    launch += ["train-teacher", str(tiny_recipe), "--data", str(tiny_data), "--out", str(tmp_path / "base")]
-    launch += ["--autoencoder", str(trained / "autoencoder")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = ["-m", "pocketfusion", "train-teacher", tiny_recipe, "--data", tiny_data, "--out", tmp_path / "base"]
+    launch_two(*arguments, "--autoencoder", trained / "autoencoder", port=29572)
     one, two = (
         load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
         for folder in (trained / "base", tmp_path / "base")
