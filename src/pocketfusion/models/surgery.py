@@ -1,0 +1,116 @@
+"""Weights of one architecture carried over to another: kept, copied, or cut."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic_unet import ElasticUNet
+
+Weights = dict[str, torch.Tensor]
+
+
+def with_architecture(unet: ElasticUNet, architecture: Architecture) -> ElasticUNet:
+    """A network of `architecture` with `unet`'s weights; `unet` is untouched.
+
+    A block that `unet` lacks is a copy of the one before it in its layer. Where the copy's shape differs (of a ResNet
+    that changes channels), what fits is copied and its last convolution begins at zero, so that it begins as the
+    identity. A narrowed feed-forward keeps its strongest inner channels.
+    Raises PocketfusionError if the architecture cannot run on this base, or wants weights that are gone.
+    """
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        new = ElasticUNet(**{**config, "architecture": architecture.model_dump(mode="json")})
+    old, wanted = unet.state_dict(), new.state_dict()
+    values = {name: old[name].clone() for name, like in wanted.items() if _fits(old, name, like)}
+    for name, source in _sources(unet.architecture, architecture).items():
+        if any(f"{name}.{key}" not in values for key in new.block(name).state_dict()):
+            made = _block_weights(_part(old, source), new.block(name))
+            values |= {f"{name}.{key}": value for key, value in made.items()}
+    missing = [name for name in wanted if name not in values]
+    if missing:
+        raise PocketfusionError(f"the weight {missing[0]} is no longer in this UNet: begin from the base's weights")
+    new.load_state_dict(values, assign=True)
+    return new.train(unet.training)
+
+
+def _fits(old: Weights, name: str, like: torch.Tensor) -> bool:
+    return name in old and old[name].shape == like.shape
+
+
+def _part(weights: Weights, name: str) -> Weights:
+    return {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+
+
+def _sources(old: Architecture, new: Architecture) -> dict[str, str]:
+    """For each block of `new`: itself if `old` has it, else the nearest block before it in its layer that `old` has."""
+    known, sources = set(old.names()), {}
+    last: tuple[tuple, str] | None = None
+    for at, _ in new.blocks():
+        place = (at.stage, at.kind, at.index)
+        if str(at) in known:
+            last = (place, str(at))
+        if last is None or last[0] != place:
+            raise PocketfusionError(f"{at} is no longer in this UNet: begin from the base's weights to bring it back")
+        sources[str(at)] = last[1]
+    return sources
+
+
+def _block_weights(source: Weights, target: nn.Module) -> Weights:
+    """Weights for the block `target`, from those of the block that it is or copies."""
+    if isinstance(target, ResnetBlock2D):
+        return _resnet_copy(source, target)
+    values, kept = {}, {}
+    for name, like in target.state_dict().items():
+        value = source[name]
+        if value.shape != like.shape:
+            inner = name[: name.index(".ff.net.")]
+            if inner not in kept:
+                width = target.get_submodule(f"{inner}.ff.net.2").in_features
+                kept[inner] = strongest_channels(_part(source, f"{inner}.ff.net"), width)
+            value = cut_feed_forward(name, value, kept[inner])
+        values[name] = value.clone()
+    return values
+
+
+def _resnet_copy(source: Weights, target: ResnetBlock2D) -> Weights:
+    """A ResNet for other channels in: what fits is copied, the rest is new, the last convolution is zero."""
+    if all(_fits(source, name, like) for name, like in target.state_dict().items()):
+        return {name: source[name].clone() for name in target.state_dict()}
+    with torch.device("cpu"):
+        fresh = ResnetBlock2D(
+            in_channels=target.in_channels,
+            out_channels=target.out_channels,
+            temb_channels=target.time_emb_proj.in_features,
+            groups=target.norm1.num_groups,
+        ).state_dict()
+    if "conv_shortcut.weight" in fresh:  # the hidden state comes first, then the skip: hand the first through
+        width = target.out_channels
+        fresh["conv_shortcut.weight"].zero_()[:, :width, 0, 0] = torch.eye(width)
+        fresh["conv_shortcut.bias"].zero_()
+    like = next(iter(source.values()))
+    values = {
+        name: (source[name] if _fits(source, name, value) and "shortcut" not in name else value).clone().to(like)
+        for name, value in fresh.items()
+    }
+    for name in ("conv2.weight", "conv2.bias"):
+        values[name].zero_()
+    return values
+
+
+def strongest_channels(feed_forward: Weights, count: int) -> torch.Tensor:
+    """Indices [count] of a GEGLU feed-forward's strongest inner channels, |w_value| |w_gate| |w_out|, ascending."""
+    value, gate = feed_forward["0.proj.weight"].float().chunk(2)
+    strength = value.norm(dim=1) * gate.norm(dim=1) * feed_forward["2.weight"].float().norm(dim=0)
+    return strength.topk(count).indices.sort().values
+
+
+def cut_feed_forward(name: str, value: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The part of a GEGLU feed-forward's parameter that belongs to the inner channels `kept`."""
+    if name.endswith("net.2.weight"):
+        return value[:, kept]
+    half = len(value) // 2
+    return value[torch.cat([kept, kept + half])]
