@@ -63,6 +63,27 @@ class TeacherSettings(_Settings):
     train: TrainSettings
 
 
+class ElasticSettings(_Settings):
+    """Robust training (SnapFusion 3.1): each block is left out of a step with its kind's probability.
+
+    The probabilities rise from 0 over the first `ramp_steps`.
+    """
+
+    attention_drop: float = Field(default=0.15, ge=0, lt=1)
+    resnet_drop: float = Field(default=0.15, ge=0, lt=1)
+    ramp_steps: int = Field(default=100, ge=0)
+    train: TrainSettings
+
+
+class RecoverySettings(_Settings):
+    """Distillation of a smaller UNet from its base (BK-SDM, eq. 1): weights of its three losses."""
+
+    task_weight: float = Field(default=1.0, ge=0)
+    output_weight: float = Field(default=1.0, ge=0)
+    feature_weight: float = Field(default=1.0, ge=0)
+    train: TrainSettings
+
+
 class JudgeSettings(_Settings):
     """The image-text judge: `widths` of its image tower's stages and the shared embedding size."""
 
@@ -87,6 +108,8 @@ class Recipe(_Settings):
     autoencoder: AutoencoderSettings
     teacher: TeacherSettings
     judge: JudgeSettings
+    elastic: ElasticSettings | None = None
+    recovery: RecoverySettings | None = None
 
 
 def load_recipe(path: Path) -> Recipe:

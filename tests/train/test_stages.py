@@ -23,21 +23,6 @@ from pocketfusion.train.teacher import train_teacher
 from processes import launch_two
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, tiny_recipe, tiny_data, cli):
-    """autoencoder, judge and base folders, each made by its command."""
-    root = tmp_path_factory.mktemp("trained")
-    for command, out, more in (
-        ("train-autoencoder", "autoencoder", ()),
-        ("train-judge", "judge", ()),
-        ("train-teacher", "base", ("--autoencoder", root / "autoencoder")),
-    ):
-        done = cli(command, tiny_recipe, "--data", tiny_data, "--out", root / out, *more)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "finished" in done.stdout and "UNEXPECTED" not in done.stdout + done.stderr
-    return root
-
-
 def test_provenance_says_how_it_came_to_be(trained):
     base = read_provenance(trained / "base")
     assert base is not None and base.finished and base.samples_seen == 24 and base.stage == "train-teacher"

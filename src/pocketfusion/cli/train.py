@@ -22,10 +22,12 @@ OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", sh
 RunOpt = Annotated[Path | None, typer.Option("--run", help="Checkpoints, log, previews. Default: OUT.run")]
 MinutesOpt = Annotated[float | None, typer.Option("--max-minutes", help="Stop after MIN; run again to go on.")]
 InitOpt = Annotated[Path | None, typer.Option("--init", help="Begin with the weights of this folder.")]
+CacheOpt = Annotated[Path | None, typer.Option("--cache", help="Latents and prompt states. Default: RUN/cache")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that came from other inputs.")]
 
 
-def _begin(recipe: Path, data: Path, out: Path, run: Path | None, minutes: float | None, overwrite: bool) -> tuple:
+def begin(recipe: Path, data: Path, out: Path, run: Path | None, minutes: float | None, overwrite: bool) -> tuple:
+    """The quick checks of every training command: (recipe, pictures, stage)."""
     from pocketfusion.cli.extras import COMPRESS, quiet_libraries, require
 
     require(*COMPRESS)
@@ -40,7 +42,8 @@ def _begin(recipe: Path, data: Path, out: Path, run: Path | None, minutes: float
     return loaded, images, stage
 
 
-def _report(provenance: Provenance, out: Path) -> None:
+def report(provenance: Provenance, out: Path) -> None:
+    """Prints what a stage made."""
     state = "finished" if provenance.finished else "stopped by --max-minutes; run the same command to go on"
     console = Console(highlight=False)
     console.print(f"{out}: {provenance.samples_seen:,} samples, {provenance.hours:.2f} h, {state}")
@@ -59,10 +62,10 @@ def train_autoencoder_command(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Train the autoencoder (SD's AutoencoderKL) on the pictures."""
-    loaded, images, stage = _begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
     from pocketfusion.train.autoencoder import train_autoencoder
 
-    _report(train_autoencoder(loaded, images, stage, init), out)
+    report(train_autoencoder(loaded, images, stage, init), out)
 
 
 @app.command("train-teacher")
@@ -76,16 +79,14 @@ def train_teacher_command(
     run: RunOpt = None,
     max_minutes: MinutesOpt = None,
     init: InitOpt = None,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", help="Latents and prompt states. Default: RUN/cache")
-    ] = None,
+    cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Train the base UNet and write the whole model folder."""
-    loaded, images, stage = _begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
     from pocketfusion.train.teacher import train_teacher
 
-    _report(train_teacher(loaded, images, autoencoder, stage, init, cache), out)
+    report(train_teacher(loaded, images, autoencoder, stage, init, cache), out)
 
 
 @app.command("train-judge")
@@ -98,7 +99,7 @@ def train_judge_command(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Train the judge: the image-text model that scores pictures."""
-    loaded, images, stage = _begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
     from pocketfusion.train.judge import train_judge
 
-    _report(train_judge(loaded, images, stage), out)
+    report(train_judge(loaded, images, stage), out)

@@ -1,10 +1,10 @@
 """Which blocks a UNet of Stable Diffusion's family has: SnapFusion's search space as a value, without torch.
 
-A UNet is stages (`down_blocks.0` … `mid_block` … `up_blocks.3`), a stage is layers, and a layer is what stock diffusers
-has at one index: a ResNet, then a cross-attention block (diffusers' Transformer2DModel), then the skip connection that a
-down layer gives and an up layer takes. Blocks are removed and copied inside a layer, so the skips stay as they are;
-dropping a whole layer drops its skip too. A block is named by its path in the network: `up_blocks.1.attentions.2`, its
-first copy `up_blocks.1.attentions.2_1`.
+A UNet is stages (`down_blocks.0` … `mid_block` … `up_blocks.3`), a stage is layers, and a layer is what stock
+diffusers has at one index: a ResNet, then a cross-attention block (diffusers' Transformer2DModel), then the skip
+connection that a down layer gives and an up layer takes. Blocks are removed and copied inside a layer, so the skips
+stay as they are; dropping a whole layer drops its skip too. A block is named by its path in the network:
+`up_blocks.1.attentions.2`, its first copy `up_blocks.1.attentions.2_1`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Kind = Literal["resnets", "attentions"]
 KIND_NAMES: dict[Kind, str] = {"attentions": "cross-attention", "resnets": "ResNet"}
 MID = "mid_block"
 MOST_BLOCKS = 7  #: of one kind in one layer
-_NAME = re.compile(r"^(?P<stage>(?:down|up)_blocks\.\d+|mid_block)\.(?P<kind>resnets|attentions)\.(?P<index>\d+)(?:_(?P<number>\d+))?$")
+_NAME = re.compile(
+    r"^(?P<stage>(?:down|up)_blocks\.\d+|mid_block)\.(?P<kind>resnets|attentions)\.(?P<index>\d+)(?:_(?P<number>\d+))?$"
+)
 
 
 class _Value(BaseModel):
@@ -154,7 +156,7 @@ class Architecture(_Value):
 
         def insert(blocks: tuple[Block, ...], block: Block) -> tuple[Block, ...]:
             if len(blocks) >= MOST_BLOCKS:
-                raise PocketfusionError(f"{name} cannot be copied: its layer has {MOST_BLOCKS} blocks, the most allowed")
+                raise PocketfusionError(f"{name} cannot be copied: its layer has {MOST_BLOCKS} blocks, no more fit")
             copy = block.model_copy(update={"number": 1 + max(b.number for b in blocks)})
             at = blocks.index(block) + 1
             return (*blocks[:at], copy, *blocks[at:])
@@ -169,7 +171,7 @@ class Architecture(_Value):
         )
 
     def without_self_attention(self, name: str) -> Architecture:
-        """That cross-attention block keeps its text cross-attention and feed-forward (MobileDiffusion, section 3.1)."""
+        """That block keeps its text cross-attention and feed-forward (MobileDiffusion, section 3.1)."""
         return self._update(name, self_attention=False)
 
     def narrow_feed_forward(self, name: str, share: float) -> Architecture:
@@ -186,6 +188,4 @@ class Architecture(_Value):
 
     def drop_sampler(self, stage: str) -> Architecture:
         """That stage keeps its resolution at its end, and so gives (down) or changes nothing there."""
-        return Architecture(
-            stages={**self.stages, stage: self.stages[stage].model_copy(update={"sampler": False})}
-        )
+        return Architecture(stages={**self.stages, stage: self.stages[stage].model_copy(update={"sampler": False})})

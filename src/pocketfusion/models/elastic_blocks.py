@@ -54,9 +54,9 @@ class CrossAttentionOnly(nn.Module):
         return hidden_states + self.ff(self.norm3(hidden_states))
 
 
-def attention_block(stock: nn.Module, block: Block) -> nn.Module:
+def attention_block(stock: Any, block: Block) -> nn.Module:
     """`stock` (a Transformer2DModel) or, for a copy, its like, without what `block` lacks; sizes only, no weights."""
-    module = copy.deepcopy(stock) if block.number or not block.self_attention or block.feed_forward < 1 else stock
+    module: Any = copy.deepcopy(stock) if block.number or not block.self_attention or block.feed_forward < 1 else stock
     for i, inner in enumerate(module.transformer_blocks):
         if block.feed_forward < 1:
             gate, out = inner.ff.net[0].proj, inner.ff.net[2]
@@ -94,14 +94,14 @@ def resnet_block(stock: ResnetBlock2D, block: Block, shape: Shape) -> nn.Module:
 class ElasticStage(nn.Module):
     """A down, mid or up stage: its layers' blocks by name, and what a removed block leaves."""
 
-    def __init__(self, name: str, stage: Stage, stock: nn.Module | None, shapes: dict[tuple[str, int], Shape]):
+    def __init__(self, name: str, stage: Stage, stock: Any, shapes: dict[tuple[str, int], Shape]):
         super().__init__()
         self.name, self.stage = name, stage
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Any = None  # diffusers sets both
         self.resnets, self.attentions = nn.ModuleDict(), nn.ModuleDict()
         for layer in stage.layers:
             at, shape = layer.index, shapes[name, layer.index]
-            assert stock is not None  # check_architecture: a layer is one of the base's
             for block in layer.resnets:
                 key = BlockName(name, "resnets", at, block.number).key
                 self.resnets[key] = resnet_block(stock.resnets[at], block, shape)
@@ -110,8 +110,9 @@ class ElasticStage(nn.Module):
             for block in layer.attentions:
                 key = BlockName(name, "attentions", at, block.number).key
                 self.attentions[key] = attention_block(stock.attentions[at], block)
-        self.downsamplers = self.upsamplers = None
-        if stage.sampler and stock is not None:
+        self.downsamplers: Any = None
+        self.upsamplers: Any = None
+        if stage.sampler:
             self.downsamplers = getattr(stock, "downsamplers", None)
             self.upsamplers = getattr(stock, "upsamplers", None)
 
@@ -160,11 +161,11 @@ class ElasticStage(nn.Module):
             return x if skip is None else torch.cat([x, skip], dim=1)
 
         first = f"{layer.index}"
-        if isinstance(self.resnets[first] if first in self.resnets else None, Shortcut):
+        if first in self.resnets and isinstance(self.resnets[first], Shortcut):
             x = self.resnets[first](joined(x))
         for block in layer.resnets:
             name = BlockName(self.name, "resnets", layer.index, block.number)
-            module = self.resnets[name.key]
+            module: Any = self.resnets[name.key]
             if str(name) not in skipped:
                 x = self._call(module, joined(x), temb)
             elif block.number == 0 and module.conv_shortcut is not None:
@@ -173,7 +174,5 @@ class ElasticStage(nn.Module):
 
     def _call(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(module, *args, **kwargs)  # set by diffusers
+            return self._gradient_checkpointing_func(module, *args, **kwargs)
         return module(*args, **kwargs)
-
-

@@ -1,16 +1,16 @@
 """The elastic UNet: stock diffusers' UNet in which every block can be removed, copied, thinned or skipped.
 
-SnapFusion (arXiv 2306.00980) sections 3.1 and 3.2 search over such networks; section 3.1's robust training skips blocks
-at random, which `ElasticUNet.skipped` does.
+SnapFusion (arXiv 2306.00980) sections 3.1 and 3.2 search over such networks; section 3.1's robust training skips
+blocks at random, which `ElasticUNet.skipped` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  (pipelines look for ModelMixin here to load it)
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 
@@ -22,6 +22,7 @@ from pocketfusion.models.skips import check_architecture, layer_shapes
 #: What a UNet of SD's 1.x and 2.x family sets, key by key; other keys are free or at diffusers' default.
 _FAMILY: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
+    "time_embedding_act_fn": (None,),
     "addition_embed_type": (None,),
     "encoder_hid_dim_type": (None,),
     "num_class_embeds": (None,),
@@ -88,12 +89,16 @@ class ElasticUNet(UNet2DConditionModel):
         self.skipped: frozenset[str] = frozenset()
         shapes = layer_shapes(self.config)
 
-        def stage(name: str, module: nn.Module | None) -> ElasticStage:
-            return ElasticStage(name, self.architecture.stages[name], module, shapes)
+        def stages(side: str, modules: Iterable[nn.Module]) -> list[ElasticStage]:
+            names = [name for name in self.architecture.stages if name.startswith(side)]
+            return [
+                ElasticStage(name, self.architecture.stages[name], module, shapes)
+                for name, module in zip(names, modules, strict=True)
+            ]
 
-        self.down_blocks = nn.ModuleList(stage(f"down_blocks.{i}", m) for i, m in enumerate(self.down_blocks))
-        self.mid_block = stage(MID, self.mid_block)
-        self.up_blocks = nn.ModuleList(stage(f"up_blocks.{i}", m) for i, m in enumerate(self.up_blocks))
+        self.down_blocks: Any = nn.ModuleList(stages("down", self.down_blocks))
+        self.mid_block: Any = stages(MID, [self.mid_block])[0]
+        self.up_blocks: Any = nn.ModuleList(stages("up", self.up_blocks))
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
@@ -155,6 +160,17 @@ def as_elastic(unet: UNet2DConditionModel) -> ElasticUNet:
         elastic = ElasticUNet(**config)
     elastic.load_state_dict({name: tensor.detach().clone() for name, tensor in unet.state_dict().items()}, assign=True)
     return elastic.train(unet.training)
+
+
+def as_stock(unet: ElasticUNet) -> UNet2DConditionModel:
+    """A stock UNet with a copy of `unet`'s weights if its architecture is the stock one, else `unet` itself."""
+    if unet.architecture != Architecture.stock(unet.config):
+        return unet
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != "architecture"}
+    with torch.device("meta"):
+        stock = UNet2DConditionModel(**config)
+    stock.load_state_dict({name: tensor.detach().clone() for name, tensor in unet.state_dict().items()}, assign=True)
+    return stock.train(unet.training)
 
 
 def load_elastic(path: Any) -> ElasticUNet:

@@ -80,7 +80,9 @@ def check_architecture(architecture: Architecture, config: Mapping[str, Any]) ->
             where = f"{name} layer {layer.index}"
             shape = shapes.get((name, layer.index))
             if shape is None:
-                raise PocketfusionError(f"{where} is not in the base, whose {name} has {len(stock.stages[name].layers)}")
+                raise PocketfusionError(
+                    f"{where} is not in the base, whose {name} has {len(stock.stages[name].layers)}"
+                )
             for kind in ("resnets", "attentions"):
                 numbers = [block.number for block in getattr(layer, kind)]
                 if len(set(numbers)) != len(numbers):
@@ -121,6 +123,6 @@ def _take(skips: list[Skip], where: str, shape: Shape) -> None:
     skip = skips.pop()
     if (skip.channels, skip.level) != (shape.skip, shape.level):
         raise PocketfusionError(
-            f"{where} takes a skip of {shape.skip} channels at 1/{2**shape.level} of the latents' size but gets that of "
-            f"{skip.giver}, {skip.channels} at 1/{2**skip.level}: drop partners together"
+            f"{where} takes a skip of {shape.skip} channels at 1/{2**shape.level} of the latents' size but gets that "
+            f"of {skip.giver}, {skip.channels} at 1/{2**skip.level}: drop partners together"
         )

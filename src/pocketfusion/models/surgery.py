@@ -46,7 +46,7 @@ def _part(weights: Weights, name: str) -> Weights:
 
 
 def _sources(old: Architecture, new: Architecture) -> dict[str, str]:
-    """For each block of `new`: itself if `old` has it, else the nearest block before it in its layer that `old` has."""
+    """For each block of `new`: itself if `old` has it, else the nearest one before it in its layer that `old` has."""
     known, sources = set(old.names()), {}
     last: tuple[tuple, str] | None = None
     for at, _ in new.blocks():
@@ -69,7 +69,7 @@ def _block_weights(source: Weights, target: nn.Module) -> Weights:
         if value.shape != like.shape:
             inner = name[: name.index(".ff.net.")]
             if inner not in kept:
-                width = target.get_submodule(f"{inner}.ff.net.2").in_features
+                width = target.state_dict()[f"{inner}.ff.net.2.weight"].shape[1]
                 kept[inner] = strongest_channels(_part(source, f"{inner}.ff.net"), width)
             value = cut_feed_forward(name, value, kept[inner])
         values[name] = value.clone()

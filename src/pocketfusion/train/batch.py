@@ -21,6 +21,7 @@ class Batch:
     indices: np.ndarray  #: dataset indices of this part
     start: int  #: where this part begins in the global batch
     total: int  #: samples in the global batch
+    step: int  #: from 0
     generator: torch.Generator = field(repr=False)
 
     def _part(self, values: torch.Tensor) -> torch.Tensor:
@@ -33,6 +34,10 @@ class Batch:
     def rand(self, *shape: int) -> torch.Tensor:
         """Uniform numbers in [0, 1), [part, *shape]."""
         return self._part(torch.rand(self.total, *shape, generator=self.generator))
+
+    def shared(self, count: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1), [count], that all parts of the step have in common."""
+        return torch.rand(count, generator=self.generator)
 
     def randint(self, high: int) -> torch.Tensor:
         """Uniform integers in [0, high), [part]."""
@@ -76,4 +81,4 @@ class BatchPlan:
         size = self.batch_size // parts
         start = part * size
         generator = torch.Generator().manual_seed((self.seed * _PRIME + step) % 2**63)
-        return Batch(self.indices(step)[start : start + size], start, self.batch_size, generator)
+        return Batch(self.indices(step)[start : start + size], start, self.batch_size, step, generator)

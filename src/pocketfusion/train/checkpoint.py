@@ -14,6 +14,7 @@ from torch import nn
 from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
 
+_STATE = ("step", "exp_avg", "exp_avg_sq")
 _KEEP = 2
 
 
@@ -25,7 +26,8 @@ def save_checkpoint(
     moments = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
-        moments.update({f"{key}:{name}": state[key].contiguous() for key in ("exp_avg", "exp_avg_sq") if key in state})
+        # a parameter that random depth has left out has fewer steps, or none
+        moments.update({f"{key}:{name}": state[key].contiguous() for key in _STATE if key in state})
     path = folder / f"step_{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(path, overwrite=True) as partial:
@@ -56,12 +58,11 @@ def load_checkpoint(path: Path, model: nn.Module, ema: list[torch.Tensor], optim
         model.load_state_dict(weights)
         for (name, parameter), average in zip(model.named_parameters(), ema, strict=True):
             average.copy_(averages[name])
-            optimizer.state[parameter] = {
-                # fused AdamW keeps its step beside the parameters, the plain one on the CPU
-                "step": torch.tensor(float(step), device=device if optimizer.defaults.get("fused") else "cpu"),
-                "exp_avg": moments[f"exp_avg:{name}"].clone(memory_format=torch.preserve_format),
-                "exp_avg_sq": moments[f"exp_avg_sq:{name}"].clone(memory_format=torch.preserve_format),
-            }
+            if f"step:{name}" in moments:
+                state = {key: moments[f"{key}:{name}"].clone(memory_format=torch.preserve_format) for key in _STATE}
+                if not optimizer.defaults.get("fused"):
+                    state["step"] = state["step"].cpu()  # fused AdamW keeps its step beside the parameters
+                optimizer.state[parameter] = state
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise PocketfusionError(
             f"the checkpoint {path} is damaged ({error.__class__.__name__}): delete it to resume from the one before"

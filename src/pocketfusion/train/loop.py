@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from PIL import Image
 from torch import nn
 
@@ -24,7 +24,10 @@ from pocketfusion.train.log import TrainLog
 
 
 class Task(Protocol):
-    """What a stage gives to the loop."""
+    """What a stage gives to the loop.
+
+    A task whose loss leaves some parameters without a gradient also has `unused_parameters = True`.
+    """
 
     plan: BatchPlan
 
@@ -90,8 +93,11 @@ def train(
     Raises PocketfusionError on a run begun with other settings, a batch that does not divide, or a loss that is
     not finite (the last good checkpoint stays).
     """
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=getattr(task, "unused_parameters", False))
     accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        kwargs_handlers=[parallel],
     )
     parts = accelerator.num_processes * settings.gradient_accumulation
     if settings.batch_size % parts:

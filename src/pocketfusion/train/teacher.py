@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, check_finite, folder_hash, read_provenance
 from pocketfusion.models.base import write_base_folder
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
-from pocketfusion.recipe import Recipe
+from pocketfusion.recipe import Recipe, TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.cache import CaptionTable, cache_latents, cache_prompts
 from pocketfusion.train.loop import TrainResult
@@ -42,12 +44,29 @@ PREVIEW_PROMPTS = (
 )
 
 
+class Noised(NamedTuple):
+    """A training batch on the device: latents [B, C, h, w], their noise and z_t, timesteps [B], states [B, T, D]."""
+
+    x: torch.Tensor
+    noise: torch.Tensor
+    z_t: torch.Tensor
+    timesteps: torch.Tensor
+    states: torch.Tensor
+
+
 class TeacherTask:
     """SD's training objective: a noised latent, its caption's states (dropped with `prompt_dropout`), the target."""
 
     def __init__(
-        self, recipe: Recipe, data: CaptionedImages, unet: UNet2DConditionModel, vae: AutoencoderKL, text: TextEncoder
+        self,
+        recipe: Recipe,
+        data: CaptionedImages,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text: TextEncoder,
+        settings: TrainSettings | None = None,
     ):
+        settings = settings or recipe.teacher.train
         self.settings, self.data, self.model, self.vae, self.text = recipe.teacher, data, unet, vae, text
         self.scheduler = DDIMScheduler(**recipe.teacher.scheduler)
         self.objective = DenoisingObjective(
@@ -61,7 +80,7 @@ class TeacherTask:
         self.indices = np.concatenate([train, self.held_out])  # what the caches hold, in this order
         rows = np.split(np.arange(len(train)), np.cumsum([len(indices) for indices, _ in pools])[:-1])
         plan_pools = [(part, share) for part, (_, share) in zip(rows, pools, strict=True)]
-        self.plan = BatchPlan(plan_pools, recipe.teacher.train.batch_size, recipe.teacher.train.seed)
+        self.plan = BatchPlan(plan_pools, settings.batch_size, settings.seed)
         self.flip = np.array([data.rows[i]["flip"] for i in self.indices]) & recipe.data.flip
         self.captions = CaptionTable([data.rows[i] for i in self.indices])
         self.device = torch.device("cpu")
@@ -79,8 +98,8 @@ class TeacherTask:
         self.vae.to(device)
         self.text.encoder.to(device)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        """See `DenoisingObjective`; logs the plain mean squared error."""
+    def noised(self, batch: Batch) -> Noised:
+        """The batch's latents (mirrored at random where allowed), noised at random timesteps, and caption states."""
         mirrored = (batch.rand() < 0.5).numpy() & self.flip[batch.indices]
         mean, std = torch.from_numpy(self.latents[batch.indices, mirrored.astype(int)]).float().chunk(2, dim=1)
         x = (mean + std * batch.randn(*mean.shape[1:])) * self.vae.config.scaling_factor
@@ -90,9 +109,13 @@ class TeacherTask:
         timesteps = batch.randint(self.scheduler.config.num_train_timesteps)
         noise = batch.randn(*x.shape[1:])
         z_t = self.objective.add_noise(x, noise, timesteps)
-        x, noise, z_t, states = (value.to(self.device) for value in (x, noise, z_t, states))
-        prediction = model(z_t, timesteps.to(self.device), states).sample
-        loss, mse = self.objective.loss(prediction, x, noise, timesteps)
+        return Noised(*(value.to(self.device) for value in (x, noise, z_t, timesteps, states)))
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """See `DenoisingObjective`; logs the plain mean squared error."""
+        made = self.noised(batch)
+        prediction = model(made.z_t, made.timesteps, made.states).sample
+        loss, mse = self.objective.loss(prediction, made.x, made.noise, made.timesteps.cpu())
         return loss, {"mse": mse.item()}
 
     @torch.no_grad()
@@ -137,9 +160,10 @@ def fast_attention(unet: UNet2DConditionModel, device: torch.device) -> None:
     unet.set_attn_processor(AttnProcessor() if device.type == "cpu" else AttnProcessor2_0())
 
 
-def check_shapes(recipe: Recipe, vae: AutoencoderKL, text: TextEncoder) -> None:
+def check_shapes(
+    unet: Mapping[str, Any], recipe: Recipe, vae: AutoencoderKL, text: TextEncoder, where: str = "teacher.unet"
+) -> None:
     """Raises PocketfusionError if the UNet's shapes do not fit the autoencoder, the pictures or the text encoder."""
-    unet = recipe.teacher.unet
     side = recipe.data.size // 2 ** (len(vae.config.block_out_channels) - 1)
     wanted = {
         "in_channels": vae.config.latent_channels,
@@ -150,7 +174,7 @@ def check_shapes(recipe: Recipe, vae: AutoencoderKL, text: TextEncoder) -> None:
     for name, value in wanted.items():
         if unet.get(name) != value:
             raise PocketfusionError(
-                f"teacher.unet.{name} is {unet.get(name)}, but the other networks need {value}: edit the recipe"
+                f"{where}.{name} is {unet.get(name)}, but the other networks need {value}: edit the recipe"
             )
 
 
@@ -186,7 +210,7 @@ def train_teacher(
         return finished
     text = load_text_encoder(recipe.text)
     vae = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32).requires_grad_(False).eval()
-    check_shapes(recipe, vae, text)
+    check_shapes(recipe.teacher.unet, recipe, vae, text)
     torch.manual_seed(recipe.teacher.train.seed)
     if init is None:
         unet = UNet2DConditionModel(**recipe.teacher.unet)

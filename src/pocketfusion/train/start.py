@@ -1,0 +1,67 @@
+"""What training on from a model folder begins with: its networks, checked against the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+
+from pocketfusion.data.packed import CaptionedImages
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import check_finite, check_folder, folder_hash
+from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
+from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
+from pocketfusion.recipe import Recipe
+from pocketfusion.train.teacher import check_shapes, fast_attention
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model folder opened for training: its UNet (elastic), its frozen autoencoder, the recipe's text encoder."""
+
+    folder: Path
+    unet: ElasticUNet
+    vae: AutoencoderKL
+    text: TextEncoder
+    vae_hash: str
+    device: torch.device
+
+
+def open_start(folder: Path, recipe: Recipe) -> Start:
+    """Raises PocketfusionError if the folder is not sound, not SD-family, or the recipe was made for another model."""
+    check_folder(folder)
+    unet = load_elastic(folder)
+    check_finite(unet, str(folder / "unet"))
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).requires_grad_(False).eval()
+    text = load_text_encoder(recipe.text)
+    check_shapes(unet.config, recipe, vae, text, where=str(folder / "unet"))
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler").config
+    for name, value in recipe.teacher.scheduler.items():
+        if scheduler[name] != value:
+            raise PocketfusionError(
+                f"the recipe's teacher.scheduler.{name} is {value!r} but {folder} was trained with {scheduler[name]!r}"
+                ": use the recipe of that model"
+            )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fast_attention(unet, device)
+    return Start(folder, unet, vae, text, folder_hash(folder / "vae"), device)
+
+
+def identity(
+    stage: str, settings: dict[str, Any], recipe: Recipe, data: CaptionedImages, parents: dict[str, str]
+) -> dict[str, Any]:
+    """What a stage's result depends on: its own settings, those of the base's objective, data and parents."""
+    shared = {
+        "data": recipe.data.model_dump(mode="json"),
+        "text": recipe.text.model_dump(),
+        "objective": recipe.teacher.model_dump(mode="json", include={"prompt_dropout", "min_snr_gamma"}),
+    }
+    return {
+        "stage": stage,
+        "settings": settings | shared,
+        "parents": parents,
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+    }
