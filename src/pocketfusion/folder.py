@@ -111,6 +111,8 @@ def load_pipeline(path: Path) -> StableDiffusionPipeline:
     import torch
     from diffusers import StableDiffusionPipeline
 
+    import pocketfusion.models.elastic_unet  # noqa: F401  (diffusers finds an evolved UNet's class only once imported)
+
     check_folder(path)
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(

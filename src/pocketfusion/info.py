@@ -192,10 +192,13 @@ def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str]:
 
     from pocketfusion.mobile.specs import multiply_adds, samples
     from pocketfusion.mobile.wrappers import wrap
+    from pocketfusion.models.elastic_unet import ElasticUNet
 
     try:
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path / "unet"))
+            config = UNet2DConditionModel.load_config(path / "unet")
+            kind = ElasticUNet if config.get("_class_name") == "ElasticUNet" else UNet2DConditionModel
+            unet = kind.from_config(config)
             vae = AutoencoderKL.from_config(AutoencoderKL.load_config(path / "vae"))
             text_encoder = AutoModel.from_config(AutoConfig.from_pretrained(path / "text_encoder"))
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)

@@ -1,3 +1,8 @@
 """Registers every command on the application, in the order in which `--help` lists them."""
 
-from pocketfusion.cli import generate, info, architecture, data, train, elastic, evaluate, export  # noqa: F401  # isort: skip
+# ruff: noqa: F401, I001
+from pocketfusion.cli import generate, info
+from pocketfusion.cli import data, train
+from pocketfusion.cli import profile, elastic, evolve, remove, architecture
+from pocketfusion.cli import evaluate, sweep
+from pocketfusion.cli import export

@@ -41,7 +41,8 @@ def open_judge(path: Path) -> Judge:
     return judge
 
 
-def _judge_notes(path: Path, fingerprint: str) -> list[str]:
+def judge_notes(path: Path, fingerprint: str) -> list[str]:
+    """What a reader must know of a judge that does not fit, or may not fit, the data it scores."""
     provenance = read_provenance(path)
     if provenance is None:
         return ["The judge carries no provenance: whether it has seen these held-out pictures is not known."]
@@ -90,7 +91,7 @@ def evaluate_folder(
         system, images, scorer, chosen, sampler=sampler, judge_identity=identity, seed=seed, progress=progress
     )
     outcome.report.protocol |= {"pocketfusion": __version__, "machine": machine(), "samples": samples}
-    outcome.report.notes += _judge_notes(judge, images.fingerprint)
+    outcome.report.notes += judge_notes(judge, images.fingerprint)
     with atomic_folder(out, overwrite=overwrite) as partial:
         write_outcome(outcome, partial)
     return outcome.report

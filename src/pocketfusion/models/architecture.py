@@ -22,6 +22,7 @@ Kind = Literal["resnets", "attentions"]
 KIND_NAMES: dict[Kind, str] = {"attentions": "cross-attention", "resnets": "ResNet"}
 MID = "mid_block"
 MOST_BLOCKS = 7  #: of one kind in one layer
+FEED_FORWARD_SHARES = (0.5, 0.25)  #: of the stock inner width that a thinned feed-forward may keep
 _NAME = re.compile(
     r"^(?P<stage>(?:down|up)_blocks\.\d+|mid_block)\.(?P<kind>resnets|attentions)\.(?P<index>\d+)(?:_(?P<number>\d+))?$"
 )

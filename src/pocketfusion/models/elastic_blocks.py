@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -174,5 +175,5 @@ class ElasticStage(nn.Module):
 
     def _call(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(module, *args, **kwargs)
+            return self._gradient_checkpointing_func(functools.partial(module, **kwargs), *args)
         return module(*args, **kwargs)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  (pipelines look for ModelMixin here to load it)
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
@@ -105,6 +106,7 @@ class ElasticUNet(UNet2DConditionModel):
         """diffusers' hook: which keys of a config file are arguments of `__init__`."""
         return {*UNet2DConditionModel._get_init_keys(UNet2DConditionModel), "architecture"}
 
+    @apply_lora_scale("cross_attention_kwargs")
     def forward(
         self,
         sample: torch.Tensor,

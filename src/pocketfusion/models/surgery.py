@@ -65,6 +65,8 @@ def _block_weights(source: Weights, target: nn.Module) -> Weights:
         return _resnet_copy(source, target)
     values, kept = {}, {}
     for name, like in target.state_dict().items():
+        if name not in source or like.numel() > source[name].numel():
+            continue  # cut away before: `with_architecture` says so
         value = source[name]
         if value.shape != like.shape:
             inner = name[: name.index(".ff.net.")]

@@ -1,0 +1,151 @@
+"""`pocketfusion evolve`: the first ranking, or the whole search and the model folder that it ends with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pocketfusion.artefact import atomic_folder, write_json
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.evolve.actions import ActionKind, reductions
+from pocketfusion.evolve.algorithm import Outcome, Progress, Search, Settings, Tools, evolve
+from pocketfusion.evolve.budget import budget_in_ms, check_reachable
+from pocketfusion.evolve.figures import frontier_points, plot_frontier
+from pocketfusion.evolve.inputs import Inputs, Opened
+from pocketfusion.evolve.ledger import Ledger
+from pocketfusion.evolve.values import mean_and_error, ranking
+from pocketfusion.folder import Provenance, machine, read_provenance, write_provenance
+from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.base import copy_with_unet
+from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
+from pocketfusion.models.surgery import with_architecture
+from pocketfusion.recipe import Recipe
+from pocketfusion.train.place import StageRun
+from pocketfusion.train.stage import finished_result
+
+
+def rank_folder(
+    inputs: Inputs,
+    kinds: Sequence[ActionKind],
+    run: Path | None = None,
+    progress: Progress = lambda number, done, total: None,
+    deadline: float = float("inf"),
+) -> dict[str, Any]:
+    """The first ranking (`evolve --dry-run`): every reduction of `kinds` with its value, nothing changed.
+
+    `values` are in network order; `ranking` are the positions in it of the actions, best to take first.
+    """
+    opened = Opened(inputs)
+    ledger = Ledger(run, opened.identity({"dry_run": True}))
+    tools = Tools(opened.scorer, opened.latency, with_architecture, _no_training, _save, load_elastic)
+    search = Search(tools, ledger, deadline, progress)
+    actions = reductions(opened.unet.architecture, kinds)
+    values = search.values(0, opened.unet, actions)
+    score, error = mean_and_error(search.scores(0, opened.unet))
+    return {
+        **opened.identity({}),
+        "machine": machine(),
+        "latency_ms": opened.latency(opened.unet.architecture),
+        "score": score,
+        "error": error,
+        "seconds_per_evaluation": sum(ledger.seconds) / len(ledger.seconds),
+        "values": [value.model_dump(mode="json") for value in values],
+        "ranking": [values.index(value) for value in ranking(values)],
+    }
+
+
+def _no_training(network: Any, number: int) -> Any:
+    return network
+
+
+def _save(network: ElasticUNet, folder: Path) -> None:
+    with atomic_folder(folder, overwrite=True) as partial_folder:
+        network.save_pretrained(partial_folder / "unet", safe_serialization=True)
+
+
+def evolve_folder(
+    inputs: Inputs,
+    stage: StageRun,
+    *,
+    budget_ms: float | None = None,
+    budget_ratio: float | None = None,
+    rounds: int = 10,
+    group: int = 4,
+    kinds: Sequence[ActionKind],
+    train_steps: int = 200,
+    cache: Path | None = None,
+    progress: Progress = lambda number, done, total: None,
+) -> Provenance:
+    """Evolves a model folder's UNet to the latency budget and writes the result folder atomically.
+
+    Raises PocketfusionError before any long work if an input is missing or does not fit, and OutOfTime when the
+    stage's minutes are over; the same call then goes on.
+    """
+    for name, number, least in (("--rounds", rounds, 1), ("--group", group, 1), ("--train-steps", train_steps, 0)):
+        if number < least:
+            raise PocketfusionError(f"{name} {number} is below {least}: give a whole number from {least} up")
+    deadline = time.monotonic() + 60 * stage.max_minutes if stage.max_minutes else float("inf")
+    opened = Opened(inputs)
+    stock = opened.latency(Architecture.stock(opened.unet.config))
+    budget = budget_in_ms(budget_ms, budget_ratio, opened.unet.config, opened.latency)
+    settings = Settings(budget_ms=budget, rounds=rounds, group=group, kinds=tuple(kinds))
+    asked = settings.model_dump(mode="json", exclude={"rounds"}) | {"train_steps": train_steps}
+    begun = opened.identity(asked)
+    identity = opened.identity({**asked, "rounds": rounds})
+    if (finished := finished_result(stage, identity)) is not None:
+        return finished
+    check_reachable(budget, opened.unet.architecture, kinds, opened.latency)
+    ledger = Ledger(stage.run, begun)
+    train = _no_training if train_steps == 0 else _robust_training(opened, stage.run, train_steps, cache)
+    tools = Tools(opened.scorer, opened.latency, with_architecture, train, _save, load_elastic)
+    outcome = evolve(Search(tools, ledger, deadline, progress), opened.unet, settings)
+    before = read_provenance(inputs.folder)
+    trained = sum(bool(entry.taken) for entry in outcome.rounds) * train_steps * _batch_size(inputs.recipe)
+    made = opened.latency(outcome.network.architecture)
+    provenance = Provenance(
+        **identity,
+        samples_seen=(before.samples_seen if before else 0) + trained,
+        hours=round(sum(ledger.seconds) / 3600, 3),
+        machine=machine(),
+        results={
+            "stopped": outcome.stopped,
+            "latency_ms": made,
+            "base_latency_ms": stock,
+            "latency_ratio": made / stock,
+            "rounds": len(outcome.rounds) - 1,
+            "evaluations": len(ledger.seconds),
+            "seconds_per_evaluation": sum(ledger.seconds) / len(ledger.seconds),
+        },
+    )
+    with atomic_folder(stage.out, overwrite=True) as folder:
+        copy_with_unet(inputs.folder, folder, outcome.network)
+        write_log(outcome, budget, folder)
+        write_provenance(folder, provenance)
+    return provenance
+
+
+def _batch_size(recipe: Recipe) -> int:
+    return recipe.elastic.train.batch_size if recipe.elastic else 0
+
+
+def _robust_training(opened: Opened, run: Path, steps: int, cache: Path | None) -> Any:
+    from pocketfusion.train.elastic import RobustTrainer
+
+    inputs = opened.inputs
+    trainer = RobustTrainer(inputs.recipe, opened.data, inputs.folder, cache or run / "cache")
+
+    def train(network: ElasticUNet, number: int) -> ElasticUNet:
+        return trainer.train(network, run / f"train-{number + 1:02}", steps, inputs.seed + number)
+
+    return train
+
+
+def write_log(outcome: Outcome, budget_ms: float, folder: Path) -> None:
+    """Writes actions.json (every action with its value), frontier.json and frontier.png into an existing folder."""
+    rounds = [entry.model_dump(mode="json") for entry in outcome.rounds]
+    points = frontier_points(rounds)
+    write_json(folder / "actions.json", {"budget_ms": budget_ms, "stopped": outcome.stopped, "rounds": rounds})
+    write_json(folder / "frontier.json", {"budget_ms": budget_ms, "points": points})
+    plot_frontier(points, budget_ms, folder / "frontier.png")

@@ -1,0 +1,109 @@
+"""What an action is worth: the score that it costs over the milliseconds that it saves, and which are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.evolve.actions import Action, apply_all
+from pocketfusion.models.architecture import Architecture
+
+Latency = Callable[[Architecture], float]  #: milliseconds of one guided step
+
+
+class ActionValue(BaseModel):
+    """An action with what it was measured to be worth.
+
+    `drop`: mean over pictures of the CLIP score before minus after, and its standard `error` (paired: same captions,
+    same noise). `saved_ms`: the table's latency before minus after. `value`: drop / saved_ms, SnapFusion's ΔCLIP /
+    ΔLatency; None if nothing is saved. A copy carries the drop and the value of its block's removal.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    action: Action
+    drop: float
+    error: float
+    saved_ms: float
+    value: float | None
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean of [N] values and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def action_value(action: Action, before: np.ndarray, after: np.ndarray, saved_ms: float) -> ActionValue:
+    """The value from per-picture scores [N] without and with the action, in the same order."""
+    drop, error = mean_and_error(before - after)
+    return ActionValue(
+        action=action,
+        drop=drop,
+        error=error,
+        saved_ms=saved_ms,
+        value=drop / saved_ms if saved_ms > 0 else None,
+    )
+
+
+def ranking(values: Iterable[ActionValue]) -> list[ActionValue]:
+    """Those that save time, best to take first: lowest value first, as in SnapFusion's Algorithm 1.
+
+    Departure: an action that costs nothing (drop <= 0) counts as value 0, and of several such the one that saves most
+    goes first. The plain ratio would prefer, of two that cost nothing, the one that saves less.
+    """
+    useful = [value for value in values if value.saved_ms > 0]
+    return sorted(useful, key=lambda v: (max(v.drop, 0.0) / v.saved_ms, -v.saved_ms))
+
+
+def choose_reductions(
+    ranked: Sequence[ActionValue], architecture: Architecture, latency: Latency, budget_ms: float, group: int
+) -> list[ActionValue]:
+    """Up to `group` actions from the front of the ranking, one a block, and no more than the budget asks for.
+
+    Adding stops when the budget is met; then actions that it does not need after all are left out again, dearest
+    first (a later one may have saved more than was missing).
+    """
+
+    def after(taken: Sequence[ActionValue]) -> float:
+        return latency(apply_all((value.action for value in taken), architecture))
+
+    taken: list[ActionValue] = []
+    for value in ranked:
+        if len(taken) == group or after(taken) <= budget_ms:
+            break
+        if all(value.action.block != other.action.block for other in taken):
+            taken.append(value)
+    if after(taken) <= budget_ms:
+        for value in reversed(taken):
+            rest = [other for other in taken if other is not value]
+            if after(rest) <= budget_ms:
+                taken = rest
+    return taken
+
+
+def choose_copies(
+    values: Iterable[ActionValue], architecture: Architecture, latency: Latency, budget_ms: float, group: int
+) -> list[ActionValue]:
+    """Copies of up to `group` blocks of the highest removal value (SnapFusion's rule) that keep within the budget.
+
+    `values` are removals; a block whose removal costs nothing is not copied.
+    """
+    before = latency(architecture)
+    taken: list[ActionValue] = []
+    useful = [value for value in values if value.value is not None and value.drop > 0]
+    for removal in sorted(useful, key=lambda v: -(v.value or 0.0)):
+        if len(taken) == group:
+            break
+        copy = Action(kind="duplicate", block=removal.action.block)
+        try:
+            larger = copy.apply(architecture)
+        except PocketfusionError:  # its layer is full
+            continue
+        after = latency(larger)
+        if after <= budget_ms:
+            taken.append(removal.model_copy(update={"action": copy, "saved_ms": before - after}))
+            architecture, before = larger, after
+    return taken
