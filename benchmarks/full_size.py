@@ -33,21 +33,20 @@ NETWORKS = ("base", "snapfusion")
 
 def child(settings: dict[str, Any]) -> None:
     """Exports or loads one network; once loaded, runs it for every line on standard input and prints ms and memory."""
-    from pocketfusion.latency.backends import Job, make_backend
-    from pocketfusion.latency.modules import unet_module, unet_samples
+    from pocketfusion.cli.extras import quiet_libraries
+
+    quiet_libraries()
+    from pocketfusion.latency.backends import make_backend
+    from pocketfusion.latency.measure import whole_job
+    from pocketfusion.latency.target import load_target
     from pocketfusion.models.architecture import Architecture
     from pocketfusion.models.presets import snapfusion
-    from pocketfusion.models.sd_configs import CONFIGS
 
-    config = CONFIGS[settings["config"]]["unet"] | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
+    target = load_target(settings["config"])
     stock = settings["network"] == "base"
-    architecture = Architecture.stock(config) if stock else snapfusion(config)
+    architecture = Architecture.stock(target.config) if stock else snapfusion(target.config)
     backend = make_backend(settings["backend"], settings["weights"], settings["threads"], Path(settings["cache"]))
-    job = Job(
-        f"unet:{settings['config']}-{architecture.model_dump_json()}",
-        lambda: unet_module(config, architecture),
-        unet_samples(config, TOKENS, BATCH),
-    )
+    job = whole_job(target, architecture, BATCH)
     if settings["only_export"]:
         backend.prepare(job)
         return

@@ -11,6 +11,11 @@ SMALL = {
     "data emoji data/emoji": "data emoji data/emoji --style fxemoji --size 64 --scenes 60",
     "recipes/emoji64.yaml": "TINY_RECIPE",
     "--samples 256": "--samples 4",
+    "--runs 150 --validate 8": "--runs 1 --base-only",
+    "--budget-ratio 0.5 --samples 128 --precision bf16 --group 10 --train-steps 60": (
+        "--budget-ratio 0.95 --samples 4 --steps 1 --actions remove --group 3 --train-steps 2 --rounds 1"
+    ),
+    "--guidance 1.5,3,4.5,7 --samples 768 --steps 12": "--guidance 2 --samples 64 --steps 1",
 }
 
 
@@ -44,6 +49,22 @@ def test_every_command_runs(cli, tiny_recipe, tmp_path, monkeypatch):
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("command", ["data", "train-teacher", "evaluate", "export", "generate", "info"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data",
+        "train-teacher",
+        "evaluate",
+        "export",
+        "generate",
+        "info",
+        "profile",
+        "train-elastic",
+        "evolve",
+        "recover",
+        "sweep",
+        "architecture",
+    ],
+)
 def test_the_readme_names_every_command(command):
     assert any(c.startswith(f"pocketfusion {command}") for c in readme_commands())

@@ -28,6 +28,16 @@ def test_a_card_is_made_of_provenance_and_scores(tmp_path):
     assert "![48 fixed prompts](prompts.png)" in text and (folder / "prompts.png").read_bytes() == b"png"
 
 
+@pytest.mark.parametrize("settings", [{"train": {"steps": 100, "batch_size": 8}}, {"group": 4}])
+def test_a_card_keeps_the_parents_samples_apart(tmp_path, settings):
+    """An evolved model has seen more samples than its own stage's recipe, and a search has no such recipe."""
+    parents = {"student": "a" * 64, "base": "b" * 64}
+    write_provenance(tmp_path, Provenance(stage="recover", settings=settings, samples_seen=4000, parents=parents))
+    text = write_card(tmp_path).read_text()
+    assert "Samples seen: 4,000" in text and "%" not in text and "evolved UNet" in text
+    assert ("this stage's recipe has 800" in text) == ("train" in settings)
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(PocketfusionError, match="has no provenance.json"):
         write_card(tmp_path)

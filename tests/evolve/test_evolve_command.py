@@ -9,6 +9,7 @@ import pytest
 
 from pocketfusion.artefact import sha256_folder
 from pocketfusion.cli import main
+from pocketfusion.evolve.figures import removal_drops
 from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
 from pocketfusion.models.elastic_unet import load_elastic
 
@@ -58,6 +59,7 @@ def test_a_dry_run_ranks_and_changes_nothing(command, inputs, tmp_path, tiny_fol
     assert (tmp_path / "ranking.json.run" / "evaluations.jsonl").read_text().splitlines() == lines
     code, _, said = command("plot-drops", out, out, "--out", tmp_path / "drops.png")
     assert code == 0 and (tmp_path / "drops.png").read_bytes()[:4] == b"\x89PNG"
+    assert removal_drops({"rounds": [ranked, {}]}, "a search's log") == removal_drops(ranked, "a ranking")
 
 
 def test_evolve_writes_a_model_folder_with_its_log(command, inputs, tmp_path, tiny_folder):

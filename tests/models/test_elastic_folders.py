@@ -97,26 +97,24 @@ def test_inside_a_pipeline_folder(pipeline, evolved, tmp_path):
     changed.save_pretrained(tmp_path / "saved")
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", use_safetensors=True)
     again.set_progress_bar_config(disable=True)
-    aligned(again.unet)
     assert type(again.unet) is ElasticUNet and again.unet.architecture == evolved.architecture
-    assert np.array_equal(draw(again), draw(changed)) and not np.array_equal(draw(again), draw(pipeline))
+    aligned(again.unet)
+    assert np.abs(draw(again) - draw(changed)).max() < 1e-5  # text encoder and vae are memory-mapped, too
+    assert np.abs(draw(again) - draw(pipeline)).max() > 1e-4
 
 
 def test_a_written_folder_loads_in_a_process_of_its_own(tiny_folder, evolved, tmp_path):
     out = tmp_path / "evolved"
     out.mkdir()
     copy_with_unet(tiny_folder, out, evolved, dtype=torch.float32)
-    loaded = load_pipeline(out).unet
-    assert (
-        torch.equal(run(loaded, GIVEN), run(evolved, GIVEN)) and load_elastic(out).architecture == loaded.architecture
-    )
+    loaded = aligned(load_pipeline(out).unet)
+    assert torch.equal(run(loaded, GIVEN), run(evolved, GIVEN))
+    assert load_elastic(out).architecture == loaded.architecture == evolved.architecture
     described = describe_model_folder(out)  # counts the evolved network's multiply-adds, not the stock one's
     assert described["networks"]["unet"]["class"] == "ElasticUNet"
     assert described["multiply_adds"]["unet"] < describe_model_folder(tiny_folder)["multiply_adds"]["unet"]
     alone = "import sys, pathlib; from pocketfusion.folder import load_pipeline; "
-    alone += (
-        "print(type(load_pipeline(pathlib.Path(sys.argv[1])).unet).__name__)"  # nothing else has imported the class
-    )
+    alone += "print(type(load_pipeline(pathlib.Path(sys.argv[1])).unet).__name__)"  # nothing else imports the class
     done = subprocess.run([sys.executable, "-c", alone, str(out)], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "ElasticUNet", done.stderr
 
@@ -124,14 +122,16 @@ def test_a_written_folder_loads_in_a_process_of_its_own(tiny_folder, evolved, tm
 GIVEN = inputs(SD1 | {"cross_attention_dim": 32})
 
 
-def two_stages(architecture: Architecture) -> Architecture:
+def small(architecture: Architecture) -> Architecture:
+    """On two stages of one layer: removed, copied (with other channels, too), thinned."""
     architecture = architecture.remove("down_blocks.0.attentions.0").remove("up_blocks.0.resnets.1")
     architecture = architecture.duplicate("up_blocks.1.attentions.0").remove(f"{MID}.resnets.0")
     architecture = architecture.duplicate("up_blocks.1.resnets.0").narrow_feed_forward(f"{MID}.attentions.0", 0.5)
-    return architecture.without_self_attention("up_blocks.1.attentions.2")
+    return architecture.without_self_attention("up_blocks.1.attentions.1")
 
 
-def two_stages_dropped(architecture: Architecture) -> Architecture:
+def dropped(architecture: Architecture) -> Architecture:
+    """On two stages of two layers: a layer dropped with its partner, mid empty, one cross-attention block left."""
     architecture = architecture.drop_layer("down_blocks.1", 1).drop_layer("up_blocks.0", 0)
     for name in architecture.names():
         if name != "up_blocks.1.attentions.0" and ("attentions" in name or name.startswith(MID)):
@@ -139,10 +139,10 @@ def two_stages_dropped(architecture: Architecture) -> Architecture:
     return architecture
 
 
-@pytest.mark.parametrize("change", [two_stages, two_stages_dropped])
-def test_exported_it_computes_what_pytorch_does(change, tmp_path: Path):
-    evolved = evolved_from(as_elastic(stock_unet(TWO_STAGES)), change)
-    given = inputs(TWO_STAGES) | {"timestep": torch.tensor([37.0, 801.0])}
+@pytest.mark.parametrize(("config", "change"), [(TWO_STAGES | {"layers_per_block": 1}, small), (TWO_STAGES, dropped)])
+def test_exported_it_computes_what_pytorch_does(config, change, tmp_path: Path):
+    evolved = evolved_from(as_elastic(stock_unet(config)), change)
+    given = inputs(config) | {"timestep": torch.tensor([37.0, 801.0])}
     nhwc = given | {"sample": given["sample"].permute(0, 2, 3, 1).contiguous()}
     convert(wrappers.UNet(evolved), nhwc, tmp_path / "unet.tflite")
     arrays = {name: value.numpy() for name, value in nhwc.items()}

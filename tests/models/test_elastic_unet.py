@@ -33,6 +33,11 @@ def elastic(stock):
     return as_elastic(stock)
 
 
+@pytest.fixture(scope="module")
+def whole(stock, config):
+    return run(stock, inputs(config, mask=True))
+
+
 @pytest.mark.parametrize("config", [SD1, SD2, NO_MID, ONE_LAYER, TWO_STAGES])
 def test_whole_it_is_stock_bit_for_bit(config):
     stock = stock_unet(config)
@@ -49,8 +54,9 @@ def test_it_has_the_38_blocks_of_stock(stock, elastic):
     assert as_stock(elastic).state_dict().keys() == stock.state_dict().keys()
 
 
+@pytest.mark.parametrize("config", [SD1], ids=["sd1"], indirect=True)  # SD-2.x's: the next test
 @pytest.mark.parametrize("name", NAMES)
-def test_a_removed_or_skipped_block_is_a_zeroed_branch(stock, elastic, config, name):
+def test_a_removed_or_skipped_block_is_a_zeroed_branch(stock, elastic, config, whole, name):
     given = inputs(config, mask=True)
     removed = with_architecture(elastic, elastic.architecture.remove(name))
     elastic.skipped = frozenset({name})
@@ -61,7 +67,7 @@ def test_a_removed_or_skipped_block_is_a_zeroed_branch(stock, elastic, config, n
     with zeroed(stock, [name]):
         expected = run(stock, given)
     assert torch.equal(run(removed, given), expected) and torch.equal(skipped, expected)
-    assert not torch.equal(expected, run(stock, given))
+    assert not torch.equal(expected, whole)
     assert name not in removed.architecture.names() and len(removed.architecture.names()) == 37
     fewer = sum(p.numel() for p in stock.parameters()) - sum(p.numel() for p in removed.parameters())
     shortcut = getattr(stock.get_submodule(name), "conv_shortcut", None)
@@ -69,7 +75,7 @@ def test_a_removed_or_skipped_block_is_a_zeroed_branch(stock, elastic, config, n
     assert fewer == sum(p.numel() for p in stock.get_submodule(name).parameters()) - kept
 
 
-@pytest.mark.parametrize("count", [2, 9, 20, 37, 38])
+@pytest.mark.parametrize("count", [5, 20, 38])
 def test_many_blocks_removed_or_skipped(stock, elastic, config, count):
     names = random.Random(count).sample(NAMES, count)
     architecture = elastic.architecture

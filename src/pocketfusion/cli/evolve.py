@@ -187,8 +187,8 @@ def _show_ranking(ranked: dict[str, Any], out: Path | None, as_json: bool) -> No
 
 @app.command("plot-drops")
 def plot_drops_command(
-    before: Annotated[Path, typer.Argument(help="Ranking from `evolve --dry-run --out`, before robust training.")],
-    after: Annotated[Path, typer.Argument(help="The same after it.")],
+    before: Annotated[Path, typer.Argument(help="Ranking from `evolve --dry-run`, before robust training.")],
+    after: Annotated[Path, typer.Argument(help="The same after it, or `evolve`'s actions.json.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write.", show_default=False)],
 ) -> None:
     """Draw the score that each removed block costs, before and after robust training (SnapFusion's Figure 5)."""

@@ -32,7 +32,8 @@ def profile_command(
     threads: Annotated[int | None, typer.Option("--threads", help="Default: the cores this process may use.")] = None,
     validate: Annotated[int, typer.Option("--validate", help="Architectures to check predictions against.")] = 0,
     base_only: Annotated[
-        bool, typer.Option("--base-only", help="Only the base's own blocks, not those that `evolve` may put there.")
+        bool,
+        typer.Option("--base-only", help="Only the base's own blocks and shortcuts, not what `evolve` may put there."),
     ] = False,
     cache: Annotated[Path | None, typer.Option("--cache", help="Keep exported blocks here for the next time.")] = None,
     pack: Annotated[

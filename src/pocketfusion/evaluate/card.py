@@ -15,6 +15,9 @@ _TITLES = {
     "train-teacher": "text-to-image model",
     "train-judge": "image-text judge",
     "train-autoencoder": "autoencoder",
+    "train-elastic": "text-to-image model, robust to missing blocks",
+    "evolve": "text-to-image model with an evolved UNet",
+    "recover": "text-to-image model with an evolved UNet",
 }
 
 
@@ -29,11 +32,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _training(provenance: Provenance) -> list[str]:
-    target = provenance.settings["train"]["steps"] * provenance.settings["train"]["batch_size"]
-    share = provenance.samples_seen / target
     state = "the recipe's last step is reached" if provenance.finished else "stopped before the recipe's last step"
+    seen = f"- Samples seen: {provenance.samples_seen:,}"
+    if "train" in provenance.settings:
+        target = provenance.settings["train"]["steps"] * provenance.settings["train"]["batch_size"]
+        if {"base", "student", "init"} & provenance.parents.keys():  # its parents have seen samples too
+            seen += f" with its parents' own; this stage's recipe has {target:,}"
+        else:
+            seen += f" of {target:,} in the recipe ({provenance.samples_seen / target:.0%})"
     lines = [
-        f"- Samples seen: {provenance.samples_seen:,} of {target:,} in the recipe ({share:.0%}); {state}",
+        f"{seen}; {state}",
         f"- Time: {provenance.hours:.2f} h on {provenance.machine}",
         f"- Data: {provenance.data.get('name')} (fingerprint `{provenance.data.get('fingerprint')}`), "
         "split `train` and `train_scene` alone",

@@ -62,14 +62,16 @@ def plot_frontier(points: Sequence[Mapping[str, Any]], budget_ms: float, path: P
 
 
 def removal_drops(ranking: Mapping[str, Any], name: str) -> dict[str, tuple[float, float]]:
-    """Block → (score drop, standard error) of a ranking that `evolve --dry-run` wrote, in network order.
+    """Block → (score drop, standard error), in network order.
 
+    `ranking` is what `evolve --dry-run` wrote, or the actions.json of a search, whose first round is taken.
     Raises PocketfusionError if it holds no removals.
     """
     try:
+        ranking = ranking["rounds"][0] if "rounds" in ranking else ranking
         removals = [value for value in ranking["values"] if value["action"]["kind"] == "remove"]
         drops = {value["action"]["block"]: (value["drop"], value["error"]) for value in removals}
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, IndexError):
         drops = {}
     if not drops:
         raise PocketfusionError(f"{name} holds no removed blocks: write it with 'pocketfusion evolve --dry-run --out'")

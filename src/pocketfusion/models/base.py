@@ -56,8 +56,8 @@ def copy_with_unet(source: Path, out: Path, unet: ElasticUNet, dtype: torch.dtyp
     """Copies the model folder `source` into the existing folder `out` with `unet` in place of its own.
 
     The UNet's weights are saved in `dtype`. One of stock architecture is saved as a stock UNet2DConditionModel, so
-    that the folder loads in stock diffusers; an evolved one loads there where pocketfusion is installed. Provenance,
-    model card and pictures are the source's own and are not copied.
+    that the folder loads in stock diffusers; an evolved one loads there once `pocketfusion.models.elastic_unet` is
+    imported. Provenance, model card and pictures are the source's own and are not copied.
     """
     own = shutil.ignore_patterns(PROVENANCE, "README.md", "*.png")
     for name in (*COMPONENTS[1:], "licences"):
