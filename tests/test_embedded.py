@@ -1,6 +1,7 @@
 """The model inside the package and the folder it was exported from."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,12 @@ import torch
 from PIL import Image
 
 import pocketfusion
+from pocketfusion.artefact import sha256_file
+from pocketfusion.evaluate.generate import ModelFolder, SamplerSettings
+from pocketfusion.folder import folder_hash
+from pocketfusion.latency.table import LatencyTable
+from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.runtime.manifest import embedded_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +48,14 @@ def test_it_fits(pipeline):
 
 
 def test_it_was_exported_from_the_committed_folder(pipeline):
-    from pocketfusion.folder import folder_hash
-
     assert pipeline.manifest.provenance["model_folder"] == folder_hash(BASE)
 
 
 def test_trained_weights_stay_under_100_mb():
-    assert sum(p.stat().st_size for f in (BASE, JUDGE) for p in f.rglob("*") if p.is_file()) < 100e6
+    folders = (BASE, JUDGE, BASE.with_name("evolved"))
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
+    # equal files, such as the text encoder, are one object in the repository
+    assert sum({sha256_file(p): p.stat().st_size for p in files}.values()) < 100e6
 
 
 def test_same_seed_same_bytes_and_the_golden_picture(pipeline):
@@ -95,3 +103,18 @@ def test_the_bundle_draws_what_the_folder_draws(pipeline, stock):
     theirs = stock(PROMPT, latents=noise, output_type="pil", **settings).images[0]
     ours = pipeline.generate(PROMPT, seed=SEED, num_inference_steps=25).images[0]
     assert psnr(ours, theirs) > 20
+
+
+def test_the_evolved_model_is_what_its_card_says():
+    """Half of the base's latency by the committed table, the base's other networks, and it draws."""
+    evolved, table = ROOT / "models" / "emoji" / "evolved", ROOT / "models" / "emoji" / "base-latency.json"
+    unet = load_elastic(evolved)
+    predict = partial(LatencyTable.load(table).predict, unet.config)
+    assert predict(unet.architecture) <= 0.5 * predict(Architecture.stock(unet.config))
+    assert len(unet.architecture.names()) == 14
+    for part in ("vae", "text_encoder", "tokenizer"):
+        assert folder_hash(evolved / part) == folder_hash(BASE / part)
+    system = ModelFolder(evolved)
+    image = system.draw(["a red apple, noto style"], [3], SamplerSettings(10, 4.5))[0].astype(int)
+    middle = image[16:48, 16:48].mean((0, 1))
+    assert middle[0] > 1.5 * max(middle[1], middle[2])  # red
