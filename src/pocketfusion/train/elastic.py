@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import Provenance, folder_hash, read_provenance
+from pocketfusion.folder import Provenance, folder_hash
 from pocketfusion.models.architecture import Architecture
-from pocketfusion.models.base import copy_with_unet
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.recipe import ElasticSettings, Recipe
 from pocketfusion.train.batch import Batch
-from pocketfusion.train.loop import TrainResult, train
+from pocketfusion.train.loop import train
 from pocketfusion.train.place import StageRun
-from pocketfusion.train.stage import finished_result, run_stage
-from pocketfusion.train.start import Start, identity, open_start
+from pocketfusion.train.stage import finished_result
+from pocketfusion.train.start import Start, identity, open_start, train_on
 from pocketfusion.train.teacher import TeacherTask, fast_attention
 
 
@@ -76,16 +73,7 @@ def train_elastic(
         return finished
     start = open_start(folder, recipe)
     task = ElasticTask(recipe, settings, data, start)
-    with PartialState().main_process_first():
-        task.prepare(cache or stage.run / "cache", start.vae_hash, start.text.fingerprint, start.device)
-
-    def write(out: Path, result: TrainResult) -> dict[str, Any]:
-        copy_with_unet(folder, out, start.unet)
-        task.preview(start.unet).save(out / "preview.png")
-        return {}
-
-    before = read_provenance(folder)
-    return run_stage(stage, task, settings.train, made_by, write, before.samples_seen if before else 0)
+    return train_on(stage, task, settings.train, made_by, start, cache)
 
 
 class RobustTrainer:

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_finite, check_folder, folder_hash
+from pocketfusion.folder import Provenance, check_finite, check_folder, folder_hash, read_provenance
+from pocketfusion.models.base import copy_with_unet
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
-from pocketfusion.recipe import Recipe
-from pocketfusion.train.teacher import check_shapes, fast_attention
+from pocketfusion.recipe import Recipe, TrainSettings
+from pocketfusion.train.loop import TrainResult
+from pocketfusion.train.place import StageRun
+from pocketfusion.train.stage import run_stage
+from pocketfusion.train.teacher import TeacherTask, check_shapes, fast_attention
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,27 @@ def open_start(folder: Path, recipe: Recipe) -> Start:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast_attention(unet, device)
     return Start(folder, unet, vae, text, folder_hash(folder / "vae"), device)
+
+
+def train_on(
+    stage: StageRun,
+    task: TeacherTask,
+    settings: TrainSettings,
+    made_by: dict[str, Any],
+    start: Start,
+    cache: Path | None,
+) -> Provenance:
+    """Fills the caches, trains, and writes `start`'s folder again with the trained UNet."""
+    with PartialState().main_process_first():  # one process fills the caches, the others find them
+        task.prepare(cache or stage.run / "cache", start.vae_hash, start.text.fingerprint, start.device)
+
+    def write(out: Path, result: TrainResult) -> dict[str, Any]:
+        copy_with_unet(start.folder, out, start.unet)
+        task.preview(start.unet).save(out / "preview.png")
+        return {}
+
+    before = read_provenance(start.folder)
+    return run_stage(stage, task, settings, made_by, write, before.samples_seen if before else 0)
 
 
 def identity(
