@@ -11,7 +11,7 @@ SMALL = {
     "data emoji data/emoji": "data emoji data/emoji --style fxemoji --size 64 --scenes 60",
     "recipes/emoji64.yaml": "TINY_RECIPE",
     "--samples 256": "--samples 4",
-    "--runs 150 --validate 8": "--runs 1 --base-only",
+    "--runs 150 --validate 8": "--runs 1 --base-only --backend torch",
     "--budget-ratio 0.5 --samples 128 --precision bf16 --group 10 --train-steps 60": (
         "--budget-ratio 0.95 --samples 4 --steps 1 --actions remove --group 3 --train-steps 2 --rounds 1"
     ),
