@@ -15,7 +15,7 @@ SMALL = {
     "--budget-ratio 0.5 --samples 128 --precision bf16 --group 10 --train-steps 60": (
         "--budget-ratio 0.95 --samples 4 --steps 1 --actions remove --group 3 --train-steps 2 --rounds 1"
     ),
-    "--guidance 3,4.5,7 --samples 768 --steps 10": "--guidance 2 --samples 64 --steps 1",
+    "--guidance 3,4.5,7 --samples 768 --steps 10": "--guidance 2 --samples 64 --steps 1 --sets train",
 }
 
 

@@ -23,8 +23,8 @@ def judge(tiny_folder, tmp_path_factory) -> Path:
 def table(tiny_folder, tmp_path_factory) -> Path:
     """latency.json: 2 ms a cross-attention block (1 thinned), 1 ms a ResNet, 0.1 ms anything else; no overhead."""
     from pocketfusion.latency.backends import settings_here
-    from pocketfusion.latency.parts import action_architectures, base_shapes, list_parts
-    from pocketfusion.latency.table import Entry, LatencyTable, Overhead, Timing
+    from pocketfusion.latency.parts import action_architectures, bare, base_shapes, list_parts
+    from pocketfusion.latency.table import Entry, LatencyTable, Overhead, Timing, Whole
     from pocketfusion.models.architecture import Architecture
 
     config = json.loads((tiny_folder / "unet" / "config.json").read_text())
@@ -39,13 +39,17 @@ def table(tiny_folder, tmp_path_factory) -> Path:
         return 1.0 if part.kind == "resnet" else 0.1
 
     parts = [part for architecture in action_architectures(config) for part in list_parts(config, architecture, 32)]
-    whole = sum(milliseconds(part) for part in list_parts(config, stock, 32))
+
+    def whole(architecture: Architecture) -> Whole:
+        milli = [milliseconds(part) for part in list_parts(config, architecture, 32)]
+        return Whole(whole=timing(sum(milli)), parts=sum(milli), count=len(milli))
+
     made = LatencyTable(
         settings=settings_here("litert-cpu", "float32", 1),
         base=base_shapes(config),
         text_length=32,
         parts={p.key: Entry(kind=p.kind, parameters=0, macs=0, ms={2: timing(milliseconds(p))}) for p in parts},
-        overhead={2: Overhead(whole=timing(whole), parts=whole, count=len(list_parts(config, stock, 32)))},
+        overhead={2: Overhead.between(whole(stock), whole(bare(config)), empty=0.0, interleaved=True)},
     )
     path = tmp_path_factory.mktemp("latency") / "latency.json"
     made.save(path)
