@@ -61,3 +61,18 @@ def cli():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, tiny_data: Path, cli) -> Path:
+    """What the training commands make of the tiny recipe, once: folders autoencoder, judge and base. Read only."""
+    root = tmp_path_factory.mktemp("trained")
+    for command, out, more in (
+        ("train-autoencoder", "autoencoder", ()),
+        ("train-judge", "judge", ()),
+        ("train-teacher", "base", ("--autoencoder", root / "autoencoder")),
+    ):
+        done = cli(command, tiny_recipe, "--data", tiny_data, "--out", root / out, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "finished" in done.stdout and "UNEXPECTED" not in done.stdout + done.stderr
+    return root

@@ -8,7 +8,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
+from pocketfusion.distill.decoder_pruning import HALF_RATIO
 from pocketfusion.models.judge import JudgeModel
+from pocketfusion.models.sd_configs import CONFIGS
 from pocketfusion.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -32,4 +34,27 @@ def test_recipe(path):
 
 
 def test_there_are_recipes():
-    assert {p.stem for p in RECIPES} >= {"emoji128", "emoji64", "tiny"}
+    assert {p.stem for p in RECIPES} >= {"emoji128", "emoji64", "sd15", "tiny"}
+
+
+def test_full_size_is_stable_diffusion_and_the_papers_settings():
+    recipe = load_recipe(next(path for path in RECIPES if path.stem == "sd15"))
+    with torch.device("meta"):
+        given = UNet2DConditionModel(**recipe.teacher.unet), AutoencoderKL(**recipe.autoencoder.config)
+        stock = CONFIGS["sd-1.5"]
+        wanted = UNet2DConditionModel(**stock["unet"]), AutoencoderKL(**stock["vae"])
+    for ours, published in zip(given, wanted, strict=True):
+        assert _shapes(ours) == _shapes(published)
+    assert sum(p.numel() for p in given[0].parameters()) == 859_520_964
+    assert given[1].config.scaling_factor == 0.18215
+    stages = [recipe.to_v, recipe.elastic, recipe.recovery, recipe.step_distillation]
+    for train in (stage.train for stage in stages):
+        assert (train.batch_size, train.weight_decay) == (2048, 0.01)  # SnapFusion, section 5
+    steps = recipe.step_distillation
+    assert (steps.teacher_steps, steps.steps, steps.guidance_probability) == (16, 8, 0.1)
+    assert (steps.guidance_range, steps.original_weight, steps.dynamic_scaling) == ((2.0, 14.0), 0.2, True)
+    assert recipe.decoder.preset == "half" and HALF_RATIO == 0.5
+
+
+def _shapes(network):
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}

@@ -111,7 +111,9 @@ def load_pipeline(path: Path) -> StableDiffusionPipeline:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    import pocketfusion.models.elastic_unet  # noqa: F401  (diffusers finds an evolved UNet's class only once imported)
+    # diffusers finds our classes only once they are imported
+    import pocketfusion.models.elastic_unet
+    import pocketfusion.models.slim_autoencoder  # noqa: F401
 
     check_folder(path)
     try:

@@ -14,6 +14,7 @@ import numpy as np
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash, read_provenance
+from pocketfusion.models.sampling import read_sampling
 from pocketfusion.runtime.manifest import MANIFEST, Bundle
 
 _HEADER_LIMIT = 100 << 20  # the format's own limit on its JSON header
@@ -62,6 +63,8 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "image": manifest.image.model_dump(),
         "scheduler": manifest.scheduler.model_dump(),
         "defaults": manifest.defaults.model_dump(),
+        "guidance": manifest.guidance,
+        "guidance_range": manifest.guidance_range,
         "licences": [licence.model_dump() for licence in manifest.licences],
         "provenance": manifest.provenance,
     }
@@ -77,7 +80,8 @@ def describe_model_folder(path: Path, on_stage: Callable[[str], None] = lambda s
     size = unet.get("sample_size")
     height, width = (size, size) if isinstance(size, int) else size or (None, None)
     scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
-    provenance = _provenance(path)
+    provenance, sampling = _provenance(path), read_sampling(path)
+    embeds = unet.get("time_cond_proj_dim") is not None
     factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
     on_stage("counting multiply-adds")
     macs, note = _multiply_adds(path)
@@ -95,6 +99,9 @@ def describe_model_folder(path: Path, on_stage: Callable[[str], None] = lambda s
         "latents": {"channels": unet.get("in_channels"), "height": height, "width": width},
         "image": {"height": height and height * factor, "width": width and width * factor},
         "scheduler": scheduler,
+        "sampling": sampling.model_dump() if sampling else None,
+        "guidance": sampling.guidance if sampling else "embedded" if embeds else "classifier-free",
+        "guidance_range": sampling.guidance_range if sampling else None,
         "licences": _licence_files(path),
         "provenance": provenance,
     }
@@ -193,13 +200,15 @@ def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str]:
     from pocketfusion.mobile.specs import multiply_adds, samples
     from pocketfusion.mobile.wrappers import wrap
     from pocketfusion.models.elastic_unet import ElasticUNet
+    from pocketfusion.models.slim_autoencoder import vae_class
 
     try:
         with torch.device("meta"):
             config = UNet2DConditionModel.load_config(path / "unet")
             kind = ElasticUNet if config.get("_class_name") == "ElasticUNet" else UNet2DConditionModel
             unet = kind.from_config(config)
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(path / "vae"))
+            about_vae = AutoencoderKL.load_config(path / "vae")
+            vae = vae_class(about_vae).from_config(about_vae)
             text_encoder = AutoModel.from_config(AutoConfig.from_pretrained(path / "text_encoder"))
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
         pipeline = cast(Any, SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pocketfusion.errors import PocketfusionError
 
@@ -84,6 +84,107 @@ class RecoverySettings(_Settings):
     train: TrainSettings
 
 
+class StepDistillSettings(_Settings):
+    """Step distillation (SnapFusion 4.2): `teacher_steps` guided DDIM steps into `steps`.
+
+    `guidance_probability` p and `guidance_range` of L_cfg, `original_weight` γ of L_ori, as the paper names them.
+    `original_share`: share of each batch that L_ori is computed on. `grid`: the sampler's timesteps, or real times.
+    """
+
+    steps: int = Field(default=8, gt=0)
+    teacher_steps: int = Field(default=16, gt=0)
+    guidance_probability: float = Field(default=0.1, ge=0, le=1)
+    guidance_range: tuple[float, float] = (2.0, 14.0)
+    original_weight: float = Field(default=0.2, ge=0)
+    original_share: float = Field(default=1.0, gt=0, le=1)
+    dynamic_scaling: bool = True
+    grid: Literal["discrete", "continuous"] = "discrete"
+    teacher_precision: Literal["fp32", "bf16"] = "fp32"
+    guidance_scale: float | None = Field(default=None, ge=0)
+    train: TrainSettings
+
+
+class ConsistencySettings(_Settings):
+    """Consistency distillation in `steps` phases, along DDIM steps of `teacher_steps` (a multiple).
+
+    `guidance`: what the student's costs; None: as the student's own, or folded if that takes two calls. It is taught
+    at scales of `guidance_range`, a folded one at `guidance_scale`; a new input for the scale is `embedding_dim` wide.
+    `teacher_precision`: of both networks that make a target. `huber_c`: where the loss turns from quadratic to linear.
+    """
+
+    steps: int = Field(default=4, gt=0)
+    teacher_steps: int = Field(default=32, gt=0)
+    guidance: Literal["classifier-free", "embedded", "folded"] | None = None
+    guidance_range: tuple[float, float] = (1.0, 8.0)
+    guidance_scale: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    embedding_dim: int = Field(default=256, ge=4, multiple_of=2)
+    loss: Literal["huber", "mse"] = "huber"
+    huber_c: float = Field(default=0.00054, gt=0)
+    teacher_precision: Literal["fp32", "bf16"] = "fp32"
+    train: TrainSettings
+
+    @field_validator("guidance_range")
+    @classmethod
+    def _rises(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 1 <= value[0] < value[1] < float("inf"):
+            raise ValueError("give two ascending guidance scales from 1 up, such as 1 and 8")
+        return value
+
+
+class ToVSettings(_Settings):
+    """Conversion of an ε-model to v: the prediction turns from one to the other over the first `turn_steps`."""
+
+    turn_steps: int = Field(ge=0)
+    train: TrainSettings
+
+
+class GuidanceDistillSettings(_Settings):
+    """Guidance distillation (Meng et al., arXiv 2210.03142): scales w ~ U(`scale_range`), one for each sample.
+
+    `embedding_dim` is the width of the UNet's new input, diffusers' `time_cond_proj_dim`.
+    """
+
+    scale_range: tuple[float, float] = (1.0, 14.0)
+    embedding_dim: int = Field(default=256, ge=4, multiple_of=2)
+    train: TrainSettings
+
+    @field_validator("scale_range")
+    @classmethod
+    def _ascends(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 1 <= value[0] < value[1] < float("inf"):
+            raise ValueError("give two ascending guidance scales from 1 up, such as 1 and 14")
+        return value
+
+
+class DecoderDistillSettings(_Settings):
+    """Distillation of a smaller decoder (SnapFusion 3.2, B.2) on `samples` latents drawn from training captions.
+
+    `guidance_scale`: each sample's is uniform between these two. `precision`: the UNet's while drawing. `held_out`:
+    latents drawn for validation. `cache_targets`: keep the teacher's pictures on disk beside the latents, rather than
+    decode them in each step. `l1_weight`, `feature_weight`: of what the losses `mse+l1` and `mse+features` add.
+    """
+
+    preset: Literal["half", "tiny"] = "half"
+    loss: Literal["mse", "mse+l1", "mse+features"] = "mse"
+    l1_weight: float = Field(default=0.1, gt=0)
+    feature_weight: float = Field(default=0.1, gt=0)
+    samples: int = Field(default=8192, gt=0)
+    held_out: int = Field(default=256, gt=0)
+    num_inference_steps: int = Field(default=16, gt=0)
+    guidance_scale: tuple[float, float] = (1.5, 7.0)
+    precision: Literal["no", "bf16"] = "bf16"
+    batch: int = Field(default=64, gt=0)
+    cache_targets: bool = True
+    train: TrainSettings
+
+    @field_validator("guidance_scale")
+    @classmethod
+    def _does_not_descend(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] <= value[1] < float("inf"):
+            raise ValueError("give the lowest and the highest guidance scale, such as 1.5 and 7")
+        return value
+
+
 class JudgeSettings(_Settings):
     """The image-text judge: `widths` of its image tower's stages and the shared embedding size."""
 
@@ -110,6 +211,11 @@ class Recipe(_Settings):
     judge: JudgeSettings
     elastic: ElasticSettings | None = None
     recovery: RecoverySettings | None = None
+    decoder: DecoderDistillSettings | None = None
+    guidance: GuidanceDistillSettings | None = None
+    to_v: ToVSettings | None = None
+    step_distillation: StepDistillSettings | None = None
+    consistency: ConsistencySettings | None = None
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -33,6 +33,7 @@ class FakeSystem:
     """Draws `pictures[prompt]`, or grey noise of the seed for a prompt it does not know."""
 
     image_size = 64
+    batch = 64
 
     def __init__(self, pictures: dict[str, np.ndarray] | None = None):
         self.pictures = pictures or {}

@@ -11,7 +11,7 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import SamplerSettings
-from pocketfusion.evaluate.harness import evaluate
+from pocketfusion.evaluate.harness import score_system
 from pocketfusion.evaluate.report import Report, markdown, remarks, scene_rows, score_rows, tables
 from pocketfusion.evaluate.run import write_outcome
 from pocketfusion.evaluate.sets import choose_sets, picture_seed
@@ -40,7 +40,7 @@ def data(tiny_data) -> CaptionedImages:
 
 
 def run(data, system, names=("train", "test_combo", "test_scene"), samples=40):
-    return evaluate(
+    return score_system(
         system, data, ColourJudge(), choose_sets(data, names, samples), sampler=SamplerSettings(), judge_identity=JUDGE
     )
 

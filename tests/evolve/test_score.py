@@ -10,9 +10,9 @@ from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import ModelFolder, SamplerSettings
 from pocketfusion.evaluate.metrics import clip_score
+from pocketfusion.evaluate.open_clip import OpenClip
 from pocketfusion.evaluate.run import open_judge
 from pocketfusion.evaluate.sets import picture_seed
-from pocketfusion.evolve.open_clip import OpenClip
 from pocketfusion.evolve.score import JudgeScorer, ScoreSettings, remembered_text, validation_set
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.surgery import with_architecture
@@ -108,11 +108,9 @@ import torch
 class Model(torch.nn.Linear):
     def encode_image(self, x): return self(x)
     def encode_text(self, x): return self(x)
-def create_model(name, pretrained): return Model(3, 2)
+def create_model_and_transforms(name, pretrained):
+    return Model(3, 2), None, lambda picture: torch.tensor(picture.getpixel((0, 0))).float()
 def get_tokenizer(name): return lambda texts: torch.tensor([[len(t), 1.0, 0.0] for t in texts])
-def get_model_preprocess_cfg(model): return {}
-class PreprocessCfg: pass
-def image_transform_v2(cfg, is_train): return lambda picture: torch.tensor(picture.getpixel((0, 0))).float()
 """
 
 
@@ -123,7 +121,7 @@ def test_open_clip_is_a_judge_too(tmp_path, monkeypatch):
             OpenClip("ViT-g-14", checkpoint)
     (tmp_path / "open_clip.py").write_text(_OPEN_CLIP)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(PocketfusionError, match="no safetensors checkpoint of ViT-g-14 at"):
+    with pytest.raises(PocketfusionError, match="there are no weights of open_clip's ViT-g-14 at"):
         OpenClip("ViT-g-14", checkpoint)
     save_file({"weight": torch.eye(3)[:2].contiguous()}, checkpoint)
     with pytest.raises(PocketfusionError, match="is no checkpoint of open_clip's ViT-g-14"):

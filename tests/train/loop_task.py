@@ -1,5 +1,7 @@
 """A task of milliseconds for the loop's tests: fit a line to points drawn with the step's own random numbers."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,9 +24,9 @@ def settings(**changes) -> TrainSettings:
 class LineTask:
     """y = 2 x + index / 10, plus noise."""
 
-    def __init__(self, nan_at: int | None = None):
+    def __init__(self, nan_at: int | None = None, blow_up_at: int | None = None):
         torch.manual_seed(0)
-        self.model, self.nan_at, self.calls = nn.Linear(1, 1), nan_at, 0
+        self.model, self.nan_at, self.blow_up_at, self.calls = nn.Linear(1, 1), nan_at, blow_up_at, 0
         self.plan = BatchPlan([(np.arange(30), 1.0)], 8, seed=3)
 
     def to(self, device: torch.device) -> None:
@@ -35,6 +37,8 @@ class LineTask:
         y = 2 * x + torch.from_numpy(batch.indices)[:, None].float() / 10 + 0.1 * batch.randn(1)
         self.calls += 1
         bad = float("nan") if self.nan_at is not None and self.calls > self.nan_at else 1.0
+        if self.blow_up_at is not None and self.calls > self.blow_up_at:
+            bad = 1e4
         return (model(x) - y).square().mean() * bad, {}
 
     def preview(self, model: nn.Module) -> Image.Image:
@@ -45,4 +49,10 @@ class LineTask:
 
 
 if __name__ == "__main__":
-    train(LineTask(), settings(), Path(sys.argv[1]), fingerprint={})
+
+    def kill(step: int, _: dict) -> None:
+        """With a second argument, process 1 dies at that step without a word."""
+        if sys.argv[2:] == [str(step)] and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(LineTask(), settings(), Path(sys.argv[1]), fingerprint={}, on_step=kill)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.train.batch import BatchPlan
+from pocketfusion.train.divergence import DivergenceWatch
 from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import learning_rate_at, train, update_ema
-from processes import launch_two
+from processes import launch_two, run_two
 
 
 def losses(run: Path) -> list[float]:
@@ -54,7 +55,7 @@ def test_kill_9_loses_at_most_one_checkpoint_interval(tmp_path):
 import os, signal, sys
 from pathlib import Path
 from loop_task import LineTask, settings
-from processes import launch_two
+from processes import launch_two, run_two
 from pocketfusion.train.loop import train
 kill = lambda step, _: step == 8 and os.kill(os.getpid(), signal.SIGKILL)
 train(LineTask(), settings(), Path(sys.argv[1]), fingerprint={"a": 1}, on_step=kill)
@@ -75,6 +76,21 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         train(LineTask(nan_at=7), settings(), tmp_path / "run", fingerprint={})
     saved = load_file(tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors")
     assert all(torch.isfinite(v).all() for v in saved.values())
+
+
+def test_divergence_stops_and_keeps_a_checkpoint_from_before_it(tmp_path):
+    longer = settings(steps=200, checkpoint_every=10, preview_every=500)
+    with pytest.raises(PocketfusionError, match=r"loss became .* at step 80: .*step_00000060; lower learning_rate"):
+        train(LineTask(blow_up_at=60), longer, tmp_path / "run", fingerprint={})
+
+
+def test_one_bad_batch_is_no_divergence():
+    watch = DivergenceWatch(factor=20, window=4)
+    assert not any(watch.diverged(loss) for loss in (1.0, 0.9, 0.5, 0.4, 0.3, 500.0))
+    assert watch.suspect
+    assert not watch.diverged(0.3) and not watch.suspect
+    assert [watch.diverged(500.0) for _ in range(4)] == [False, False, False, True]
+    assert watch.diverged(float("inf"))
 
 
 def test_max_minutes_stops_with_a_checkpoint_and_goes_on(tmp_path):
@@ -115,6 +131,16 @@ def test_two_processes_equal_one(tmp_path):
     two = load_file(tmp_path / "two" / "checkpoints" / "step_00000012" / "ema.safetensors")
     assert torch.allclose(torch.cat([two["weight"].flatten(), two["bias"]]), weights(one), atol=1e-5)
     assert np.allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_a_lost_process_is_told_of_and_the_run_goes_on(tmp_path):
+    done = run_two(Path(__file__).parent / "loop_task.py", tmp_path / "run", 8, port=29573)
+    assert done.returncode != 0 and "a process of the 2 has died or was stopped (this is number 0)" in done.stderr
+    assert "run the same command again, and it goes on from the newest checkpoint" in done.stderr
+    resumed = train(LineTask(), settings(), tmp_path / "run", fingerprint={})
+    whole = train(LineTask(), settings(), tmp_path / "whole", fingerprint={})
+    assert np.allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
+    assert torch.allclose(weights(resumed), weights(whole), atol=1e-5)
 
 
 def test_learning_rate():

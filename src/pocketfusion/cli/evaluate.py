@@ -1,7 +1,8 @@
-"""`evaluate`: scores of a model folder's pictures between real ones and shuffled captions."""
+"""`evaluate`: FID, KID and CLIP score over guidance, several model folders and bundles in one harness."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,26 +10,46 @@ import typer
 
 from pocketfusion.cli import app
 
+PathOpt = Path | None
+
 
 @app.command("evaluate")
 def evaluate_command(
-    folder: Annotated[Path, typer.Argument(help="Model folder to score.", show_default=False)],
-    data: Annotated[Path, typer.Option("--data", help="Folder of captioned pictures.", show_default=False)],
-    judge: Annotated[Path, typer.Option("--judge", help="Judge from train-judge.", show_default=False)],
+    systems: Annotated[
+        list[str], typer.Argument(help="Model folders and bundles, each as PATH or PATH@STEPS.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Result folder to write.", show_default=False)],
-    steps: Annotated[int, typer.Option("--steps", help="Sampling steps.")] = 25,
-    guidance: Annotated[float, typer.Option("--guidance", help="Guidance scale.")] = 4.0,
-    samples: Annotated[int, typer.Option("--samples", help="Pictures of each set.")] = 256,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of every picture's noise.")] = 0,
-    sets: Annotated[
-        str | None, typer.Option("--sets", help="Sets, with commas. Default: training pairs and all test sets.")
+    data: Annotated[PathOpt, typer.Option("--data", help="Folder of captioned pictures.")] = None,
+    coco: Annotated[PathOpt, typer.Option("--coco", help="MS-COCO folder, in place of --data.")] = None,
+    judge: Annotated[PathOpt, typer.Option("--judge", help="Judge from train-judge.")] = None,
+    inception: Annotated[PathOpt, typer.Option("--inception", help="FID's Inception-v3 weights.")] = None,
+    clip: Annotated[PathOpt, typer.Option("--clip", help="CLIP folder or open_clip weights.")] = None,
+    clip_model: Annotated[str, typer.Option("--clip-model", help="open_clip's name of it.")] = "ViT-g-14",
+    guidance: Annotated[str, typer.Option("--guidance", help="Guidance scales, with commas.")] = "1,2,3,4.5,6,8",
+    steps: Annotated[
+        str | None, typer.Option("--steps", help="One number, or one a system: 50,8. Default: each one's own.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Captions of each set; default 768. COCO: in all; default 30000.")
+    ] = None,
+    sets: Annotated[str, typer.Option("--sets", help="Sets of --data, with commas; pooled.")] = "test_combo",
+    precision: Annotated[str, typer.Option("--precision", help="Of model folders: fp32 or bf16.")] = "fp32",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of every picture's noise.")] = 0,
+    diversity_prompts: Annotated[int, typer.Option("--diversity-prompts", help="Prompts drawn again; 0: off.")] = 32,
+    diversity_images: Annotated[int, typer.Option("--diversity-images", help="Pictures of each of them.")] = 4,
+    kid_only: Annotated[bool, typer.Option("--kid-only", help="No FID: fewer pictures will do.")] = False,
+    annotations: Annotated[PathOpt, typer.Option("--annotations", help="COCO's captions_*.json.")] = None,
+    size: Annotated[int, typer.Option("--size", help="COCO: pixels scored at, 256 or 512.")] = 256,
+    real: Annotated[str, typer.Option("--real", help="COCO: FID against `all` pictures or the `listed`.")] = "all",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="COCO: leave unreadable pictures out.")] = False,
+    store: Annotated[PathOpt, typer.Option("--store", help="Keep pictures here, to share them between runs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that exists.")] = False,
 ) -> None:
-    """Score a model folder: CLIP score, retrieval, Fréchet distance, copying, and checkable scenes.
+    """Compare systems by their curves of FID and CLIP score over guidance.
 
-    Each set has a ceiling (real pictures) and a floor (shuffled captions); the scores are our own judge's.
+    Same captions, noise and seeds for all. Pictures and points are kept in OUT.run: run again to go on after a stop.
+    Under `accelerate launch` every process draws its share.
     """
     from pocketfusion.cli.extras import require_compress
 
@@ -36,54 +57,39 @@ def evaluate_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from pocketfusion.evaluate.generate import SamplerSettings
-    from pocketfusion.evaluate.report import remarks, tables
-    from pocketfusion.evaluate.run import evaluate_folder
+    from pocketfusion.evaluate.curves import parse_guidance
+    from pocketfusion.evaluate.curves_report import remarks, table
+    from pocketfusion.evaluate.curves_run import Measuring, evaluate_systems, processes
+    from pocketfusion.evaluate.extractors import open_extractor
+    from pocketfusion.evaluate.reference import ReferenceSource
+    from pocketfusion.evaluate.systems import named_systems
 
-    names = [name.strip() for name in sets.split(",") if name.strip()] if sets else None
-    sampler = SamplerSettings(num_inference_steps=steps, guidance_scale=guidance)
+    source = ReferenceSource(data, coco, sets, samples, seed, annotations, size, real, skip_bad)
+    measuring = Measuring(parse_guidance(guidance), seed, diversity_prompts, diversity_images, kid_only)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict = {}
+    with Progress(*columns, console=Console(stderr=True), disable=not processes().is_main_process) as bar:
+        task = bar.add_task("opening", total=None)
 
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
 
-        report = evaluate_folder(
-            folder,
-            data,
-            judge,
+        result = evaluate_systems(
+            named_systems(systems, steps, precision),
+            lambda drawn: source.open(drawn, partial(advance, "reading every picture")),
+            lambda: open_extractor(judge, inception, clip, clip_model),
             out,
-            sampler=sampler,
-            samples=samples,
-            sets=names,
-            seed=seed,
+            measuring,
+            store=store,
             overwrite=overwrite,
             progress=advance,
         )
+    if result is None:  # the first process writes and reports
+        return
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        typer.echo(result.model_dump_json(indent=2))
         return
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for table in tables(report):
-        console.print(table)
-    for line in remarks(report):
+    console.print(table(result))
+    for line in remarks(result):
         console.print(line)
-    console.print(f"written to {out}: scores.json, scores.md, scores.png, prompts.png, nearest.png")
-
-
-@app.command("card")
-def card_command(
-    folder: Annotated[Path, typer.Argument(help="Model, judge or autoencoder folder.", show_default=False)],
-    scores: Annotated[Path | None, typer.Option("--scores", help="What `evaluate` wrote for it.")] = None,
-    notes: Annotated[Path | None, typer.Option("--notes", help="Markdown to include.")] = None,
-) -> None:
-    """Write a folder's model card from its provenance and scores."""
-    from pocketfusion.cli.extras import require_compress
-
-    require_compress()
-    from pocketfusion.evaluate.card import write_card
-
-    typer.echo(f"written: {write_card(folder, scores, notes)}")
+    console.print(f"written to {out}: curve.json, curve.md, curve.png, pictures.png")

@@ -24,8 +24,12 @@ def export_command(
     text_encoder_weights: Annotated[str | None, typer.Option(help="The text encoder's, if other.")] = None,
     unet_weights: Annotated[str | None, typer.Option(help="The UNet's, if other.")] = None,
     decoder_weights: Annotated[str | None, typer.Option(help="The decoder's, if other.")] = None,
-    steps: Annotated[int, typer.Option(help="The bundle's default number of steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="The bundle's default guidance scale.")] = 4.0,
+    steps: Annotated[
+        int | None, typer.Option(help="The bundle's default number of steps.", show_default="sampling.json's, else 25")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="The bundle's default guidance scale.", show_default="sampling.json's, else 4")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The bundle's name. Default: OUT's last part.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at OUT.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,

@@ -15,6 +15,7 @@ from pocketfusion.errors import PocketfusionError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pocketfusion.runtime.manifest import Guidance
     from pocketfusion.runtime.pipeline import Array, GenerationResult, Pipeline
 
 
@@ -79,7 +80,7 @@ def generate_command(
     files, sheet = _save(pipeline, result, output)
     if json_file is not None:
         write_json(json_file, record(pipeline, result, files, sheet))
-    _report(console, result, files, sheet)
+    _report(console, result, files, sheet, pipeline.manifest.guidance)
 
 
 def _check_outputs(output: Path, preview: Path | None, json_file: Path | None) -> None:
@@ -165,7 +166,9 @@ def _save(pipeline: Pipeline, result: GenerationResult, output: Path) -> tuple[l
     return files, sheet
 
 
-def _report(console: Console, result: GenerationResult, files: list[Path], sheet: Path | None) -> None:
+def _report(
+    console: Console, result: GenerationResult, files: list[Path], sheet: Path | None, guidance: Guidance
+) -> None:
     width, height = result.images[0].size
     for file, seed in zip(files, result.seeds, strict=True):
         console.print(f"{file}  {width}×{height}  seed {seed}")
@@ -173,8 +176,9 @@ def _report(console: Console, result: GenerationResult, files: list[Path], sheet
         console.print(f"{sheet}  contact sheet")
     timings, steps = result.timings, result.num_inference_steps
     memory = f", peak memory {result.peak_rss / 2**20:.0f} MiB" if result.peak_rss else ""
+    kind = "" if guidance == "classifier-free" else f"{guidance} "
     pace = f"{1000 * statistics.median(timings.steps):.1f} ms"
     console.print(
         f"{timings.total:.2f} s: {steps} step{'s' if steps > 1 else ''} of {pace}, "
-        f"guidance {result.guidance_scale:g} (load {timings.load:.2f} s{memory})"
+        f"{kind}guidance {result.guidance_scale:g} (load {timings.load:.2f} s{memory})"
     )

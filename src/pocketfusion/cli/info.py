@@ -39,6 +39,13 @@ def info_command(
         raise typer.Exit(2)
 
 
+_GUIDANCE = {
+    "classifier-free": "two predictions a step",
+    "embedded": "one prediction a step, the scale its input",
+    "folded": "one prediction a step, at one scale",
+}
+
+
 def _print(console: Console, about: dict[str, Any]) -> None:
     version = f", version {about['version']}, by {about['created_by']}" if "version" in about else ""
     console.print(f"{about['name']}: {about['kind']}{version}", style="bold")
@@ -64,6 +71,15 @@ def _print(console: Console, about: dict[str, Any]) -> None:
             f"  defaults    {defaults['num_inference_steps']} steps, guidance {defaults['guidance_scale']:g}, "
             f"prompts of up to {about['max_tokens']} tokens"
         )
+    elif about.get("sampling"):
+        sampling = about["sampling"]
+        console.print(
+            f"  sampling    {sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']:g}"
+        )
+    if about.get("guidance"):
+        learned = about["guidance_range"]
+        taught = f", taught for {learned[0]:g} to {learned[1]:g}" if learned else ""
+        console.print(f"  guidance    {about['guidance']}: {_GUIDANCE[about['guidance']]}{taught}")
     _print_networks(console, about)
     if about["licences"]:
         console.print("licences", style="bold")

@@ -53,7 +53,7 @@ def _training(provenance: Provenance) -> list[str]:
 def write_card(folder: Path, scores: Path | None = None, notes: Path | None = None) -> Path:
     """Writes `README.md` into a model, judge or autoencoder folder and returns its path.
 
-    `scores` is a folder that `pocketfusion evaluate` wrote: its tables and pictures become part of the card. `notes`
+    `scores` is a folder that `pocketfusion score` wrote: its tables and pictures become part of the card. `notes`
     is Markdown that goes in unchanged. Raises PocketfusionError if something named is missing.
     """
     provenance = read_provenance(folder) if folder.is_dir() else None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from pocketfusion.errors import PocketfusionError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class System(Protocol):
     """One model under test, whatever it runs on."""
 
     image_size: int
+    batch: int  #: pictures that it likes to draw at once
 
     def identity(self) -> dict[str, Any]:
         """What a result file says of it: kind, name, hash."""
@@ -44,27 +51,39 @@ class System(Protocol):
         settings: SamplerSettings,
         on_batch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Prompts and noise seeds → uint8 [N, H, W, 3]; `on_batch` hears how many are done."""
+        """Prompts and noise seeds → uint8 [N, H, W, 3]; `on_batch` hears how many are done.
+
+        Raises PocketfusionError, naming system and guidance, if a network gives NaN or infinity.
+        """
 
 
 class ModelFolder:
     """A model folder through stock diffusers networks in torch, on the GPU if there is one."""
 
-    def __init__(self, path: Path):
-        """Raises PocketfusionError if it is not a sound model folder."""
+    batch = 64
+
+    def __init__(self, path: Path, precision: Precision = "fp32"):
+        """`bf16` runs the networks under autocast; the sampler stays in fp32.
+
+        Raises PocketfusionError if it is not a sound model folder.
+        """
         import torch
         from diffusers import DDIMScheduler
 
         from pocketfusion.folder import folder_hash, load_pipeline
+        from pocketfusion.models.guidance import guidance_of
+        from pocketfusion.models.sampling import read_sampling
         from pocketfusion.models.text_encoder import TextEncoder
 
         pipeline: Any = load_pipeline(path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.unet, self.vae = pipeline.unet.to(device).eval(), pipeline.vae.to(device).eval()
-        self.sha256 = folder_hash(path)
-        self.text = TextEncoder(pipeline.text_encoder.to(device), pipeline.tokenizer, self.sha256)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.unet, self.vae = pipeline.unet.to(self.device).eval(), pipeline.vae.to(self.device).eval()
+        self.sha256, self.precision = folder_hash(path), precision
+        self.text = TextEncoder(pipeline.text_encoder.to(self.device), pipeline.tokenizer, self.sha256)
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self.image_size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.sampling = read_sampling(path)  #: how it is meant to be drawn, if its folder says so
+        self.guidance = guidance_of(self.unet, self.sampling.guidance if self.sampling else None)
         self.name = path.resolve().name
 
     def identity(self) -> dict[str, Any]:
@@ -82,8 +101,88 @@ class ModelFolder:
         on_batch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """DDIM (η = 0); noise from numpy's PCG64(seed) per picture, as the phone runtime draws it."""
-        from pocketfusion.train.sample import sample_images
+        images = []
+        for start in range(0, len(prompts), settings.batch):
+            part = slice(start, start + settings.batch)
+            images.append(self._draw_batch(prompts[part], seeds[part], settings))
+            if on_batch:
+                on_batch(min(start + settings.batch, len(prompts)))
+        return np.concatenate(images)
 
-        return sample_images(
-            self.unet, self.vae, self.text, self.scheduler, prompts, seeds, **asdict(settings), on_batch=on_batch
-        )
+    def _draw_batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings) -> np.ndarray:
+        import torch
+
+        from pocketfusion.train.autoencoder import to_uint8
+        from pocketfusion.train.sample import noise_batch, sample_latents
+
+        side, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        with torch.no_grad(), self._precision():
+            states = self.text.encode(prompts)[0]
+            latents = sample_latents(
+                self.unet,
+                self.scheduler,
+                noise_batch(seeds, (channels, side, side)).to(self.device),
+                states,
+                self.text.encode([""])[0].expand_as(states),
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                guidance=self.guidance,
+            )
+            self._check(latents, "UNet", settings)
+            decoded = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+            self._check(decoded, "decoder", settings)
+        return to_uint8(decoded)
+
+    def _precision(self) -> AbstractContextManager:
+        import torch
+
+        return torch.autocast(self.device, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def _check(self, values: torch.Tensor, network: str, settings: SamplerSettings) -> None:
+        if not bool(values.isfinite().all()):
+            raise PocketfusionError(
+                f"{self.name}: its {network} gave NaN or infinity at guidance {settings.guidance_scale:g} and "
+                f"{settings.num_inference_steps} steps: the model is unsound, or the guidance is too high"
+            )
+
+
+class BundleSystem:
+    """A bundle on LiteRT, as `generate` runs it: one picture at a time."""
+
+    batch = 1
+
+    def __init__(self, path: Path, num_threads: int | None = None):
+        """Raises PocketfusionError if the bundle cannot be opened or `num_threads` is below 1."""
+        from pocketfusion.runtime.pipeline import Pipeline
+
+        self.pipeline = Pipeline.load(path, num_threads)
+        self.image_size = self.pipeline.manifest.image.height
+        self.name = path.resolve().name
+
+    def identity(self) -> dict[str, Any]:
+        """Kind, folder name and SHA-256 of the manifest, which holds every file's."""
+        return {"kind": "bundle", "name": self.name, "sha256": self.pipeline.bundle.hash}
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplerSettings,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """See `System`; seeds may be larger than those that `generate` takes."""
+        images = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            try:
+                result = self.pipeline.generate(
+                    prompt,
+                    num_inference_steps=settings.num_inference_steps,
+                    guidance_scale=settings.guidance_scale,
+                    latents=self.pipeline.noise(seed),
+                )
+            except PocketfusionError as error:
+                raise PocketfusionError(f"{self.name} at guidance {settings.guidance_scale:g}: {error}") from None
+            images.append(np.asarray(result.images[0].convert("RGB")))
+            if on_batch:
+                on_batch(len(images))
+        return np.stack(images)

@@ -163,7 +163,7 @@ def _draw(
     return parts, last
 
 
-def evaluate(
+def score_system(
     system: System,
     data: CaptionedImages,
     judge: Scorer,

@@ -1,4 +1,4 @@
-"""`pocketfusion evaluate`: opens everything, scores, writes one result folder."""
+"""`pocketfusion score`: opens everything, scores, writes one result folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pocketfusion.artefact import atomic_folder, check_writable_parent, write_js
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import ModelFolder, SamplerSettings
-from pocketfusion.evaluate.harness import Outcome, Progress, evaluate
+from pocketfusion.evaluate.harness import Outcome, Progress, score_system
 from pocketfusion.evaluate.prompts import fixed_prompts
 from pocketfusion.evaluate.report import Report, markdown
 from pocketfusion.evaluate.sets import choose_sets
@@ -62,7 +62,7 @@ def write_outcome(outcome: Outcome, folder: Path) -> None:
     nearest_pairs(outcome.pairs, folder / "nearest.png")
 
 
-def evaluate_folder(
+def score_folder(
     folder: Path,
     data: Path,
     judge: Path,
@@ -87,7 +87,7 @@ def evaluate_folder(
     images = open_dataset(data, system.image_size)
     chosen = choose_sets(images, sets, samples)
     identity: dict[str, Any] = {"name": judge.resolve().name, "sha256": folder_hash(judge)}
-    outcome = evaluate(
+    outcome = score_system(
         system, images, scorer, chosen, sampler=sampler, judge_identity=identity, seed=seed, progress=progress
     )
     outcome.report.protocol |= {"pocketfusion": __version__, "machine": machine(), "samples": samples}

@@ -12,8 +12,8 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import ModelFolder
+from pocketfusion.evaluate.open_clip import OpenClip
 from pocketfusion.evaluate.run import open_judge
-from pocketfusion.evolve.open_clip import OpenClip
 from pocketfusion.evolve.score import Judge, JudgeScorer, ScoreSettings, validation_set
 from pocketfusion.evolve.values import Latency
 from pocketfusion.folder import check_folder, folder_hash

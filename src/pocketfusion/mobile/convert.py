@@ -14,8 +14,9 @@ from pocketfusion.mobile.flatbuffer import slim
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.quiet import quiet
 
-#: The signature every file has. The UNet's takes batch 2: negative prompt, prompt. A second one of batch 1 would share
-#: the weights on disk, but XNNPACK packs them once more in memory, and tracing it doubles the time of an export.
+#: The signature every file has. The UNet's takes batch 2, negative prompt and prompt, or batch 1 where guidance is
+#: embedded or folded. A second one of another batch would share the weights on disk, but XNNPACK packs them once more
+#: in memory, and tracing it doubles the time of an export.
 DEFAULT_SIGNATURE = "serving_default"
 
 

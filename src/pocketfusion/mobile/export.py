@@ -27,6 +27,8 @@ from pocketfusion.mobile.licences import copy_licences
 from pocketfusion.mobile.measure import NetworkReport, measure, run_file
 from pocketfusion.mobile.quantize import WEIGHTS, quantize
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
+from pocketfusion.models.guidance import guidance_of
+from pocketfusion.models.sampling import Sampling, read_sampling
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, BundleFile, Defaults, Manifest, Network, Networks
 
@@ -59,8 +61,8 @@ def export(
     out: Path | str,
     *,
     weights: Mapping[str, str] | None = None,
-    num_inference_steps: int = 25,
-    guidance_scale: float = 4.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, index, count: None,
@@ -69,6 +71,7 @@ def export(
 
     `weights`: per network (`text_encoder`, `unet`, `decoder`) float32, float16 or int8; float32 where not given.
     `num_inference_steps` and `guidance_scale` become the bundle's defaults; the latter also in the gate's sampling.
+    Where not given they are those of the folder's `sampling.json`, else 25 and 4.
     `name` is the bundle's (default: `out`'s last part). An existing `out` is replaced only with `overwrite`.
 
     Raises PocketfusionError, and leaves no `out`, if the folder or the settings are wrong, a network does not convert,
@@ -76,6 +79,8 @@ def export(
     """
     folder, out = Path(folder), Path(out)
     kinds = _check(folder, out, weights or {}, num_inference_steps, guidance_scale, overwrite)
+    stated = read_sampling(folder)
+    defaults = _defaults(folder, stated, num_inference_steps, guidance_scale)
     stages = iter(STAGES)
 
     def stage() -> None:
@@ -86,17 +91,19 @@ def export(
     with quiet():
         pipeline: StablePipeline = load_pipeline(folder)
     networks = wrap(pipeline)
+    guidance = guidance_of(pipeline.unet, stated.guidance if stated else None)
+    batch = 2 if guidance == "classifier-free" else 1
     spec = specs.tokenizer_spec(pipeline)
     scheduler = specs.scheduler_spec(pipeline)
     with _disk_errors(out), atomic_folder(out, overwrite=overwrite) as partial:
         stage()
-        reference = reference_runs(pipeline, networks, spec.max_length, guidance_scale)
+        reference = reference_runs(pipeline, networks, spec.max_length, defaults.guidance_scale, guidance)
         rows: dict[str, NetworkReport] = {}
         embeds: np.ndarray | None = None
         for network in NETWORKS:
             stage()
             file = partial / f"{network}.tflite"
-            _write_network(pipeline, network, networks[network], kinds[network], file)
+            _write_network(pipeline, network, networks[network], kinds[network], file, batch)
             stage()
             measured = run_file(file, network, reference)
             rows[network] = measure(network, kinds, file, networks[network], pipeline, measured, reference, embeds)
@@ -115,16 +122,18 @@ def export(
             name=name or out.name,
             created_by=f"pocketfusion {__version__}",
             files={key: _file(path, partial) for key, path in files.items()},
-            networks=Networks(**{n: _network(pipeline, n, networks[n], row) for n, row in rows.items()}),
+            networks=Networks(**{n: _network(pipeline, n, networks[n], row, batch) for n, row in rows.items()}),
             tokenizer=spec,
             latents=specs.latent_spec(pipeline),
             image=specs.image_spec(pipeline),
             scheduler=scheduler,
-            defaults=Defaults(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
+            guidance=guidance,
+            guidance_range=stated.guidance_range if stated else None,
+            defaults=defaults,
             licences=licences,
             provenance=_provenance(folder),
         )
-        write_json(partial / MANIFEST, manifest.model_dump(exclude_none=True))
+        write_json(partial / MANIFEST, manifest.contents())
         size = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
     return ExportReport(str(out), size, list(rows.values()), peak_rss())
 
@@ -136,7 +145,7 @@ def peak_rss() -> int:
 
 
 def _check(
-    folder: Path, out: Path, weights: Mapping[str, str], steps: int, guidance: float, overwrite: bool
+    folder: Path, out: Path, weights: Mapping[str, str], steps: int | None, guidance: float | None, overwrite: bool
 ) -> dict[str, str]:
     """Everything that can be refused before minutes of work; returns the weights of all three networks."""
     for network, kind in weights.items():
@@ -145,9 +154,9 @@ def _check(
                 f"{kind!r} weights for {network!r} are not known: "
                 f"choose {', '.join(WEIGHTS)} for {', '.join(NETWORKS)}"
             )
-    if not 1 <= steps <= 1000:
+    if steps is not None and not 1 <= steps <= 1000:
         raise PocketfusionError(f"--steps is {steps}: choose 1 to 1000")
-    if not np.isfinite(guidance):
+    if guidance is not None and not np.isfinite(guidance):
         raise PocketfusionError(f"--guidance is {guidance}: choose a finite number, such as 4")
     check_folder(folder)
     check_writable_parent(out)
@@ -156,6 +165,19 @@ def _check(
     if out.exists() and not (out / MANIFEST).is_file():
         raise PocketfusionError(f"{out} exists and is not a bundle: it is not replaced, choose another output path")
     return {network: weights.get(network, "float32") for network in NETWORKS}
+
+
+def _defaults(folder: Path, stated: Sampling | None, steps: int | None, guidance: float | None) -> Defaults:
+    """Given, else the folder's, else 25 and 4; raises PocketfusionError for a scale other than the one folded in."""
+    known = stated or Sampling(num_inference_steps=25, guidance_scale=4.0)
+    if known.guidance == "folded" and guidance not in (None, known.guidance_scale):
+        raise PocketfusionError(
+            f"--guidance is {guidance:g} but {folder} has {known.guidance_scale:g} folded in: leave --guidance out"
+        )
+    return Defaults(
+        num_inference_steps=known.num_inference_steps if steps is None else steps,
+        guidance_scale=known.guidance_scale if guidance is None else guidance,
+    )
 
 
 @contextmanager
@@ -170,8 +192,10 @@ def _disk_errors(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _write_network(pipeline: StablePipeline, network: str, module: nn.Module, kind: str, file: Path) -> None:
-    samples = specs.samples(pipeline, batch=2)[network]
+def _write_network(
+    pipeline: StablePipeline, network: str, module: nn.Module, kind: str, file: Path, batch: int
+) -> None:
+    samples = specs.samples(pipeline, batch)[network]
     if kind == "float32":
         convert(module, samples, file)
         return
@@ -182,8 +206,8 @@ def _write_network(pipeline: StablePipeline, network: str, module: nn.Module, ki
 
 
 @torch.no_grad()
-def _network(pipeline: StablePipeline, network: str, module: nn.Module, row: NetworkReport) -> Network:
-    inputs = specs.samples(pipeline, batch=2)[network]
+def _network(pipeline: StablePipeline, network: str, module: nn.Module, row: NetworkReport, batch: int) -> Network:
+    inputs = specs.samples(pipeline, batch)[network]
     return Network(
         inputs=specs.tensor_specs(inputs),
         outputs=specs.tensor_specs(module(**inputs)),

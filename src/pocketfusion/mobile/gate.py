@@ -4,7 +4,10 @@ Two measures. **SQNR**, 10 log10(|reference|^2 / |reference - exported|^2) over 
 for the UNet again when the exported text encoder feeds it. And the **guidance delta**: the standard deviation of the
 conditional minus the unconditional prediction, exported over original, through the exported text encoder too. A
 conversion can have a fair SQNR and still lose the prompt, which moves the prediction by a few per cent of its size
-and is then multiplied by the guidance scale; this shows it.
+and is then multiplied by the guidance scale; this shows it. Of a UNet with embedded or folded guidance, the two are
+single calls with the prompt and with the empty one at the same scale. With embedded guidance there is a second delta,
+between the prompt's predictions at the bundle's default scale and at another, which shows a lost scale; the one that
+is further from 1 counts.
 
 The text encoder's states at padding have gates of their own. Nothing trained them, and they are ill-conditioned:
 noise 60 dB below MiniLM's weights leaves 53 dB at the prompt's tokens and 36 dB at the padding (docs/export.md).
@@ -50,9 +53,22 @@ def run(path: Path, inputs: list[dict[str, np.ndarray]], output: str, signature:
         return np.stack([runner(**one)[output] for one in inputs])
 
 
-def guidance_std(predictions: np.ndarray) -> float:
-    """Standard deviation of conditional minus unconditional; `predictions` [N, 2, H, W, C], row 1 conditional."""
-    return float((predictions[:, 1] - predictions[:, 0]).std())
+def guidance_std(predictions: np.ndarray, other: int = 0) -> float:
+    """Standard deviation of row 1, the conditional prediction, minus row `other`; `predictions` [N, rows, H, W, C].
+
+    Row 0 is the unconditional prediction, row 2 (embedded guidance) the conditional one at another scale.
+    """
+    return float((predictions[:, 1] - predictions[:, other]).std())
+
+
+def guidance_delta(reference: np.ndarray, measured: np.ndarray) -> float | None:
+    """`guidance_std` of `measured` over that of `reference`, both [N, rows, H, W, C]: the ratio furthest from 1.
+
+    None for a network that follows neither prompt nor scale: there is nothing to keep.
+    """
+    original = {other: guidance_std(reference, other) for other in range(reference.shape[1]) if other != 1}
+    ratios = [guidance_std(measured, other) / value for other, value in original.items() if value > 0]
+    return max(ratios, key=lambda ratio: abs(ratio - 1), default=None)
 
 
 def check_sqnr(network: str, weights: str, value: float, gates: Mapping[str, float] = MIN_SQNR) -> None:

@@ -10,6 +10,8 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from pocketfusion.mobile.wrappers import StablePipeline
+from pocketfusion.models.guidance import guidance_embedding
+from pocketfusion.models.sampling import Guidance
 
 PROMPTS = (
     "",
@@ -28,8 +30,14 @@ class GateInputs:
 
     inputs: dict[str, list[dict[str, np.ndarray]]]
     outputs: dict[str, np.ndarray]
-    #: index of the conditional prompt of each UNet run; its unconditional row is prompt 0, the empty one
-    prompts: list[int]
+    #: indices of the prompts of each UNet run, one for each row of its batch; 0 is the empty one
+    prompts: list[list[int]]
+    #: predictions of one step: with the empty prompt, with a prompt, and (embedded guidance) with it at another scale
+    rows: int
+
+    def by_step(self, predictions: np.ndarray) -> np.ndarray:
+        """The UNet's outputs [N, B, H, W, C] as [steps, rows, H, W, C]."""
+        return predictions.reshape(-1, self.rows, *predictions.shape[2:])
 
 
 def tokenize(pipeline: StablePipeline, max_length: int) -> list[dict[str, np.ndarray]]:
@@ -45,11 +53,16 @@ def tokenize(pipeline: StablePipeline, max_length: int) -> list[dict[str, np.nda
 
 @torch.no_grad()
 def reference_runs(
-    pipeline: StablePipeline, networks: dict[str, nn.Module], max_length: int, guidance_scale: float
+    pipeline: StablePipeline,
+    networks: dict[str, nn.Module],
+    max_length: int,
+    guidance_scale: float,
+    guidance: Guidance = "classifier-free",
 ) -> GateInputs:
     """Runs the PyTorch networks: every prompt, then a short guided DDIM sampling per seed, each with its own prompt.
 
-    The latents at every step are the UNet's inputs (batch 2: empty prompt, prompt), the last ones the decoder's.
+    The latents at every step are the UNet's inputs (batch 2: empty prompt, prompt; batch 1, one call after the other,
+    with embedded or folded guidance), the last ones the decoder's.
     """
 
     def call(name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -63,24 +76,35 @@ def reference_runs(
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     runs: dict[str, list[dict[str, np.ndarray]]] = {"text_encoder": texts, "unet": [], "decoder": []}
     outputs: dict[str, list[np.ndarray]] = {"text_encoder": embeds, "unet": [], "decoder": []}
-    prompts: list[int] = []
+    prompts: list[list[int]] = []
+    # of each row: if it has a prompt, and its scale; scale 1 is compared with 2, as with itself there is no difference
+    rows = [(False, guidance_scale), (True, guidance_scale)]
+    if guidance == "embedded":
+        rows.append((True, 1.0 if guidance_scale != 1 else 2.0))
     for seed in _SEEDS:
         index = 1 + seed
         scheduler.set_timesteps(_STEPS)
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(1, height, width, config.in_channels, generator=generator)
         for t in scheduler.timesteps:
-            one = {
-                "sample": z.repeat(2, 1, 1, 1).numpy(),
-                "timestep": np.full(2, float(t), np.float32),
-                "encoder_hidden_states": np.concatenate([embeds[0], embeds[index]]),
-            }
-            prediction = call("unet", one)
-            runs["unet"].append(one)
-            outputs["unet"].append(prediction)
-            prompts.append(index)
-            uncond, cond = torch.from_numpy(prediction).chunk(2)
-            z = scheduler.step(uncond + guidance_scale * (cond - uncond), t, z).prev_sample
+            predictions = []
+            for part in [rows] if guidance == "classifier-free" else [[row] for row in rows]:
+                texted = [index if prompted else 0 for prompted, _ in part]
+                one = {
+                    "sample": z.repeat(len(part), 1, 1, 1).numpy(),
+                    "timestep": np.full(len(part), float(t), np.float32),
+                    "encoder_hidden_states": np.concatenate([embeds[i] for i in texted]),
+                }
+                if guidance == "embedded":
+                    scales = torch.tensor([scale for _, scale in part])
+                    one["timestep_cond"] = guidance_embedding(scales, config.time_cond_proj_dim).numpy()
+                predictions.append(call("unet", one))
+                runs["unet"].append(one)
+                prompts.append(texted)
+            outputs["unet"] += predictions
+            uncond, cond, *_ = torch.from_numpy(np.concatenate(predictions)).split(1)
+            guided = uncond + guidance_scale * (cond - uncond) if guidance == "classifier-free" else cond
+            z = scheduler.step(guided, t, z).prev_sample
         runs["decoder"].append({"latents": z.numpy()})
         outputs["decoder"].append(call("decoder", runs["decoder"][-1]))
-    return GateInputs(runs, {name: np.stack(values) for name, values in outputs.items()}, prompts)
+    return GateInputs(runs, {name: np.stack(values) for name, values in outputs.items()}, prompts, len(rows))

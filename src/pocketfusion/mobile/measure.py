@@ -39,7 +39,7 @@ def run_file(file: Path, network: str, reference: GateInputs, embeds: np.ndarray
     """The file's outputs on the gate's inputs; with `embeds`, the UNet attends to these instead of PyTorch's."""
     inputs = reference.inputs[network]
     if embeds is not None:
-        states = [np.concatenate([embeds[0], embeds[prompt]]) for prompt in reference.prompts]
+        states = [np.concatenate([embeds[prompt] for prompt in prompts]) for prompts in reference.prompts]
         inputs = [one | {"encoder_hidden_states": s} for one, s in zip(inputs, states, strict=True)]
     output = {"text_encoder": "prompt_embeds", "unet": "noise_pred", "decoder": "image"}[network]
     return gate.run(file, inputs, output, DEFAULT_SIGNATURE)
@@ -70,9 +70,8 @@ def measure(
     if network == "unet":
         fed = run_file(file, network, reference, embeds)
         chain = gate.sqnr(expected, fed)
-        original = gate.guidance_std(expected)
-        if original > 0:  # zero for a network that ignores the prompt: nothing to keep
-            delta = gate.guidance_std(fed) / original
+        delta = gate.guidance_delta(reference.by_step(expected), reference.by_step(fed))
+        if delta is not None:
             gate.check_guidance(coarser, delta)
         gate.check_sqnr("unet, fed by the exported text encoder,", coarser, chain)
     return NetworkReport(

@@ -64,6 +64,7 @@ def samples(pipeline: StablePipeline, batch: int) -> dict[str, Samples]:
     shape = (latents.height, latents.width, latents.channels)
     width = pipeline.text_encoder.config.hidden_size
     generator = torch.Generator().manual_seed(0)
+    embedding = pipeline.unet.config.time_cond_proj_dim
     return {
         "text_encoder": {
             "input_ids": torch.zeros(1, length, dtype=torch.int32),
@@ -73,6 +74,7 @@ def samples(pipeline: StablePipeline, batch: int) -> dict[str, Samples]:
             "sample": torch.randn(batch, *shape, generator=generator),
             "timestep": torch.full((batch,), 500.0),
             "encoder_hidden_states": torch.randn(batch, length, width, generator=generator),
+            **({"timestep_cond": torch.zeros(batch, embedding)} if embedding else {}),
         },
         "decoder": {"latents": torch.randn(1, *shape, generator=generator)},
     }

@@ -48,16 +48,25 @@ class TextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """`sample` [B, H, W, C], `timestep` [B], `encoder_hidden_states` [B, T, D] -> `noise_pred` [B, H, W, C]."""
+    """`sample` [B, H, W, C], `timestep` [B], `encoder_hidden_states` [B, T, D] -> `noise_pred` [B, H, W, C].
+
+    With embedded guidance also `timestep_cond` [B, E], the scale's embedding: a GPU delegate in fp16 cannot compute
+    sines of thousands, so the runtime does.
+    """
 
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        return {"noise_pred": nhwc(self.unet(nchw(sample), timestep, encoder_hidden_states, return_dict=False)[0])}
+        inputs = (nchw(sample), timestep, encoder_hidden_states)
+        return {"noise_pred": nhwc(self.unet(*inputs, timestep_cond=timestep_cond, return_dict=False)[0])}
 
 
 class Decoder(nn.Module):

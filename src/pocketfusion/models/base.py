@@ -14,6 +14,7 @@ from pocketfusion.artefact import write_json
 from pocketfusion.folder import COMPONENTS, PROVENANCE
 from pocketfusion.models.elastic_unet import ElasticUNet, as_stock
 from pocketfusion.models.licences import LicenceNote, write_licences
+from pocketfusion.models.sampling import SAMPLING
 from pocketfusion.models.text_encoder import TextEncoder
 
 
@@ -64,6 +65,8 @@ def copy_with_unet(source: Path, out: Path, unet: ElasticUNet, dtype: torch.dtyp
         if (source / name).is_dir():
             # a provenance inside vae/ is the autoencoder's: it stays
             shutil.copytree(source / name, out / name, ignore=None if name == "vae" else own)
+    if (source / SAMPLING).is_file():
+        shutil.copyfile(source / SAMPLING, out / SAMPLING)
     saved = as_stock(unet)
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     index["unet"] = [saved.__class__.__module__ if saved is unet else "diffusers", saved.__class__.__name__]
@@ -71,3 +74,12 @@ def copy_with_unet(source: Path, out: Path, unet: ElasticUNet, dtype: torch.dtyp
     before = saved.dtype
     saved.to(dtype).save_pretrained(out / "unet", safe_serialization=True)
     saved.to(before)
+
+
+def write_scheduler(folder: Path, scheduler: DDIMScheduler) -> None:
+    """Puts `scheduler` in the place of the model folder's own, whatever class that was."""
+    shutil.rmtree(folder / "scheduler", ignore_errors=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["scheduler"] = ["diffusers", scheduler.__class__.__name__]
+    write_json(folder / "model_index.json", index)

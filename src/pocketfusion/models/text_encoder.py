@@ -1,14 +1,15 @@
-"""The text encoder: all-MiniLM-L6-v2 from its package, frozen, its token states used as CLIP's are in SD."""
+"""The text encoder: all-MiniLM-L6-v2 from its package, its token states used as CLIP's are in SD; or CLIP's own."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BertModel, PreTrainedTokenizerFast
+from transformers import BertModel, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from pocketfusion.artefact import sha256_folder
 from pocketfusion.errors import PocketfusionError
@@ -33,12 +34,12 @@ def minilm_folder() -> Path:
 
 
 class TextEncoder:
-    """A frozen BERT-class encoder with its tokenizer, as a model folder carries them."""
+    """A frozen encoder of BERT's or CLIP's class with its tokenizer, as a model folder carries them."""
 
     def __init__(
         self,
-        encoder: BertModel,
-        tokenizer: PreTrainedTokenizerFast,
+        encoder: BertModel | CLIPTextModel,
+        tokenizer: PreTrainedTokenizerFast | CLIPTokenizer,
         fingerprint: str,
         licence: LicenceNote | None = None,
     ):
@@ -62,7 +63,9 @@ class TextEncoder:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.encoder.device)
-        states = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        # as the stock pipeline: without this setting (CLIP in SD) the encoder never sees which tokens are padding
+        used = getattr(self.encoder.config, "use_attention_mask", False)
+        states = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask if used else None)[0]
         return states, tokens.attention_mask
 
     def iter_encoded(self, prompts: Sequence[str], batch: int = 256) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -73,7 +76,7 @@ class TextEncoder:
 
 
 def load_text_encoder(settings: TextSettings) -> TextEncoder:
-    """MiniLM from its package, or any folder with `text_encoder/` and `tokenizer/` of BERT class.
+    """MiniLM from its package, or any folder with `text_encoder/` and `tokenizer/` of BERT's or CLIP's class.
 
     Raises PocketfusionError if it is missing or does not load.
     """
@@ -83,6 +86,11 @@ def load_text_encoder(settings: TextSettings) -> TextEncoder:
         encoder_path, tokenizer_path = Path(settings.source) / "text_encoder", Path(settings.source) / "tokenizer"
     if not (encoder_path / "config.json").is_file():
         raise PocketfusionError(f"there is no text encoder at {encoder_path}: set text.source in the recipe")
+    kind = json.loads((encoder_path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind == "clip_text_model":
+        clip = CLIPTextModel.from_pretrained(encoder_path, torch_dtype=torch.float32, use_safetensors=True)
+        words = CLIPTokenizer.from_pretrained(tokenizer_path, model_max_length=settings.max_length)
+        return TextEncoder(clip, words, sha256_folder(encoder_path))
     encoder = BertModel.from_pretrained(encoder_path, torch_dtype=torch.float32, add_pooling_layer=False)
     encoder.config.use_attention_mask = True  # stock SD passes the mask only if the config says so
     tokenizer = PreTrainedTokenizerFast(

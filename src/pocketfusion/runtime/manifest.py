@@ -53,7 +53,8 @@ class Network(_Strict):
     """What one `.tflite` file computes and how near it is to the PyTorch network that it was made from.
 
     `macs` are the multiply-adds of one call at batch 1; `sqnr_db` is the signal-to-noise ratio against
-    PyTorch; `guidance_delta` (UNet only) is std(conditional - unconditional), exported over original.
+    PyTorch; `guidance_delta` (UNet only) is std(conditional - unconditional), exported over original, and with
+    embedded guidance the same of two guidance scales if that is further from 1.
     """
 
     inputs: list[TensorSpec]
@@ -116,6 +117,12 @@ class Defaults(_Strict):
     guidance_scale: float
 
 
+#: What guidance costs. `classifier-free`: two predictions a step; `embedded`: one, of a UNet with the scale as its
+#: input `timestep_cond` [B, E] (Meng et al., arXiv 2210.03142; `runtime.guidance` makes it); `folded`: one, of a UNet
+#: that was distilled at one scale, `defaults.guidance_scale`.
+Guidance = Literal["classifier-free", "embedded", "folded"]
+
+
 class Licence(_Strict):
     """One part of the bundle, the licence that it is under and the attribution that this asks for."""
 
@@ -138,6 +145,8 @@ class Manifest(_Strict):
     image: ImageSpec
     scheduler: SchedulerSpec
     defaults: Defaults
+    guidance: Guidance = "classifier-free"
+    guidance_range: tuple[float, float] | None = None  #: the scales that an embedded one was distilled for
     licences: list[Licence] = []
     provenance: dict[str, Any] = {}
 
@@ -149,6 +158,22 @@ class Manifest(_Strict):
         if self.defaults.num_inference_steps > self.scheduler.num_train_timesteps:
             raise ValueError("defaults.num_inference_steps is above scheduler.num_train_timesteps")
         return self
+
+    @model_validator(mode="after")
+    def _guidance_has_its_input(self) -> Manifest:
+        has = any(tensor.name == "timestep_cond" for tensor in self.networks.unet.inputs)
+        if has != (self.guidance == "embedded"):
+            raise ValueError(f"the guidance is {self.guidance} and the UNet {'has' if has else 'lacks'} timestep_cond")
+        if self.guidance != "classifier-free" and any(t.shape[:1] != [1] for t in self.networks.unet.inputs):
+            raise ValueError(f"the guidance is {self.guidance} but the UNet takes more than one sample")
+        return self
+
+    def contents(self) -> dict[str, Any]:
+        """What `bundle.json` holds: keys that version 1 began without only where they say something."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        if self.guidance == "classifier-free":  # older readers refuse the key, and this is all that they can draw
+            del values["guidance"]
+        return values
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.guidance import guidance_embedding, resolve_guidance
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.memory import peak_rss
 from pocketfusion.runtime.networks import Network, available_cores
@@ -97,8 +98,9 @@ class Pipeline:
         latents: Array | None = None,
         callback: Callback | None = None,
     ) -> GenerationResult:
-        """Draws `num_images` pictures of `prompt` with DDIM and classifier-free guidance (Ho & Salimans, arXiv
-        2207.12598, in diffusers' convention: `guidance_scale` 1 is the plain conditional model).
+        """Draws `num_images` pictures of `prompt` with DDIM and guidance: classifier-free (Ho & Salimans, arXiv
+        2207.12598, in diffusers' convention: `guidance_scale` 1 is the plain conditional model), or whatever the
+        bundle's is. Where it is embedded or folded a step is one prediction and there is no negative prompt.
 
         Picture i starts from the noise of seed + i (a random seed if None) or from `latents`
         [num_images, height, width, channels]; the same seed gives the same bytes on the same machine.
@@ -106,16 +108,18 @@ class Pipeline:
         latents [1, height, width, channels], which `decode` makes a preview of; returning False or raising
         `Cancelled` stops, and `generate` raises `Cancelled`.
 
-        Raises PocketfusionError for a setting out of range and for NaN or infinity out of a network.
+        Raises PocketfusionError for a setting out of range, one that the bundle's guidance cannot follow, and for NaN
+        or infinity out of a network.
         """
         steps = self.manifest.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scale = self.manifest.defaults.guidance_scale if guidance_scale is None else float(guidance_scale)
+        timings, warnings = Timings(self.load_seconds), list[str]()
+        scale = resolve_guidance(self.manifest, guidance_scale, negative_prompt, warnings)
         timesteps = self.scheduler.set_timesteps(steps)
         seeds = self._seeds(seed, num_images, scale)
         noise = [self.noise(s) for s in seeds] if latents is None else self._given(latents, num_images)
-        timings, warnings = Timings(self.load_seconds), list[str]()
         start = time.perf_counter()
-        prompt_embeds = np.concatenate([self.encode(negative_prompt, warnings), self.encode(prompt, warnings)])
+        texts = (negative_prompt, prompt) if self.manifest.guidance == "classifier-free" else (prompt,)
+        prompt_embeds = np.concatenate([self.encode(text, warnings) for text in texts])
         timings.text = time.perf_counter() - start
         images = []
         for sample in noise:
@@ -173,7 +177,12 @@ class Pipeline:
         return embeds
 
     def _noise_pred(self, sample: Array, timestep: int, prompt_embeds: Array, scale: float) -> Array:
-        """Guided prediction: uncond + scale * (cond - uncond); scale 1 needs no unconditional row."""
+        """Guided prediction: uncond + scale * (cond - uncond), or what the UNet gives; scale 1 needs no uncond.
+
+        `prompt_embeds` [2, T, D], or [1, T, D] with embedded or folded guidance.
+        """
+        if len(prompt_embeds) == 1:
+            return self._one_call(sample, timestep, prompt_embeds, scale)
         rows = 1 if scale == 1.0 and 1 in self.unet.batch_sizes else 2
         noise_pred = self.unet(
             sample=np.repeat(sample, rows, axis=0),
@@ -185,6 +194,17 @@ class Pipeline:
             return cond
         with np.errstate(over="ignore", invalid="ignore"):  # an absurd scale is told by the caller's check
             return (noise_pred[:1] + scale * (cond - noise_pred[:1])).astype(np.float32)
+
+    def _one_call(self, sample: Array, timestep: int, prompt_embeds: Array, scale: float) -> Array:
+        inputs = {
+            "sample": sample,
+            "timestep": np.full(1, timestep, np.float32),
+            "encoder_hidden_states": prompt_embeds,
+        }
+        if self.manifest.guidance == "embedded":
+            (shape,) = (tensor.shape for tensor in self.unet.spec.inputs if tensor.name == "timestep_cond")
+            inputs["timestep_cond"] = guidance_embedding(scale, shape[1])
+        return self.unet(**inputs)
 
     def _given(self, latents: Array, num_images: int) -> list[Array]:
         shape = (num_images, self.manifest.latents.height, self.manifest.latents.width, self.manifest.latents.channels)

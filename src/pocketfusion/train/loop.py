@@ -17,9 +17,11 @@ from torch import nn
 
 from pocketfusion.artefact import write_json
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.processes import lost_processes_are_told
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from pocketfusion.train.divergence import DivergenceWatch
 from pocketfusion.train.log import TrainLog
 
 
@@ -91,10 +93,11 @@ def train(
     `fingerprint` (settings and input hashes) must equal the one the run was begun with. Stops after `max_minutes`
     with a checkpoint. The samples and random numbers of a step depend on the seed and the step alone.
     Raises PocketfusionError on a run begun with other settings, a batch that does not divide, or a loss that is
-    not finite (the last good checkpoint stays).
+    not finite or diverges (the last good checkpoint stays).
     """
     parallel = DistributedDataParallelKwargs(find_unused_parameters=getattr(task, "unused_parameters", False))
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation,
         kwargs_handlers=[parallel],
@@ -123,6 +126,7 @@ def train(
     if settings.compile:
         model = torch.compile(model)
     log = TrainLog(run, step, settings, enabled=accelerator.is_main_process)
+    watch = DivergenceWatch()
     started, saved_at, figures = time.monotonic(), step, {}
     deadline = started + 60 * max_minutes if max_minutes else math.inf
 
@@ -143,7 +147,7 @@ def train(
         return held_out
 
     raw.train()
-    with log.progress():
+    with lost_processes_are_told("and it goes on from the newest checkpoint"), log.progress():
         while step < settings.steps and time.monotonic() < deadline:
             for group in prepared.param_groups:
                 group["lr"] = learning_rate_at(step, settings)
@@ -160,10 +164,10 @@ def train(
                     prepared.step()
                     prepared.zero_grad()
                 loss_sum += accelerator.reduce(loss.detach(), "mean").item() / settings.gradient_accumulation
-            if not math.isfinite(loss_sum):
+            if watch.diverged(loss_sum):
                 kept = latest_checkpoint(run / "checkpoints")
                 raise PocketfusionError(
-                    f"the loss became {loss_sum} at step {step + 1}: training stopped and kept "
+                    f"the loss became {loss_sum:.3g} at step {step + 1}: training stopped and kept "
                     f"{kept or 'no checkpoint'}; lower learning_rate {settings.learning_rate:g} or check the data"
                 )
             step += 1
@@ -171,7 +175,7 @@ def train(
             log.add(step, loss_sum, learning_rate_at(step - 1, settings), logged)
             if on_step:
                 on_step(step, {"loss": loss_sum, **logged})
-            if step % settings.checkpoint_every == 0:
+            if step % settings.checkpoint_every == 0 and not watch.suspect:
                 save()
             if step % settings.preview_every == 0 and step < settings.steps:
                 figures = look()

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
+from pocketfusion.models.guidance import guided_prediction
+from pocketfusion.models.sampling import Guidance
 from pocketfusion.models.text_encoder import TextEncoder
 from pocketfusion.runtime.noise import seeded_noise
 from pocketfusion.train.autoencoder import to_uint8
@@ -30,20 +32,17 @@ def sample_latents(
     *,
     num_inference_steps: int,
     guidance_scale: float,
+    guidance: Guidance = "classifier-free",
 ) -> torch.Tensor:
-    """DDIM (η = 0) with classifier-free guidance: noise [B, C, h, w], prompt states [B, T, D] → latents [B, C, h, w].
+    """DDIM (η = 0), guided: noise [B, C, h, w], prompt states [B, T, D] → latents [B, C, h, w].
 
     guidance_scale 1 runs the conditional branch alone.
     """
     scheduler.set_timesteps(num_inference_steps)
-    guided = guidance_scale != 1.0
-    states = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
+    scale = torch.full((len(noise),), guidance_scale, device=noise.device)
     latents = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        prediction = unet(torch.cat([latents] * 2) if guided else latents, t, states).sample.float()
-        if guided:
-            uncond, cond = prediction.chunk(2)
-            prediction = uncond + guidance_scale * (cond - uncond)
+        prediction = guided_prediction(unet, latents, t, prompt_embeds, negative_prompt_embeds, scale, guidance)
         latents = scheduler.step(prediction, t, latents).prev_sample
     return latents
 
@@ -59,6 +58,7 @@ def sample_images(
     *,
     num_inference_steps: int = 25,
     guidance_scale: float = 4.0,
+    guidance: Guidance = "classifier-free",
     batch: int = 64,
     on_batch: Callable[[int], None] | None = None,
 ) -> np.ndarray:
@@ -76,6 +76,7 @@ def sample_images(
             empty.to(unet.device).expand_as(states),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance=guidance,
         )
         images.append(to_uint8(vae.decode(latents / vae.config.scaling_factor).sample))
         if on_batch:

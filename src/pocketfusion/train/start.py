@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, check_finite, check_folder, folder_hash, read_provenance
-from pocketfusion.models.base import copy_with_unet
+from pocketfusion.models.base import copy_with_unet, write_scheduler
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
+from pocketfusion.models.sampling import Sampling, write_sampling
+from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
+from pocketfusion.processes import process_state
 from pocketfusion.recipe import Recipe, TrainSettings
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun
@@ -35,16 +37,20 @@ class Start:
     device: torch.device
 
 
-def open_start(folder: Path, recipe: Recipe) -> Start:
-    """Raises PocketfusionError if the folder is not sound, not SD-family, or the recipe was made for another model."""
+def open_start(folder: Path, recipe: Recipe, prediction_type: str | None = None) -> Start:
+    """Opens a folder whose prediction type is `prediction_type` (default: the recipe's).
+
+    Raises PocketfusionError if it is not sound, not SD-family, or the recipe was made for another model.
+    """
     check_folder(folder)
     unet = load_elastic(folder)
     check_finite(unet, str(folder / "unet"))
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).requires_grad_(False).eval()
+    vae = load_vae(folder / "vae")
     text = load_text_encoder(recipe.text)
     check_shapes(unet.config, recipe, vae, text, where=str(folder / "unet"))
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler").config
-    for name, value in recipe.teacher.scheduler.items():
+    wanted = recipe.teacher.scheduler | ({"prediction_type": prediction_type} if prediction_type else {})
+    for name, value in wanted.items():
         if scheduler[name] != value:
             raise PocketfusionError(
                 f"the recipe's teacher.scheduler.{name} is {value!r} but {folder} was trained with {scheduler[name]!r}"
@@ -62,13 +68,22 @@ def train_on(
     made_by: dict[str, Any],
     start: Start,
     cache: Path | None,
+    sampling: Sampling | None = None,
+    scheduler: DDIMScheduler | None = None,
 ) -> Provenance:
-    """Fills the caches, trains, and writes `start`'s folder again with the trained UNet."""
-    with PartialState().main_process_first():  # one process fills the caches, the others find them
+    """Fills the caches, trains, and writes `start`'s folder again with the trained UNet.
+
+    `sampling` and `scheduler`: how the result is sampled, if not as `start` is.
+    """
+    with process_state().main_process_first():  # one process fills the caches, the others find them
         task.prepare(cache or stage.run / "cache", start.vae_hash, start.text.fingerprint, start.device)
 
     def write(out: Path, result: TrainResult) -> dict[str, Any]:
         copy_with_unet(start.folder, out, start.unet)
+        if sampling is not None:
+            write_sampling(out, sampling)
+        if scheduler is not None:
+            write_scheduler(out, scheduler)
         task.preview(start.unet).save(out / "preview.png")
         return {}
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from PIL import Image
@@ -18,7 +17,9 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, check_finite, folder_hash, read_provenance
 from pocketfusion.models.base import write_base_folder
+from pocketfusion.models.sampling import Sampling
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
+from pocketfusion.processes import process_state
 from pocketfusion.recipe import Recipe, TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.cache import CaptionTable, cache_latents, cache_prompts
@@ -84,6 +85,9 @@ class TeacherTask:
         self.flip = np.array([data.rows[i]["flip"] for i in self.indices]) & recipe.data.flip
         self.captions = CaptionTable([data.rows[i] for i in self.indices])
         self.device = torch.device("cpu")
+        self.sampling = Sampling(  #: how previews are drawn
+            num_inference_steps=recipe.teacher.num_inference_steps, guidance_scale=recipe.teacher.guidance_scale
+        )
 
     def prepare(self, cache: Path, vae_hash: str, text_hash: str, device: torch.device) -> None:
         """Fills the caches; later runs find them."""
@@ -98,14 +102,19 @@ class TeacherTask:
         self.vae.to(device)
         self.text.encoder.to(device)
 
-    def noised(self, batch: Batch) -> Noised:
-        """The batch's latents (mirrored at random where allowed), noised at random timesteps, and caption states."""
+    def clean(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's latents x (mirrored at random where allowed) and caption states, some dropped; on the CPU."""
         mirrored = (batch.rand() < 0.5).numpy() & self.flip[batch.indices]
         mean, std = torch.from_numpy(self.latents[batch.indices, mirrored.astype(int)]).float().chunk(2, dim=1)
         x = (mean + std * batch.randn(*mean.shape[1:])) * self.vae.config.scaling_factor
         states = torch.from_numpy(self.states[self.captions.pick(batch.indices, batch.rand().numpy())]).float()
         dropped = batch.rand() < self.settings.prompt_dropout
         states[dropped] = self.null
+        return x, states
+
+    def noised(self, batch: Batch) -> Noised:
+        """`clean`, noised at random timesteps."""
+        x, states = self.clean(batch)
         timesteps = batch.randint(self.scheduler.config.num_train_timesteps)
         noise = batch.randn(*x.shape[1:])
         z_t = self.objective.add_noise(x, noise, timesteps)
@@ -139,18 +148,12 @@ class TeacherTask:
         return {"val_mse": torch.cat(errors).mean().item()}
 
     def preview(self, model: nn.Module) -> Image.Image:
-        """Fixed prompts, two seeds each, with the recipe's steps and guidance."""
+        """Fixed prompts, two seeds each, drawn as `sampling` says."""
         prompts = [prompt for prompt in PREVIEW_PROMPTS for _ in range(2)]
-        images = sample_images(
-            model,  # type: ignore[arg-type]
-            self.vae,
-            self.text,
-            self.scheduler,
-            prompts,
-            list(range(len(prompts))),
-            num_inference_steps=self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale,
-        )
+        seeds = list(range(len(prompts)))
+        unet: UNet2DConditionModel = model  # type: ignore[assignment]
+        drawn = self.sampling.model_dump(exclude={"guidance_range"})
+        images = sample_images(unet, self.vae, self.text, self.scheduler, prompts, seeds, **drawn)
         rows = np.concatenate([np.concatenate(list(row), axis=1) for row in images.reshape(3, 8, *images.shape[1:])])
         return Image.fromarray(rows).resize((rows.shape[1] * 2, rows.shape[0] * 2), Image.Resampling.NEAREST)
 
@@ -220,7 +223,7 @@ def train_teacher(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast_attention(unet, device)
     task = TeacherTask(recipe, data, unet, vae, text)
-    with PartialState().main_process_first():  # one process fills the caches, the others find them
+    with process_state().main_process_first():  # one process fills the caches, the others find them
         task.prepare(cache or stage.run / "cache", vae_hash, text.fingerprint, device)
 
     def write(folder: Path, result: TrainResult) -> dict:

@@ -1,4 +1,4 @@
-"""A judge for full size: any model of open_clip, from a local checkpoint."""
+"""Any model of open_clip from a local checkpoint, as a judge or for the CLIP score at full size."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.evaluate.weights import read_weights
 
 
 class OpenClip:
@@ -24,20 +25,16 @@ class OpenClip:
     def __init__(self, name: str, checkpoint: Path, batch: int = 32):
         if find_spec("open_clip") is None:
             raise PocketfusionError(f"the judge {name} needs open_clip: pip install open_clip_torch")
-        if not checkpoint.is_file() or checkpoint.suffix != ".safetensors":
-            raise PocketfusionError(
-                f"there is no safetensors checkpoint of {name} at {checkpoint}: fetch it from where open_clip's "
-                "list of pretrained models says"
-            )
-        import open_clip
-        from safetensors.torch import load_file
-
         try:
-            model: Any = open_clip.create_model(name, pretrained=None)
-            model.load_state_dict(load_file(checkpoint))
+            import open_clip
+        except ImportError as error:  # it needs torchvision, which an install without dependencies leaves out
+            raise PocketfusionError(f"open_clip is installed but does not load ({error}): install it whole") from None
+        weights = read_weights(checkpoint, f"weights of open_clip's {name}")
+        try:
+            model: Any
+            model, _, self._preprocess = open_clip.create_model_and_transforms(name, pretrained=None)
+            model.load_state_dict(weights)
             self._tokenize = open_clip.get_tokenizer(name)
-            config = open_clip.get_model_preprocess_cfg(model)
-            self._preprocess = open_clip.image_transform_v2(open_clip.PreprocessCfg(**config), is_train=False)
         except Exception as error:
             raise PocketfusionError(
                 f"{checkpoint} is no checkpoint of open_clip's {name} ({str(error).splitlines()[0][:120]})"

@@ -1,58 +1,33 @@
-"""`pocketfusion evaluate` on a tiny random model and judge, and what it refuses."""
+"""`pocketfusion score` on a tiny random model and judge, and what it refuses."""
 
 import json
 import shutil
-import sys
 
 import pytest
-import torch
 
-from pocketfusion.cli import main
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import SamplerSettings
-from pocketfusion.evaluate.run import evaluate_folder
+from pocketfusion.evaluate.run import score_folder
 from pocketfusion.folder import folder_hash
 from pocketfusion.models.judge import JudgeModel
 
 
-@pytest.fixture(scope="module")
-def judge(tiny_folder, tmp_path_factory):
-    """An untrained judge over the tiny text encoder."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("judge") / "judge"
-    text = {"source": str(tiny_folder), "max_length": 32}
-    JudgeModel(image_size=64, widths=(8, 16), text_width=32, embed_dim=16, text=text).save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `pocketfusion evaluate ARGS` in this process: exit code, stdout, stderr."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pocketfusion", "evaluate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return (stopped.value.code or 0, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture
 def call(tiny_folder, tiny_data, judge, tmp_path):
-    """evaluate_folder on the tiny things, any of them replaced."""
+    """score_folder on the tiny things, any of them replaced."""
 
     def run(**changed):
         sampler = SamplerSettings(num_inference_steps=1)
         arguments = {"folder": tiny_folder, "data": tiny_data, "judge": judge, "out": tmp_path / "scores"} | changed
-        return evaluate_folder(**({"sampler": sampler, "samples": 4} | arguments))
+        return score_folder(**({"sampler": sampler, "samples": 4} | arguments))
 
     return run
 
 
-def test_the_command_scores_and_writes(command, tiny_folder, tiny_data, judge, tmp_path):
+def test_the_command_scores_and_writes(pocketfusion, tiny_folder, tiny_data, judge, tmp_path):
     out = tmp_path / "scores"
-    code, printed, _ = command(
+    code, printed, _ = pocketfusion(
+        "score",
         *(tiny_folder, "--data", tiny_data, "--judge", judge, "--out", out),
         *("--steps", 2, "--samples", 8, "--sets", "train,test_combo", "--guidance", 2),
     )
@@ -75,17 +50,17 @@ def test_the_command_scores_and_writes(command, tiny_folder, tiny_data, judge, t
     ]
 
 
-def test_the_command_says_what_is_wrong_in_one_sentence(command, tiny_data, judge, tmp_path):
+def test_the_command_says_what_is_wrong_in_one_sentence(pocketfusion, tiny_data, judge, tmp_path):
     out = tmp_path / "scores"
-    code, _, said = command(tmp_path / "nothing", "--data", tiny_data, "--judge", judge, "--out", out)
+    code, _, said = pocketfusion("score", tmp_path / "nothing", "--data", tiny_data, "--judge", judge, "--out", out)
     assert code == 2 and "there is no model folder at" in said and "Traceback" not in said
     assert not out.exists()
 
 
-def test_json_is_the_result_file(command, tiny_folder, tiny_data, judge, tmp_path):
+def test_json_is_the_result_file(pocketfusion, tiny_folder, tiny_data, judge, tmp_path):
     out = tmp_path / "scores"
     arguments = ("--data", tiny_data, "--judge", judge, "--out", out, "--steps", 1, "--sets", "test_combo", "--json")
-    code, printed, _ = command(tiny_folder, *arguments)
+    code, printed, _ = pocketfusion("score", tiny_folder, *arguments)
     assert code == 0 and json.loads(printed) == json.loads((out / "scores.json").read_text())
 
 

@@ -1,0 +1,72 @@
+"""`distill-decoder`: a smaller decoder for a model folder, learned from sampled latents."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketfusion.cli import app
+from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, report
+from pocketfusion.errors import PocketfusionError
+
+
+class Preset(str, Enum):
+    """Shapes of the student."""
+
+    half = "half"
+    tiny = "tiny"
+
+
+class Loss(str, Enum):
+    """What the student learns from."""
+
+    mse = "mse"
+    mse_l1 = "mse+l1"
+    mse_features = "mse+features"
+
+
+@app.command("distill-decoder")
+def distill_decoder_command(
+    folder: Annotated[Path, typer.Argument(help="Model folder whose decoder is the teacher.", show_default=False)],
+    recipe: Annotated[Path, typer.Option("--recipe", help="Recipe of that model.", show_default=False)],
+    data: DataOpt,
+    out: OutOpt,
+    preset: Annotated[
+        Preset | None,
+        typer.Option("--preset", help="half: every stage at half width; tiny: no attention. Default: recipe"),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option("--ratio", help="Share of channels to remove. Default: preset")
+    ] = None,
+    loss: Annotated[Loss | None, typer.Option("--loss", help="Default: the recipe's.")] = None,
+    sampler: Annotated[
+        Path | None, typer.Option("--sampler", help="Model folder that draws the latents. Default: FOLDER")
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Latents to draw. Default: recipe")] = None,
+    run: RunOpt = None,
+    max_minutes: MinutesOpt = None,
+    cache: CacheOpt = None,
+    overwrite: OverwriteOpt = False,
+) -> None:
+    """Distil a smaller decoder from captions: sampled latents, the teacher's pictures as targets (SnapFusion)."""
+    if ratio is not None and not 0 < ratio < 1:
+        raise PocketfusionError(f"--ratio {ratio:g} is not between 0 and 1: give the share of channels to remove")
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    settings = loaded.decoder
+    if settings is None:
+        raise PocketfusionError(f"the recipe {loaded.name} has no section 'decoder': see recipes/emoji64.yaml")
+    given: dict[str, Any] = {
+        "preset": preset and preset.value,
+        "loss": loss and loss.value,
+        "samples": samples,
+    }
+    settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+    from pocketfusion.distill.decoder import distill_decoder
+
+    report(
+        distill_decoder(loaded, images, folder, stage, settings, ratio=ratio, sampler=sampler, cache=cache),
+        out,
+    )

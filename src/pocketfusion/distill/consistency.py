@@ -1,0 +1,219 @@
+"""`distill-consistency`: fewer than eight steps, by consistency distillation in phases on the sampler's own grid.
+
+Phased Consistency Models (Wang et al., arXiv 2405.18407; the same idea as Heek et al., arXiv 2403.06807): N steps of
+the sampler cut time into N phases, and inside each the student learns to jump to the phase's end. N = 1 is consistency
+distillation (Song et al., arXiv 2303.01469), with guidance inside the teacher's ODE as in LCM (arXiv 2310.04378).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+from pocketfusion.data.packed import CaptionedImages
+from pocketfusion.distill.ddim import (
+    Level,
+    NoiseSchedule,
+    add_noise,
+    ddim_step,
+    rollout,
+    spans,
+    step_ratio,
+    timesteps,
+    truncated_snr_in_v,
+    v_target,
+)
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.models.elastic_unet import ElasticUNet
+from pocketfusion.models.guidance import guided_prediction
+from pocketfusion.models.sampling import Guidance, Sampling
+from pocketfusion.recipe import ConsistencySettings, Recipe
+from pocketfusion.train.batch import Batch
+from pocketfusion.train.start import Start
+from pocketfusion.train.teacher import TeacherTask
+
+ALL = slice(None)
+HELD_OUT = 256  #: at most so many pairs are rolled out by the teacher for validation
+
+
+class RowPredictor(Protocol):
+    """A `Predictor` that also takes a part of its batch."""
+
+    def __call__(self, z: torch.Tensor, now: torch.Tensor, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
+        """z [R, C, h, w], times [R], which rows [R] of the batch they are → ṽ [R, C, h, w]."""
+
+
+def phase_times(numbers: torch.Tensor, teacher_steps: int, steps: int, num_train_timesteps: int) -> torch.Tensor:
+    """Where teacher steps `numbers` [B] in 0 … K N − 1 begin, where they end, and where their phases end: [3, B].
+
+    Raises PocketfusionError as `step_ratio` does.
+    """
+    ratio = step_ratio(teacher_steps, steps)
+    grid, numbers = timesteps(teacher_steps, num_train_timesteps), numbers.long()
+    return torch.stack([grid[numbers], grid[numbers + 1], grid[(numbers // ratio + 1) * ratio]])
+
+
+@torch.no_grad()
+def consistency_target(
+    teacher: RowPredictor, student: RowPredictor, z_t: torch.Tensor, times: torch.Tensor, schedule: NoiseSchedule
+) -> torch.Tensor:
+    """ṽ: one teacher step from z_t, the student's own jump from there to the phase's end, as the v of a single jump.
+
+    Where the teacher's step reaches the phase's end there is nothing left to jump over (the boundary condition holds
+    by construction) and the target is the teacher's own v: step distillation. An error of the student's at t′ enters
+    as sin(φ_t′ − φ_s) / sin(φ_t − φ_s) of itself, less than whole. times [3, B] as of `phase_times`.
+    """
+    at, then, end = (schedule.at(now, z_t) for now in times)
+    z_end = ddim_step(z_t, teacher(z_t, times[0]), at, then)
+    inside = (times[1] != times[2]).nonzero()[:, 0]
+    if len(inside):
+        rows = inside.to(z_t.device)
+        begun, levels = z_end[rows], [Level(level.alpha[rows], level.sigma[rows]) for level in (then, end)]
+        z_end[rows] = ddim_step(begun, student(begun, times[1][inside], rows), *levels)
+    return v_target(z_t, z_end, at, end)
+
+
+def consistency_loss(v: torch.Tensor, target: torch.Tensor, at: Level, huber_c: float | None = None) -> torch.Tensor:
+    """Mean over samples of e² = max(α², σ²) |v − ṽ|² (mean over elements), or of √(e² + c²) − c; scalar, fp32.
+
+    The second is the pseudo-Huber metric of Song & Dhariwal (arXiv 2310.14189), divided by √d: c is theirs per √d.
+    """
+    squared = (v.float() - target).square().flatten(1).mean(1) * truncated_snr_in_v(at).flatten()
+    return (squared if huber_c is None else (squared + huber_c**2).sqrt() - huber_c).mean()
+
+
+class Jumps(NamedTuple):
+    """A batch on the device: z_t, times [3, B] on the CPU, caption states, guidance scales [B]."""
+
+    z_t: torch.Tensor
+    times: torch.Tensor
+    states: torch.Tensor
+    scale: torch.Tensor
+
+
+class ConsistencyTask(TeacherTask):
+    """Student N steps: from anywhere in a phase it learns to jump to where it would from one teacher step further.
+
+    The target network is the student itself, detached: μ = 0 for Song et al.'s average of its weights, which Song &
+    Dhariwal (arXiv 2310.14189) found best for consistency training, and nothing more to store and resume.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: ConsistencySettings,
+        data: CaptionedImages,
+        student: Start,
+        teacher: ElasticUNet,
+        sampling: Sampling,
+        teacher_guidance: Guidance,
+    ):
+        """`sampling`: how the result is drawn. Raises PocketfusionError if the steps do not divide or are too many."""
+        super().__init__(recipe, data, student.unet, student.vae, student.text, settings.train)
+        self.consistency, self.sampling = settings, sampling
+        self.teacher, self.teacher_guidance = teacher.eval().requires_grad_(False), teacher_guidance
+        # few steps must begin at the last timestep: the result's folder gets this scheduler
+        self.scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
+        self.schedule = NoiseSchedule(self.scheduler)
+        step_ratio(settings.teacher_steps, settings.steps)
+        angles = self.schedule.angle(timesteps(settings.teacher_steps, self.scheduler.config.num_train_timesteps))
+        if not bool((angles.diff() < 0).all()):
+            raise PocketfusionError(
+                f"{settings.teacher_steps} teacher steps are finer than the noise schedule: choose fewer, such as 32"
+            )
+        self._held_out: list[tuple[Jumps, torch.Tensor, torch.Tensor]] = []
+
+    def to(self, device: torch.device) -> None:
+        """Moves the teacher too."""
+        super().to(device)
+        self.teacher.to(device)
+        self.null = self.null.to(device)
+
+    def _precision(self) -> AbstractContextManager:
+        """Of the target's networks: fp32 unless the recipe says bf16; the algebra always is fp32.
+
+        Without autocast's cache: the weights that it would keep from here have no gradient, and the student's pass
+        would use them.
+        """
+        enabled = self.consistency.teacher_precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+    def predictor(self, unet: nn.Module, guidance: Guidance, made: Jumps) -> RowPredictor:
+        """`unet`'s guided v for rows of `made`."""
+
+        def predict(z: torch.Tensor, now: torch.Tensor, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
+            given = now.float().to(z.device), made.states[rows], self.null.to(z.device), made.scale[rows]
+            return guided_prediction(unet, z, *given, guidance)  # type: ignore[arg-type]
+
+        return predict
+
+    def scales(self, u: torch.Tensor) -> torch.Tensor:
+        """Guidance scales [B] for `u` [B] uniform in [0, 1)."""
+        if self.sampling.guidance == "folded":
+            return torch.full_like(u, self.sampling.guidance_scale)
+        low, high = self.consistency.guidance_range
+        return low + (high - low) * u
+
+    def jumps(self, batch: Batch) -> Jumps:
+        """Random teacher steps of the grid, noised to where they begin."""
+        x, states = self.clean(batch)
+        count, table = self.consistency.teacher_steps, self.scheduler.config.num_train_timesteps
+        times = phase_times(batch.randint(count), count, self.consistency.steps, table)
+        scale, noise = self.scales(batch.rand()), batch.randn(*x.shape[1:])
+        z_t = add_noise(x, noise, self.schedule.at(times[0], x))
+        return Jumps(z_t.to(self.device), times, states.to(self.device), scale.to(self.device))
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """`consistency_loss`, with the gradient through the student at z_t alone; logs the mean of e²."""
+        made = self.jumps(batch)
+        teacher = self.predictor(self.teacher, self.teacher_guidance, made)
+        itself = self.predictor(self.model, self.sampling.guidance, made)  # not the wrapper: no gradient is shared
+        with self._precision():
+            target = consistency_target(teacher, itself, made.z_t, made.times, self.schedule)
+        v = self.predictor(model, self.sampling.guidance, made)(made.z_t, made.times[0])
+        at = self.schedule.at(made.times[0], made.z_t)
+        squared = consistency_loss(v.detach(), target, at).item()
+        c = self.consistency.huber_c if self.consistency.loss == "huber" else None
+        return consistency_loss(v, target, at, c), {"squared": squared}
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """What it is all for: each phase's jump against the teacher's steps, on held-out pairs, as it will be drawn.
+
+        `val_landing`: e² of the jump from a phase's beginning. `val_landing_left`: that over the e² of a single
+        teacher step there; 1 is a teacher drawn in N steps, 0 a student that draws what it does in K N.
+        """
+        error = single = 0.0
+        for made, target, first in self._held_out or self._hold_out():
+            at = self.schedule.at(made.times[0], made.z_t)
+            v = self.predictor(model, self.sampling.guidance, made)(made.z_t, made.times[0])
+            error += consistency_loss(v, target, at).item() * len(v)
+            single += consistency_loss(first, target, at).item() * len(v)
+        count = sum(len(made.z_t) for made, *_ in self._held_out)
+        return {"val_landing": error / count, "val_landing_left": error / single if single else 0.0}
+
+    def _hold_out(self) -> list[tuple[Jumps, torch.Tensor, torch.Tensor]]:
+        """Held-out jumps, their targets and the teacher's first v there; made once, as the teacher is frozen."""
+        rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))[:HELD_OUT]
+        mean = torch.from_numpy(np.asarray(self.latents[rows, 0], dtype=np.float32)).chunk(2, dim=1)[0]
+        x = mean * self.vae.config.scaling_factor
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        states = torch.from_numpy(self.states[self.captions.pick(rows, np.zeros(len(rows)))]).float()
+        steps, table = self.consistency.steps, self.scheduler.config.num_train_timesteps
+        for part in torch.arange(len(x)).split(64):
+            times = spans(part % steps, self.consistency.teacher_steps, steps, table)
+            z_t = add_noise(x[part], noise[part], self.schedule.at(times[0], x)).to(self.device)
+            scale = torch.full((len(part),), self.sampling.guidance_scale, device=self.device)
+            made = Jumps(z_t, times, states[part].to(self.device), scale)
+            predict = self.predictor(self.teacher, self.teacher_guidance, made)
+            with self._precision():
+                first = predict(z_t, times[0])
+                z_end = rollout(predict, z_t, times, self.schedule)
+            ends = self.schedule.at(times[0], z_t), self.schedule.at(times[-1], z_t)
+            self._held_out.append((made, v_target(z_t, z_end, *ends), first))
+        return self._held_out

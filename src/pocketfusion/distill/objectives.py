@@ -1,0 +1,83 @@
+"""Step distillation's objectives: which guidance a sample is distilled at, and how the losses are added.
+
+SnapFusion (arXiv 2306.00980) section 4.2: L = L_dstl + γ L_ori, where L_dstl is L_vani or, with probability p, L_cfg.
+The two differ in the guidance scale alone: L_vani has w = 1, L_cfg draws w, so a mixture is a draw of w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pocketfusion.distill.ddim import Level, truncated_snr_in_v
+from pocketfusion.train.batch import Batch
+
+
+class StepObjective(Protocol):
+    """Which guidance scale each sample of a batch is distilled at."""
+
+    def guidance_scale(self, batch: Batch) -> torch.Tensor:
+        """w [B], the same for teacher and student; where it is 1 only the conditional branch runs."""
+
+
+@dataclass(frozen=True)
+class Vanilla:
+    """L_vani (eq. 8): the conditional branch alone."""
+
+    def guidance_scale(self, batch: Batch) -> torch.Tensor:
+        """Ones."""
+        return torch.ones(len(batch.indices))
+
+
+@dataclass(frozen=True)
+class CFGAware:
+    """L_cfg (eq. 9): teacher and student guided alike, w ~ U[low, high] for each sample."""
+
+    low: float = 2.0
+    high: float = 14.0
+
+    def guidance_scale(self, batch: Batch) -> torch.Tensor:
+        """Uniform numbers."""
+        return self.low + (self.high - self.low) * batch.rand()
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """L_cfg with probability p, else L_vani (section 4.2).
+
+    Drawn for each sample, where the paper's text can also be read as one draw for a whole batch: the expected loss is
+    the same and its gradient is calmer.
+    """
+
+    probability: float
+    guided: CFGAware
+
+    def guidance_scale(self, batch: Batch) -> torch.Tensor:
+        """Uniform numbers where the draw says so, ones elsewhere."""
+        guided = batch.rand() < self.probability
+        return torch.where(guided, self.guided.guidance_scale(batch), torch.ones(len(batch.indices)))
+
+
+def step_objective(probability: float, low: float, high: float) -> StepObjective:
+    """The objective of a probability p: vanilla at 0, CFG-aware at 1, mixed between."""
+    if probability == 0:
+        return Vanilla()
+    guided = CFGAware(low, high)
+    return guided if probability == 1 else Mixed(probability, guided)
+
+
+def distillation_loss(v: torch.Tensor, target: torch.Tensor, at: Level) -> torch.Tensor:
+    """Mean over samples of max(α², σ²) |v − ṽ|², scalar in fp32: eq. 8's max(SNR, 1) |x̂ − x̃|² written in v."""
+    error = (v.float() - target).square().flatten(1).mean(1)
+    return (truncated_snr_in_v(at).flatten() * error).mean()
+
+
+def add_original(distilled: torch.Tensor, original: torch.Tensor, gamma: float, dynamic: bool = True) -> torch.Tensor:
+    """L_dstl + γ L_ori; with `dynamic`, L_ori is first rescaled to L_dstl's size (a constant for the gradient).
+
+    SnapFusion section 4.2 and appendix C: without it, L_ori outweighs a distillation loss that shrinks.
+    """
+    scale = (distilled.detach() / original.detach().clamp(min=1e-12)) if dynamic else 1.0
+    return distilled + gamma * scale * original

@@ -1,0 +1,181 @@
+"""What is compared: model folders and bundles, each with its number of steps, as the command line names them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from pocketfusion.artefact import sha256_folder
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.evaluate.generate import BundleSystem, ModelFolder, Precision, System
+from pocketfusion.folder import COMPONENTS, PROVENANCE, check_folder, folder_hash
+from pocketfusion.models.sampling import Guidance, read_sampling
+from pocketfusion.runtime.manifest import MANIFEST, Bundle
+
+DEFAULT_STEPS = 25
+SAMPLER = "DDIM, eta 0; noise by numpy PCG64"
+
+
+@dataclass(frozen=True)
+class SystemSpec:
+    """One system before it is opened: enough to find its pictures in a store."""
+
+    path: Path
+    kind: Literal["model folder", "bundle"]
+    sha256: str  #: of the whole folder or bundle, for the result file
+    networks: str  #: of what the pictures depend on alone: a changed card, provenance or default draws nothing again
+    num_inference_steps: int
+    guidance: Guidance
+    fixed_scale: float | None  #: the only guidance scale of a folded one
+    precision: str
+    guidance_range: tuple[float, float] | None = None  #: scales that an embedded one was distilled for
+
+    @property
+    def name(self) -> str:
+        """Folder name and steps."""
+        return f"{self.path.resolve().name}@{self.num_inference_steps}"
+
+    def scales(self, wanted: Sequence[float]) -> tuple[float, ...]:
+        """The guidance scales that it is drawn at: a folded one has only its own."""
+        return tuple(wanted) if self.fixed_scale is None else (self.fixed_scale,)
+
+    def open(self, num_threads: int | None = None) -> System:
+        """The system, ready to draw; `num_threads` is for bundles (None: all cores). Raises PocketfusionError."""
+        if self.kind == "bundle":
+            return BundleSystem(self.path, num_threads)
+        return ModelFolder(self.path, "bf16" if self.precision == "bf16" else "fp32")
+
+    def drawn_with(self) -> dict[str, Any]:
+        """All that its pictures depend on besides prompt, seed and guidance scale: the key of its shelf."""
+        return {
+            "kind": self.kind,
+            "networks": self.networks,
+            "guidance": self.guidance,
+            "num_inference_steps": self.num_inference_steps,
+            "precision": self.precision,
+            "sampler": SAMPLER,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What a result file says of it."""
+        return {"name": self.path.resolve().name, "sha256": self.sha256, **self.drawn_with()}
+
+
+def _digest(parts: dict[str, Any]) -> str:
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _folder_spec(path: Path, steps: int | None, precision: Precision) -> SystemSpec:
+    check_folder(path)
+    sampling = read_sampling(path)
+    parts = {name: sha256_folder(path / name, exclude=(PROVENANCE, "README.md")) for name in COMPONENTS}
+    guidance: Guidance = sampling.guidance if sampling else _guidance_of_config(path)
+    return SystemSpec(
+        path=path,
+        kind="model folder",
+        sha256=folder_hash(path),
+        networks=_digest(parts),
+        num_inference_steps=steps or (sampling.num_inference_steps if sampling else DEFAULT_STEPS),
+        guidance=guidance,
+        fixed_scale=sampling.guidance_scale if sampling and guidance == "folded" else None,
+        precision=precision,
+        guidance_range=sampling.guidance_range if sampling else None,
+    )
+
+
+def _guidance_of_config(path: Path) -> Guidance:
+    """Of a folder that does not say: a UNet with an input for the scale is fed it."""
+    try:
+        config = json.loads((path / "unet" / "config.json").read_text(encoding="utf-8"))
+        return "embedded" if config.get("time_cond_proj_dim") is not None else "classifier-free"
+    except (OSError, ValueError):
+        raise PocketfusionError(
+            f"{path / 'unet' / 'config.json'} cannot be read: restore it from its source"
+        ) from None
+
+
+def _bundle_spec(path: Path, steps: int | None) -> SystemSpec:
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    parts: dict[str, Any] = {name: file.sha256 for name, file in manifest.files.items()}
+    parts |= {"scheduler": manifest.scheduler.model_dump(), "tokenizer_spec": manifest.tokenizer.model_dump()}
+    return SystemSpec(
+        path=path,
+        kind="bundle",
+        sha256=bundle.hash,
+        networks=_digest(parts),
+        num_inference_steps=steps or manifest.defaults.num_inference_steps,
+        guidance=manifest.guidance,
+        fixed_scale=manifest.defaults.guidance_scale if manifest.guidance == "folded" else None,
+        precision=manifest.networks.unet.weights,
+        guidance_range=manifest.guidance_range,
+    )
+
+
+def system_spec(path: Path, steps: int | None = None, precision: Precision = "fp32") -> SystemSpec:
+    """A model folder or a bundle at `steps` sampling steps (None: its own default, else DEFAULT_STEPS).
+
+    Raises PocketfusionError if it is neither, or damaged.
+    """
+    if (path / MANIFEST).is_file():
+        return _bundle_spec(path, steps)
+    return _folder_spec(path, steps, precision)
+
+
+def parse_steps(text: str | None, count: int) -> list[int | None]:
+    """Reads `--steps`: one number for all systems or one for each, with commas; None is each one's default."""
+    if text is None:
+        return [None] * count
+    values = [_steps(part.strip(), f"--steps {text!r}") for part in text.split(",")]
+    if len(values) not in (1, count):
+        raise PocketfusionError(
+            f"--steps {text!r} has {len(values)} numbers for {count} systems: give one for all, or one for each"
+        )
+    return [values[0]] * count if len(values) == 1 else [*values]
+
+
+def _steps(text: str, where: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise PocketfusionError(f"{where} holds {text!r}: give the number of steps, 1 to 1000, such as 25 or 50,8")
+    return int(text)
+
+
+def named_systems(names: Sequence[str], steps: str | None = None, precision: str = "fp32") -> list[SystemSpec]:
+    """The systems of a command line: PATH or PATH@STEPS each, the latter before `--steps`.
+
+    Raises PocketfusionError if a path is no model folder or bundle, a system is named twice at the same steps, or the
+    precision is unknown.
+    """
+    specs: list[SystemSpec] = []
+    if precision not in ("fp32", "bf16"):
+        raise PocketfusionError(f"--precision {precision} is unknown: choose fp32 or bf16")
+    for name, given in zip(names, parse_steps(steps, len(names)), strict=True):
+        path, own = Path(name), given
+        if "@" in name and not path.exists():
+            before, _, after = name.rpartition("@")
+            path, own = Path(before), _steps(after, name)
+        spec = system_spec(path, own, "bf16" if precision == "bf16" else "fp32")
+        if _key(spec) in map(_key, specs):
+            raise PocketfusionError(
+                f"{path} at {spec.num_inference_steps} steps is named twice: name each system once, or with other "
+                "steps, as FOLDER@50 FOLDER@8"
+            )
+        specs.append(spec)
+    return specs
+
+
+def _key(spec: SystemSpec) -> tuple[Path, int]:
+    return spec.path.resolve(), spec.num_inference_steps
+
+
+def labels(specs: Sequence[SystemSpec]) -> list[str]:
+    """Folder names with steps, as base@50, with as much of the path in front as tells the folders apart."""
+    paths = {spec.path.resolve() for spec in specs}
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(spec.path.resolve().parts[-depth:]) + f"@{spec.num_inference_steps}" for spec in specs]

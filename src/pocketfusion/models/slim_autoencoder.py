@@ -1,0 +1,90 @@
+"""An autoencoder whose decoder is narrower or shallower than its encoder: stock AutoencoderKL gives both one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (pipelines look for ModelMixin here to load it)
+from diffusers.models.autoencoders.vae import Decoder
+
+from pocketfusion.errors import PocketfusionError
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """A decoder's widths, ResNets per stage less one, and whether its middle has attention; diffusers' terms."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    mid_block_add_attention: bool
+
+    @classmethod
+    def of(cls, vae: AutoencoderKL) -> DecoderShape:
+        """The shape of `vae`'s decoder, stock or slim."""
+        own = {key: vae.config.get(f"decoder_{key}") for key in cls.__dataclass_fields__}
+        values = {key: vae.config[key] if value is None else value for key, value in own.items()}
+        return cls(**values | {"block_out_channels": tuple(values["block_out_channels"])})
+
+
+class SlimAutoencoderKL(AutoencoderKL):
+    """`AutoencoderKL` whose decoder has a shape of its own; the encoder, and so the latents, are the stock one's.
+
+    A `decoder_*` argument that is None is the encoder's. Loads in stock diffusers once this module is imported.
+    """
+
+    def __init__(
+        self,
+        decoder_block_out_channels: Sequence[int] | None = None,
+        decoder_layers_per_block: int | None = None,
+        decoder_mid_block_add_attention: bool | None = None,
+        **config: Any,
+    ):
+        super().__init__(**config)
+        self.register_to_config(
+            decoder_block_out_channels=decoder_block_out_channels,
+            decoder_layers_per_block=decoder_layers_per_block,
+            decoder_mid_block_add_attention=decoder_mid_block_add_attention,
+        )
+        self.decoder: Any = Decoder(
+            in_channels=self.config.latent_channels,
+            out_channels=self.config.out_channels,
+            up_block_types=self.config.up_block_types,
+            norm_num_groups=self.config.norm_num_groups,
+            act_fn=self.config.act_fn,
+            **asdict(DecoderShape.of(self)),
+        )
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """diffusers' hook: which keys of a config file are arguments of `__init__`."""
+        return AutoencoderKL._get_init_keys(AutoencoderKL) | {
+            f"decoder_{name}" for name in DecoderShape.__dataclass_fields__
+        }
+
+
+def vae_class(config: dict[str, Any]) -> type[AutoencoderKL]:
+    """The class that a `vae/config.json` names; raises PocketfusionError if it is neither AutoencoderKL nor ours."""
+    name = config.get("_class_name", "AutoencoderKL")
+    known = {kind.__name__: kind for kind in (AutoencoderKL, SlimAutoencoderKL)}
+    if name not in known:
+        raise PocketfusionError(f"the vae is a {name}: only {' and '.join(known)} are supported")
+    return known[name]
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The autoencoder in `folder` (a model folder's `vae/`), stock or slim, frozen in fp32.
+
+    Raises PocketfusionError if it is of another class or does not load.
+    """
+    try:
+        kind = vae_class(AutoencoderKL.load_config(folder))
+        return kind.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False).eval()
+    except PocketfusionError as error:
+        raise PocketfusionError(f"{folder}: {error}") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PocketfusionError(f"the autoencoder {folder} could not be loaded ({reason[:200]})") from None

@@ -1,0 +1,53 @@
+"""Several processes at work together (`accelerate launch`): who is who, and one clear sentence when one dies."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+
+import torch
+from accelerate import PartialState
+
+from pocketfusion.errors import PocketfusionError
+
+
+def process_state(wait: timedelta = timedelta(hours=2)) -> PartialState:
+    """This process among all of the run; on CPUs too, where accelerate finds the others only if it is told.
+
+    `wait`: how long others may work alone at a barrier.
+    """
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=wait)
+
+
+@contextmanager
+def lost_processes_are_told(what: str) -> Iterator[None]:
+    """While several processes work together: if one dies, the others say so, say that `what` goes on, and end with 2.
+
+    They learn of it from a broken connection or from the launcher's SIGTERM, whichever comes first.
+    """
+    state = process_state()
+    if state.num_processes == 1:
+        yield
+        return
+    sentence = (
+        f"a process of the {state.num_processes} has died or was stopped (this is number {state.process_index}): "
+        f"run the same command again, {what}"
+    )
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("Connection", "gloo", "NCCL", "socket", "peer")):
+            raise
+        raise PocketfusionError(sentence) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

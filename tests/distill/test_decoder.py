@@ -1,0 +1,234 @@
+"""Decoder distillation: the pool of latents, the losses, the resulting folder, what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from pocketfusion.data.sources import open_dataset
+from pocketfusion.distill.decoder import DecoderTask, decoder_shape, distill_decoder
+from pocketfusion.distill.decoder_losses import EncoderFeatures, ssim
+from pocketfusion.distill.decoder_pool import LatentSampler, Pool, PoolSettings, decode
+from pocketfusion.distill.decoder_pruning import prune_decoder
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import load_pipeline, read_provenance
+from pocketfusion.info import describe
+from pocketfusion.mobile.wrappers import wrap
+from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
+from pocketfusion.models.slim_autoencoder import load_vae
+from pocketfusion.recipe import load_recipe
+from pocketfusion.train.place import StageRun
+from pocketfusion.train.sample import noise_batch
+from processes import launch_two
+
+VAE = "vae/diffusion_pytorch_model.safetensors"
+CPU = torch.device("cpu")
+TRAIN = (("train", 0.75), ("train_scene", 0.25))
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_folder, tmp_path_factory):
+    """The tiny folder with a statement on how it is sampled."""
+    path = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("teacher") / "model")
+    write_sampling(path, Sampling(num_inference_steps=3, guidance_scale=2.0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def slim(teacher, tiny_recipe, tiny_data, tmp_path_factory, cache, cli):
+    """`teacher` after `distill-decoder`."""
+    out = tmp_path_factory.mktemp("slim") / "slim"
+    arguments = (teacher, "--recipe", tiny_recipe, "--data", tiny_data, "--out", out, "--cache", cache)
+    done = cli("distill-decoder", *arguments, "--ratio", "0.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished" in done.stdout and "val_psnr_db" in done.stdout
+    return out
+
+
+@pytest.fixture
+def pool(teacher, tiny_data):
+    settings = PoolSettings(2, (1.0, 6.0), "no", batch=5)
+    return Pool(LatentSampler(teacher), settings, open_dataset(tiny_data, 64), TRAIN)
+
+
+def test_the_result_is_a_model_folder_with_a_smaller_decoder(slim, teacher, tiny_recipe):
+    made = read_provenance(slim)
+    assert made.stage == "distill-decoder" and made.samples_seen == 24 and made.finished
+    assert made.settings["block_out_channels"] == [4, 4, 8, 8]
+    assert read_sampling(slim) == read_sampling(teacher)
+    before, after = load_file(teacher / VAE), load_file(slim / VAE)
+    encoder = [name for name in before if name.startswith(("encoder.", "quant_conv."))]
+    assert encoder and all(torch.equal(before[name], after[name]) for name in encoder)
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("post_quant_conv"))
+    about, whole = describe(slim), describe(teacher)
+    assert about["networks"]["vae"]["class"] == "SlimAutoencoderKL" and not about["problems"]
+    assert about["multiply_adds"]["decoder"] < 0.35 * whole["multiply_adds"]["decoder"]
+    for name in ("unet", "text_encoder"):
+        assert about["multiply_adds"][name] == whole["multiply_adds"][name]
+
+
+def test_stock_pipelines_and_the_exporter_take_it(slim, teacher):
+    pipeline = StableDiffusionPipeline.from_pretrained(slim, use_safetensors=True)
+    z = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        picture = pipeline.vae.decode(z / pipeline.vae.config.scaling_factor).sample
+        exported = wrap(load_pipeline(slim))["decoder"](z.permute(0, 2, 3, 1))["image"]
+    assert picture.shape == (1, 3, 64, 64)
+    assert torch.allclose(exported.permute(0, 3, 1, 2), picture, atol=1e-5)
+
+
+def test_a_stopped_distillation_repeats_the_uninterrupted_one(slim, teacher, tiny_recipe, tiny_data, cache, tmp_path):
+    run = shutil.copytree(slim.with_name("slim.run"), tmp_path / "run")
+    shutil.rmtree(sorted((run / "checkpoints").glob("step_*"))[-1])  # back to step 4
+    recipe = load_recipe(tiny_recipe)
+    stage = StageRun.at(tmp_path / "again", run)
+    distill_decoder(recipe, open_dataset(tiny_data, 64), teacher, stage, recipe.decoder, ratio=0.5, cache=cache)
+    one, two = load_file(slim / VAE), load_file(tmp_path / "again" / VAE)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_two_processes_train_the_same_decoder(slim, teacher, tiny_recipe, tiny_data, tmp_path):
+    out = tmp_path / "two"
+    arguments = [teacher, "--recipe", tiny_recipe, "--data", tiny_data, "--out", out, "--ratio", "0.5"]
+    launch_two("-m", "pocketfusion", "distill-decoder", *arguments, port=29567)
+    one, two = load_file(slim / VAE), load_file(out / VAE)
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+
+
+def test_latents_are_the_stock_pipelines(pool, teacher, tmp_path):
+    latents = pool.latents(3, tmp_path, CPU)
+    rng = np.random.default_rng([0, 1])  # the second stream of the pool's seed
+    scales = rng.uniform(1.0, 6.0, 3)
+    assert np.ptp(scales) > 0.5
+    pipeline = load_pipeline(teacher)
+    for number, caption in enumerate(pool.captions(3)):
+        stock = pipeline(
+            caption,
+            latents=noise_batch([(1 << 32) + number], (4, 8, 8)),
+            num_inference_steps=2,
+            guidance_scale=float(scales[number]),
+            output_type="latent",
+        ).images
+        assert np.allclose(latents[number], stock[0].numpy(), atol=4e-3), number  # fp16
+
+
+def test_a_pool_is_prolonged_and_resumed(pool, tmp_path):
+    whole = np.array(pool.latents(12, tmp_path / "whole", CPU))
+    assert not np.array_equal(whole[0], whole[1])
+    begun = np.array(pool.latents(7, tmp_path / "begun", CPU))  # ends within a batch
+    assert np.allclose(begun, whole[:7], atol=2e-3)
+    (file,) = (tmp_path / "begun").iterdir()
+    file.write_bytes(file.read_bytes()[:-100])  # killed while writing
+    assert np.allclose(pool.latents(12, tmp_path / "begun", CPU), whole, atol=2e-3)
+    before = file.stat().st_mtime_ns
+    assert np.allclose(pool.latents(4, tmp_path / "begun", CPU), whole[:4], atol=2e-3)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_captions_come_from_the_splits_by_their_shares(pool, tiny_data):
+    rows = pool.data.rows
+    found = pool.captions(640)
+    scenes = {caption for row in rows if row["split"] == "train_scene" for caption in row["captions"]}
+    assert set(found) <= {c for row in rows if row["split"].startswith("train") for c in row["captions"]} | scenes
+    assert pool.captions(100) == found[:100]
+    only = Pool(pool.sampler, pool.settings, pool.data, (("val_combo", 1.0),))
+    assert set(only.captions(50)) <= {c for row in rows if row["split"] == "val_combo" for c in row["captions"]}
+    assert len({pool.key, only.key}) == 2
+
+
+def test_losses(teacher, tiny_recipe, tiny_data, cache):
+    settings, data = load_recipe(tiny_recipe).decoder, open_dataset(tiny_data, 64)
+    vae = load_vae(teacher / "vae")
+    losses = {}
+    for kind, kept in (("mse", True), ("mse", False), ("mse+l1", True), ("mse+features", True)):
+        chosen = settings.model_copy(update={"loss": kind, "cache_targets": kept})
+        task = DecoderTask(chosen, data, vae, prune_decoder(vae, decoder_shape(vae, "half", None)))
+        task.prepare(LatentSampler(teacher), "v", 0.25, cache, CPU)
+        losses[kind, kept] = task.loss(task.model, task.plan.part(0, 0, 1))
+    batch = task.plan.part(0, 0, 1)
+    z = task.latents[batch.indices]
+    with torch.no_grad():
+        wanted = decode(vae, z, CPU)
+        picture = task.model(torch.from_numpy(z).float() / 0.7)
+        features = EncoderFeatures(vae)
+        assert features.distance(wanted, wanted) == 0
+        distance = features.distance(picture, wanted).item()
+    mse, l1 = (picture - wanted).square().mean().item(), (picture - wanted).abs().mean().item()
+    assert losses["mse", False][0].item() == pytest.approx(mse, rel=1e-5)
+    assert losses["mse", True][0].item() == pytest.approx(mse, rel=2e-3)  # targets kept as fp16
+    assert losses["mse+l1", True][0].item() == pytest.approx(mse + 0.1 * l1, rel=2e-3)
+    assert losses["mse+features", True][0].item() == pytest.approx(mse + 0.1 * distance, rel=2e-2)
+    losses["mse+features", True][0].backward()
+    assert all(p.grad is not None for p in task.model.parameters()) and vae.encoder.conv_in.weight.grad is None
+
+
+def test_ssim_is_the_published_measure():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(3, 3, 40, 32, generator=generator) * 2 - 1
+    b = (a + 0.3 * torch.randn(a.shape, generator=generator)).clamp(-1, 1)
+    theirs = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")
+    assert torch.allclose(ssim(a, b), theirs, atol=1e-4)
+    assert torch.allclose(ssim(a, a), torch.ones(3)) and ssim(a, b).max() < 0.99
+
+
+def altered(folder, path, change):
+    """A copy of `folder` whose autoencoder's tensors and config went through `change`."""
+    shutil.copytree(folder, path)
+    tensors, config = load_file(path / VAE), json.loads((path / "vae/config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, path / VAE)
+    (path / "vae/config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_a_sampler_of_other_latents_is_refused(teacher, tiny_recipe, tiny_data, tmp_path, cli):
+    def change(tensors, config):
+        config["scaling_factor"] = 0.5
+        tensors["encoder.conv_in.weight"] += 1
+
+    other = altered(teacher, tmp_path / "other", change)
+    arguments = ("--recipe", tiny_recipe, "--data", tiny_data, "--out", tmp_path / "out", "--sampler", other)
+    done = cli("distill-decoder", teacher, *arguments)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    message = " ".join(done.stderr.split())
+    assert "they differ in scaling factor (0.7 and 0.5), the autoencoder's encoder" in message
+    assert "Traceback" not in done.stderr
+
+
+def test_a_ratio_out_of_range_is_refused_at_once(teacher, tiny_recipe, tiny_data, tmp_path, cli):
+    arguments = ("--recipe", tiny_recipe, "--data", tiny_data, "--out", tmp_path / "out")
+    done = cli("distill-decoder", teacher, *arguments, "--ratio", "1.5")
+    assert done.returncode == 2 and "--ratio 1.5 is not between 0 and 1" in " ".join(done.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_that_gives_nan_is_refused(teacher, tiny_recipe, tiny_data, tmp_path):
+    def change(tensors, config):
+        tensors["decoder.conv_in.bias"][0] = float("nan")
+
+    broken = altered(teacher, tmp_path / "broken", change)
+    recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+    with pytest.raises(PocketfusionError, match=r"the weight decoder\.conv_in\.bias holds NaN"):
+        distill_decoder(recipe, data, broken, StageRun.at(tmp_path / "out"), recipe.decoder)
+    vae = load_vae(teacher / "vae")  # sound weights, but too large
+    vae.decoder.conv_in.weight.mul_(float("inf"))
+    with pytest.raises(PocketfusionError, match="the teacher's decoder gives NaN"):
+        decode(vae, np.ones((1, 4, 8, 8), np.float16), CPU)
+
+
+def test_data_without_captions_is_refused(pool):
+    for row in pool.data.rows:
+        row["captions"] = []
+    with pytest.raises(PocketfusionError, match="shapes at 64 px has no captions in train or train_scene"):
+        pool.captions(4)

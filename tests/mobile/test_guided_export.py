@@ -1,0 +1,233 @@
+"""Embedded and folded guidance from model folder to picture: stock diffusers against the bundle on LiteRT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from guided import RANGE, SCALE, STEPS, make_guided_folder, small_unet
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import load_pipeline
+from pocketfusion.mobile import export as module
+from pocketfusion.mobile import gate, measure
+from pocketfusion.mobile.export import export
+from pocketfusion.models.sampling import Sampling, write_sampling
+from pocketfusion.runtime.manifest import Bundle
+from pocketfusion.runtime.pipeline import Pipeline
+
+PROMPT = "a red apple, noto style"
+KINDS = ("embedded", "folded")
+
+
+@pytest.fixture(scope="module")
+def made(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Folder and bundle of each kind. Only the UNets are converted: the other networks are the tiny bundle's own."""
+    convert = module._write_network
+
+    def write(pipeline: Any, network: str, wrapped: Any, kind: str, file: Path, batch: int) -> None:
+        if network == "unet":
+            convert(pipeline, network, wrapped, kind, file, batch)
+        else:
+            shutil.copyfile(tiny_bundle / f"{network}.tflite", file)
+
+    root = tmp_path_factory.mktemp("guided")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_write_network", write)
+        for kind in KINDS:
+            make_guided_folder(root / kind, kind)
+            export(root / kind, root / f"{kind}-bundle", name=kind)
+    return {kind: (root / kind, root / f"{kind}-bundle") for kind in KINDS}
+
+
+@pytest.fixture
+def same_files(made: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`export` copies the embedded bundle's networks instead of converting."""
+
+    def copy(pipeline: Any, network: str, wrapped: Any, kind: str, file: Path, batch: int) -> None:
+        shutil.copyfile(made["embedded"][1] / f"{network}.tflite", file)
+
+    monkeypatch.setattr(module, "_write_network", copy)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_manifest(made: dict, kind: str) -> None:
+    manifest = Bundle.open(made[kind][1]).manifest
+    written = json.loads((made[kind][1] / "bundle.json").read_text())
+    assert written["guidance"] == manifest.guidance == kind
+    assert manifest.defaults.model_dump() == {"num_inference_steps": STEPS, "guidance_scale": SCALE}
+    inputs = {tensor.name: tensor.shape for tensor in manifest.networks.unet.inputs}
+    expected = {"sample": [1, 8, 8, 4], "timestep": [1], "encoder_hidden_states": [1, 32, 32]}
+    assert inputs == (expected | {"timestep_cond": [1, 12]} if kind == "embedded" else expected)
+    assert manifest.guidance_range == (RANGE if kind == "embedded" else None)
+    assert manifest.networks.unet.guidance_delta == pytest.approx(1, abs=1e-3)
+
+
+def test_a_bundle_of_classifier_free_guidance_says_what_it_always_said(tiny_bundle: Path) -> None:
+    written = json.loads((tiny_bundle / "bundle.json").read_text())
+    assert not {"guidance", "guidance_range"} & written.keys()
+    assert Bundle.open(tiny_bundle).manifest.guidance == "classifier-free"
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("embedded", 3.0), ("embedded", 7.0), ("folded", 3.0)])
+def test_runtime_draws_what_the_stock_pipeline_draws(made: dict, kind: str, scale: float) -> None:
+    """Stock diffusers passes the scale's embedding by itself, and of a folded folder is asked for no guidance."""
+    folder, bundle = made[kind]
+    stock = load_pipeline(folder)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    settings: dict = {"num_inference_steps": 4, "latents": latents.clone(), "output_type": "np"}
+    image = stock(PROMPT, guidance_scale=scale if kind == "embedded" else 1.0, **settings).images[0]
+    other = stock(PROMPT, guidance_scale=scale + 1 if kind == "embedded" else 4.0, **settings).images[0]
+    nhwc = np.ascontiguousarray(latents.permute(0, 2, 3, 1).numpy())
+    result = Pipeline.load(bundle, num_threads=1).generate(
+        PROMPT, num_inference_steps=4, guidance_scale=scale, latents=nhwc
+    )
+    drawn = np.asarray(result.images[0], np.float64)
+
+    def psnr(expected: np.ndarray) -> float:
+        return float(10 * np.log10(255**2 / max(np.mean((np.round(expected * 255) - drawn) ** 2), 1e-12)))
+
+    assert psnr(image) > 40 and psnr(image) > psnr(other) + 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_call_a_step_and_one_text(made: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.load(made[kind][1], num_threads=1)
+    calls: dict[str, list[int]] = {"unet": [], "text_encoder": []}
+    for name, counted in calls.items():
+        network = getattr(pipeline, name)
+
+        class Counting:
+            path, spec, batch_sizes = network.path, network.spec, network.batch_sizes
+
+            def __call__(self, network: Any = network, counted: list[int] = counted, **inputs: np.ndarray) -> Any:
+                counted.append(len(next(iter(inputs.values()))))
+                return network(**inputs)
+
+        monkeypatch.setattr(pipeline, name, Counting())
+    result = pipeline.generate("cat", seed=1)
+    assert calls == {"unet": [1] * STEPS, "text_encoder": [1]}
+    assert (result.num_inference_steps, result.guidance_scale) == (STEPS, SCALE)
+
+
+def test_options_go_before_the_folders_own(made: dict, tmp_path: Path, same_files: None) -> None:
+    export(made["embedded"][0], tmp_path / "b", num_inference_steps=2, guidance_scale=5.0)
+    assert Bundle.open(tmp_path / "b").manifest.defaults.model_dump() == {
+        "num_inference_steps": 2,
+        "guidance_scale": 5.0,
+    }
+
+
+def refused(folder: Path, out: Path, match: str, **settings: Any) -> None:
+    with pytest.raises(PocketfusionError, match=match):
+        export(folder, out, **settings)
+    assert not out.exists()
+
+
+def test_another_scale_than_the_folded_one(made: dict, tmp_path: Path) -> None:
+    refused(made["folded"][0], tmp_path / "b", r"--guidance is 4 but .*folded has 3 folded in", guidance_scale=4.0)
+
+
+def test_sampling_of_another_model_or_damaged(made: dict, tmp_path: Path) -> None:
+    copy = shutil.copytree(made["embedded"][0], tmp_path / "copy")
+    write_sampling(copy, Sampling(num_inference_steps=4, guidance_scale=3.0, guidance="folded"))
+    refused(copy, tmp_path / "b", "its sampling.json and its unet/ belong to different models")
+    (copy / "sampling.json").write_text('{"num_inference_steps": "many"}')
+    refused(copy, tmp_path / "b", "sampling.json is damaged")
+
+
+def test_a_lost_scale_or_prompt_writes_nothing(
+    made: dict, tmp_path: Path, same_files: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate's second delta sees a UNet that ignores `timestep_cond`, its first one a text that says nothing."""
+    original = gate.run
+
+    def ignoring(path: Path, inputs: list, output: str, signature: str) -> Any:
+        if output == "noise_pred":
+            inputs = [one | {"timestep_cond": inputs[0]["timestep_cond"]} for one in inputs]
+        return original(path, inputs, output, signature)
+
+    monkeypatch.setattr(measure.gate, "MIN_SQNR", dict.fromkeys(gate.MIN_SQNR, -99.0))
+    monkeypatch.setattr(measure.gate, "check_sqnr", lambda *arguments: None)
+    monkeypatch.setattr(gate, "run", ignoring)
+    refused(made["embedded"][0], tmp_path / "b", r"follow the prompt 0\.000 times")
+    monkeypatch.setattr(gate, "run", original)
+    real = measure.run_file
+
+    def deaf(file: Path, network: str, reference: Any, embeds: Any = None) -> Any:
+        return real(file, network, reference, None if embeds is None else embeds[:1].repeat(len(embeds), 0))
+
+    monkeypatch.setattr(measure, "run_file", deaf)
+    refused(made["embedded"][0], tmp_path / "b", r"follow the prompt 0\.000 times")
+
+
+def test_guidance_delta_by_hand() -> None:
+    reference = np.zeros((1, 3, 1, 2, 1), np.float32)
+    reference[0, 1, 0, :, 0] = [2, 6]  # against row 0: std 2; against row 2: std 3
+    reference[0, 2, 0, :, 0] = [2, 0]
+    measured = reference.copy()
+    measured[0, 2, 0, :, 0] = [2, 3]  # against row 2: std 1.5
+    assert gate.guidance_delta(reference, measured) == pytest.approx(0.5)
+    assert gate.guidance_delta(reference[:, :2], measured[:, :2]) == pytest.approx(1)
+    assert gate.guidance_delta(np.zeros((1, 2, 1, 2, 1)), measured[:, :2]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"guidance": "folded"}, "guidance is folded and the UNet has timestep_cond"),
+        ({"guidance": "classifier-free"}, "guidance is classifier-free and the UNet has timestep_cond"),
+        ({"guidance": "telepathy"}, "guidance: Input should be"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself(made: dict, tmp_path: Path, change: dict, match: str) -> None:
+    bundle = Path(shutil.copytree(made["embedded"][1], tmp_path / "b"))
+    file = bundle / "bundle.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(PocketfusionError, match=match):
+        Bundle.open(bundle)
+
+
+def test_what_generate_refuses_and_warns_of(made: dict) -> None:
+    embedded, folded = (Pipeline.load(made[kind][1], num_threads=1) for kind in KINDS)
+    for pipeline, kind in ((embedded, "embedded"), (folded, "folded")):
+        with pytest.raises(PocketfusionError, match=f"guidance is {kind}, so a negative prompt has no effect"):
+            pipeline.generate("cat", negative_prompt="dog")
+    with pytest.raises(PocketfusionError, match="guidance scale is 4, but this bundle has 3 folded in"):
+        folded.generate("cat", guidance_scale=4)
+    with pytest.raises(PocketfusionError, match="guidance scale is nan"):
+        embedded.generate("cat", guidance_scale=float("nan"))
+    far = embedded.generate("cat", guidance_scale=20, num_inference_steps=1)
+    assert far.warnings == ["the guidance scale 20 is outside 1 to 8, which the UNet was taught"]
+    assert embedded.generate("cat", guidance_scale=8, num_inference_steps=1).warnings == []
+    assert folded.generate("cat", guidance_scale=3, num_inference_steps=1).guidance_scale == 3
+
+
+def test_commands_say_which_guidance(made: dict, tmp_path: Path, cli: Any) -> None:
+    drawn = cli("generate", "cat", "-o", tmp_path / "a.png", "--bundle", made["embedded"][1], "--json", tmp_path / "j")
+    assert drawn.returncode == 0 and "embedded guidance 3" in drawn.stdout, drawn.stdout + drawn.stderr
+    assert json.loads((tmp_path / "j").read_text())["guidance"] == "embedded"
+    refusal = cli("generate", "cat", "-o", tmp_path / "b.png", "--bundle", made["folded"][1], "--guidance", 9)
+    assert refusal.returncode == 2 and "3 folded in" in refusal.stderr and not (tmp_path / "b.png").exists()
+    for path, words in (
+        (made["embedded"][1], "embedded: one prediction a step, the scale its input, taught for 1 to 8"),
+        (made["embedded"][0], "embedded: one prediction a step, the scale its input, taught for 1 to 8"),
+        (made["folded"][0], "folded: one prediction a step, at one scale"),
+    ):
+        shown = cli("info", path)
+        assert shown.returncode == 0 and words in shown.stdout and "4 steps, guidance 3" in shown.stdout, shown.stdout
+
+
+def test_the_small_unets_follow_their_scale() -> None:
+    """Else the tests above would pass with an input that does nothing."""
+    torch.manual_seed(0)
+    unet = small_unet(12)
+    z, states = torch.randn(1, 4, 8, 8), torch.randn(1, 32, 32)
+    with torch.no_grad():
+        one, two = (unet(z, 500, states, timestep_cond=torch.full((1, 12), x)).sample for x in (0.5, -0.5))
+    assert (one - two).std() > 0.01 * one.std()
