@@ -14,8 +14,9 @@ demo: .venv-demo/ready
 	.venv-demo/bin/pip install --quiet --disable-pip-version-check .
 	touch $@
 
+# Two workers with a thread each: most tests start processes of their own and wait for them.
 test: .venv/ready
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -m slow

@@ -5,9 +5,9 @@ Usage: python benchmarks/decoder_latency.py models/emoji/base models/emoji/final
        python benchmarks/decoder_latency.py sd-1.5 sd-1.5:half sd-1.5:tiny --runs 3
 
 A SOURCE is a model folder or a configuration at full size (sd-1.5, sd-2.1); with `:half` or `:tiny` behind it, its
-decoder pruned by that preset. Protocol: as the latency table's (pocketfusion.latency.measure.rounds): twice `--runs` rounds,
-each of which runs every network once; the calmer half counts, by the median with minimum and maximum. The ratios are
-the first source's to each. Weights are random: latency does not depend on them.
+decoder pruned by that preset. Protocol: as the latency table's (pocketfusion.latency.measure.rounds): twice `--runs`
+rounds, each of which runs every network once; the calmer half counts, by the median with minimum and maximum. The
+ratios are the first source's to each. Weights are random: latency does not depend on them.
 """
 
 from __future__ import annotations

@@ -2,14 +2,20 @@
 
 import json
 import math
+import re
 import shutil
+import sys
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
+from pocketfusion.cli import main
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.distill import ddim
 from pocketfusion.distill.consistency import ConsistencyTask, consistency_loss, consistency_target, phase_times
@@ -165,15 +171,14 @@ def settings_of(recipe, **changes):
 
 @pytest.fixture(scope="module")
 def make_task(trained, tiny_recipe, tiny_data, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
+    cache, recipe, data = tmp_path_factory.mktemp("cache"), load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+    start = open_start(trained / "base", recipe)
 
     def make(guidance="classifier-free", **changes):
-        recipe = load_recipe(tiny_recipe)
         settings = settings_of(recipe, **changes)
-        student, teacher = (open_start(trained / "base", recipe) for _ in range(2))
+        student = replace(start, unet=deepcopy(start.unet))
         sampling = Sampling(num_inference_steps=settings.steps, guidance_scale=3.0, guidance=guidance)
-        data = open_dataset(tiny_data, 64)
-        task = ConsistencyTask(recipe, settings, data, student, teacher.unet, sampling, "classifier-free")
+        task = ConsistencyTask(recipe, settings, data, student, deepcopy(start.unet), sampling, "classifier-free")
         task.prepare(cache, student.vae_hash, student.text.fingerprint, student.device)
         task.to(torch.device("cpu"))
         return task
@@ -209,12 +214,13 @@ def test_the_gradient_is_that_of_a_fixed_target(make_task):
 def test_every_weight_learns_under_autocast(make_task, precision):
     """The target's pass must not leave weights without gradients in autocast's cache."""
     task = make_task("folded", teacher_precision=precision)
+    without = [bool(grad.any()) for grad in gradients(task)[2]]
+    task.model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = task.loss(task.model, task.plan.part(0, 0, 1))
     loss.backward()
-    assert loss.dtype == torch.float32
-    still = [name for name, p in task.model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum())]
-    assert still == []
+    assert loss.dtype == torch.float32 and sum(without) > 0.9 * len(without)  # attention over one token has no keys
+    assert [p.grad is not None and bool(p.grad.any()) for p in task.model.parameters()] == without
 
 
 def test_two_parts_of_a_batch_are_the_batch(make_task):
@@ -253,27 +259,20 @@ def test_it_learns_and_resumes_to_the_sample(make_task, tmp_path):
 
     def run(where, count):
         task = make_task("folded", **changes)
-        settings = task.consistency.train.model_copy(
-            update={"steps": count, "batch_size": 8, "schedule": "constant", "learning_rate": 3e-3, "ema_decay": 0.0}
-        )
-        task.preview = lambda model: sample_picture()
+        wanted = {"steps": count, "batch_size": 4, "schedule": "constant", "learning_rate": 3e-3, "ema_decay": 0.0}
+        settings = task.consistency.train.model_copy(update={**wanted, "checkpoint_every": 99, "preview_every": 99})
+        task.preview = lambda model: Image.new("RGB", (4, 4))
         return train(task, settings, where, fingerprint={}), task
 
-    whole, task = run(tmp_path / "whole", 40)
+    whole, task = run(tmp_path / "whole", 16)
     begin = make_task("folded", **changes)
     before = begin.validate(begin.model)["val_landing"]
     assert whole.figures["val_landing"] < 0.9 * before
-    run(tmp_path / "halves", 22)
-    again, other = run(tmp_path / "halves", 40)
+    run(tmp_path / "halves", 7)
+    again, other = run(tmp_path / "halves", 16)
     assert again.figures == whole.figures
     for one, two in zip(task.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(one, two)
-
-
-def sample_picture():
-    from PIL import Image
-
-    return Image.new("RGB", (4, 4))
 
 
 # what guidance the result has
@@ -375,8 +374,8 @@ def test_the_folder_draws_in_stock_diffusers_with_one_call_a_step(two_steps):
     assert 10 * math.log10(1 / np.mean((ours[0] / 255.0 - theirs[0]) ** 2)) >= 40
 
 
-def test_it_goes_on_to_one_step_with_a_guidance_input(trained, two_steps, tiny_recipe, tiny_data, tmp_path):
-    """The embedded mode: the UNet gets its input, every weight of it trains, and the folder says so."""
+def test_one_step_with_a_guidance_input(trained, tiny_recipe, tiny_data, tmp_path):
+    """The embedded mode: the UNet gets its input, it trains, and the folder says so."""
     recipe, base = load_recipe(tiny_recipe), trained / "base"
     changes = {"steps": 1, "teacher_steps": 4, "guidance": "embedded", "guidance_range": (1.5, 4.0)}
     out = tmp_path / "one"
@@ -386,36 +385,40 @@ def test_it_goes_on_to_one_step_with_a_guidance_input(trained, two_steps, tiny_r
     stated = read_sampling(out)
     assert stated.guidance == "embedded" and stated.guidance_range == (1.5, 4) and stated.num_inference_steps == 1
     assert load_file(out / UNET)["time_embedding.cond_proj.weight"].abs().sum() > 0
-    # and both can be begun from again: the folder keeps the guidance that it has
-    next_one = distill_consistency(
-        recipe,
-        settings_of(recipe, steps=1, teacher_steps=2),
-        open_dataset(tiny_data, 64),
-        two_steps,
-        two_steps,
-        StageRun.at(tmp_path / "next"),
-    )
-    assert next_one.finished and read_sampling(tmp_path / "next").guidance == "folded"
 
 
-def test_what_the_command_refuses(trained, two_steps, tiny_recipe, tiny_data, cli, tmp_path):
-    base = trained / "base"
+def test_what_is_refused(trained, two_steps, tiny_recipe, tiny_data, cli, tmp_path, monkeypatch, capsys):
+    """The first as a user meets it; the others by the same entry point in this process, which has torch already."""
+    base, out = trained / "base", tmp_path / "out"
     other = shutil.copytree(base, tmp_path / "other")
     config = other / "scheduler/scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.02}))
     epsilon = tmp_path / "epsilon.yaml"
     epsilon.write_text(tiny_recipe.read_text().replace("v_prediction", "epsilon"))
+    without = tmp_path / "without.yaml"
+    without.write_text(re.sub(r"^consistency:\n( .*\n)+", "", tiny_recipe.read_text(), flags=re.MULTILINE))
+
+    def arguments(teacher, recipe, *options):
+        return ["distill-consistency", base, "--teacher", teacher, "--recipe", recipe, "--data", tiny_data, *options]
+
+    done = cli(*arguments(base, tiny_recipe, "--teacher-steps", 5), "--out", out)
+    assert done.returncode == 2 and "5 teacher steps do not divide into 2" in done.stderr and not out.exists()
+    assert "Traceback" not in done.stderr
     for teacher, recipe, options, words in (
         (base, tiny_recipe, ("--fold", 3, "--guidance-range", "1,4"), "leave out every other guidance option"),
-        (base, tiny_recipe, ("--teacher-steps", 5), "5 teacher steps do not divide into 2"),
+        (base, tiny_recipe, ("--guidance-mode", "folded", "--guidance-range", "1,4"), "give one of them"),
         (base, tiny_recipe, ("--teacher-steps", 1000), "1000 teacher steps are finer than the noise schedule"),
         (base, tiny_recipe, ("--fold", 0.5), "guidance_scale: "),
         (base, tiny_recipe, ("--guidance-range", "4,1"), "two ascending guidance scales"),
+        (base, without, (), "has no section 'consistency'"),
         (base, epsilon, (), "prediction_type 'epsilon', which few steps cannot use"),
         (other, tiny_recipe, (), "they differ in noise schedule's beta_end"),
         (two_steps, tiny_recipe, ("--fold", 5), "knows the guidance 3, not 5"),
+        (tmp_path / "no", tiny_recipe, (), "there is no model folder"),
     ):
-        arguments = ("--teacher", teacher, "--recipe", recipe, "--data", tiny_data, "--out", tmp_path / "out")
-        done = cli("distill-consistency", base, *arguments, *options)
-        assert done.returncode == 2 and words in done.stderr.replace("\n", " "), done.stderr
-        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+        monkeypatch.setattr(
+            sys, "argv", ["pocketfusion", *map(str, arguments(teacher, recipe, *options, "--out", out))]
+        )
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2 and words in capsys.readouterr().err and not out.exists()

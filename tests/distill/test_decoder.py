@@ -22,6 +22,7 @@ from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.recipe import load_recipe
+from pocketfusion.train.log import read_log
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.sample import noise_batch
 from processes import launch_two
@@ -101,9 +102,15 @@ def test_two_processes_train_the_same_decoder(slim, teacher, tiny_recipe, tiny_d
     out = tmp_path / "two"
     arguments = [teacher, "--recipe", tiny_recipe, "--data", tiny_data, "--out", out, "--ratio", "0.5"]
     launch_two("-m", "pocketfusion", "distill-decoder", *arguments, port=29567)
-    one, two = load_file(slim / VAE), load_file(out / VAE)
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=2e-4), name
+    losses = [
+        [line["loss"] for line in read_log(path.with_name(f"{path.name}.run")) if "loss" in line]
+        for path in (slim, out)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 6
+    z = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pictures = [load_vae(path / "vae").decode(z).sample for path in (slim, out)]
+    # Not weight by weight: a bias before a norm group of one channel has no effect, and Adam makes steps of its noise.
+    assert torch.allclose(*pictures, atol=2e-3)
 
 
 def test_latents_are_the_stock_pipelines(pool, teacher, tmp_path):
@@ -192,25 +199,34 @@ def altered(folder, path, change):
     return path
 
 
-def test_a_sampler_of_other_latents_is_refused(teacher, tiny_recipe, tiny_data, tmp_path, cli):
+def test_a_sampler_of_other_latents_is_refused(teacher, tiny_recipe, tiny_data, tmp_path):
     def change(tensors, config):
         config["scaling_factor"] = 0.5
         tensors["encoder.conv_in.weight"] += 1
 
     other = altered(teacher, tmp_path / "other", change)
-    arguments = ("--recipe", tiny_recipe, "--data", tiny_data, "--out", tmp_path / "out", "--sampler", other)
-    done = cli("distill-decoder", teacher, *arguments)
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    message = " ".join(done.stderr.split())
-    assert "they differ in scaling factor (0.7 and 0.5), the autoencoder's encoder" in message
-    assert "Traceback" not in done.stderr
+    recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+    message = r"they differ in scaling factor \(0\.7 and 0\.5\), the autoencoder's encoder: choose a --sampler"
+    with pytest.raises(PocketfusionError, match=message):
+        distill_decoder(recipe, data, teacher, StageRun.at(tmp_path / "out"), recipe.decoder, sampler=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_on_other_samplers_latents(slim, teacher, tiny_recipe, tiny_data, tmp_path):
+    """The slim folder draws the same latents as its teacher: either may sample for the other."""
+    recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+    out = tmp_path / "out"
+    settings = recipe.decoder.model_copy(update={"preset": "tiny"})
+    made = distill_decoder(recipe, data, teacher, StageRun.at(out), settings, sampler=slim, cache=tmp_path / "cache")
+    assert made.parents["sampler"] != made.parents["folder"] and made.settings["layers_per_block"] == 0
+    assert not any("attentions" in name for name in load_file(out / VAE) if name.startswith("decoder."))
 
 
 def test_a_ratio_out_of_range_is_refused_at_once(teacher, tiny_recipe, tiny_data, tmp_path, cli):
     arguments = ("--recipe", tiny_recipe, "--data", tiny_data, "--out", tmp_path / "out")
     done = cli("distill-decoder", teacher, *arguments, "--ratio", "1.5")
     assert done.returncode == 2 and "--ratio 1.5 is not between 0 and 1" in " ".join(done.stderr.split())
-    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_teacher_that_gives_nan_is_refused(teacher, tiny_recipe, tiny_data, tmp_path):

@@ -109,8 +109,9 @@ def test_every_way_of_carrying_a_unet_keeps_the_input(trained, evolved, inputs, 
         (tmp_path / name).mkdir()
         copy_with_unet(trained / "base", tmp_path / name, unet, dtype=torch.float32)
         loaded = load_elastic(tmp_path / name)
-        assert loaded.config.time_cond_proj_dim == 20 and torch.equal(draw(loaded), draw(unet))
-        assert type(StableDiffusionPipeline.from_pretrained(tmp_path / name).unet) is kind
+        assert loaded.config.time_cond_proj_dim == 20
+        torch.testing.assert_close(draw(loaded), draw(unet), atol=1e-5, rtol=0)  # a file's memory is not aligned
+        assert json.loads((tmp_path / name / "unet" / "config.json").read_text())["_class_name"] == kind.__name__
 
 
 def test_the_embedding_is_diffusers_own_in_torch_and_in_the_runtime():
@@ -166,19 +167,21 @@ def test_the_student_begins_as_the_unguided_teacher(task):
     assert same.item() == pytest.approx(loss.item(), rel=1e-6)  # the step's numbers depend on the step alone
 
 
-@pytest.mark.parametrize("sampling", [EMBEDDED, FOLDED])
-def test_learning_removes_what_is_left(task, sampling):
-    made = task(sampling)
-    before = made.validate(made.model)
+def test_a_student_can_learn_its_teacher(task):
+    """One batch, learned by heart: the gradient reaches what makes the prediction, through the scale's input too."""
+    made = task(EMBEDDED)
+    with torch.no_grad():
+        made.teacher.conv_out.weight *= 3
+    batch = lambda: made.plan.part(0, 0, 1)  # noqa: E731
     optimizer = torch.optim.Adam(made.model.parameters(), lr=2e-3)
-    for step in range(60):
-        loss, _ = made.loss(made.model, made.plan.part(step, 0, 1))
+    losses = []
+    for _ in range(15):
+        loss, _ = made.loss(made.model, batch())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    after = made.validate(made.model)
-    assert after["val_guidance_left"] < 0.8 * before["val_guidance_left"]
-    assert after["val_guided_mse"] < 0.8 * before["val_guided_mse"]
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_an_epsilon_model_is_taught_in_epsilon(task):

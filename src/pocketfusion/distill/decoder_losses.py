@@ -45,7 +45,7 @@ class EncoderFeatures(nn.Module):
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004) of pictures in [-1, 1], [B, C, H, W] → [B].
 
-    11x11 Gaussian window of σ 1.5, K = (0.01, 0.03), mean over channels and the positions that it wholly covers.
+    11x11 Gaussian window of σ 1.5, K = (0.01, 0.03), mean over channels and positions; the edges are reflected.
     """
     a, b = a.float().clamp(-1, 1), b.float().clamp(-1, 1)
     x = torch.arange(-5.0, 6.0, device=a.device)
@@ -55,7 +55,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     window = (line[:, None] * line).expand(channels, 1, 11, 11)
 
     def mean(values: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(values, window, groups=channels)
+        return F.conv2d(F.pad(values, [5] * 4, mode="reflect"), window, groups=channels)
 
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     mean_a, mean_b = mean(a), mean(b)

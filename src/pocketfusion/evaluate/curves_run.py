@@ -25,6 +25,8 @@ from pocketfusion.evaluate.metrics import too_few_for_frechet
 from pocketfusion.evaluate.scoring import RealSide, measure
 from pocketfusion.evaluate.store import PictureStore, Shelf
 from pocketfusion.evaluate.systems import SystemSpec, labels
+from pocketfusion.folder import machine
+from pocketfusion.runtime.networks import available_cores
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -137,6 +139,10 @@ def evaluate_systems(
     check_writable_parent(out)
     if out.exists() and not overwrite:
         raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
+    if store is not None:
+        check_writable_parent(store)
+        if store.exists() and not store.is_dir():
+            raise PocketfusionError(f"--store {store} is a file: give a folder for the pictures")
     named, size = labels(specs), _sizes(specs)
     extractor, reference = open_extractor(), open_reference(size)
     _check_count(reference, extractor, measuring.kid_only)
@@ -178,7 +184,7 @@ def evaluate_systems(
             measured.append(point)
         curves.append(Curve(label=line.label, system=line.spec.identity(), points=measured))
     result = Curves(
-        protocol=protocol | {"pocketfusion": __version__, "machine": _machine()},
+        protocol=protocol | {"pocketfusion": __version__, "machine": machine()},
         real=side.scores(side.embeddings),
         curves=curves,
         notes=[*reference.notes, *_notes(lines)],
@@ -187,12 +193,6 @@ def evaluate_systems(
     with atomic_folder(out, overwrite=overwrite) as partial:
         write_curves(result, *sheet, partial)
     return result
-
-
-def _machine() -> str:
-    from pocketfusion.folder import machine
-
-    return machine()
 
 
 def _notes(lines: Sequence[_Line]) -> list[str]:
@@ -218,7 +218,7 @@ def _draw(
     """This process's share (its number, their number) of all pictures of points that are not measured yet."""
     index, processes = share
     mine = plan.everything()[index::processes]
-    threads = None if processes == 1 else max(1, _cores() // processes)
+    threads = None if processes == 1 else max(1, available_cores() // processes)
     total, count = len(mine) * sum(point is None for point in points.values()), 0
     for line in lines:
         opened = cache(lambda spec=line.spec: spec.open(threads))
@@ -234,12 +234,6 @@ def _draw(
                 progress(what, count, total)
 
             draw_missing(opened, shelf, mine, SamplerSettings(line.spec.num_inference_steps, scale), advance)
-
-
-def _cores() -> int:
-    from pocketfusion.runtime.networks import available_cores
-
-    return available_cores()
 
 
 def _sheet(
