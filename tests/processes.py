@@ -3,6 +3,10 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 
 def run_two(*arguments: object, port: int) -> subprocess.CompletedProcess[str]:
@@ -19,3 +23,17 @@ def launch_two(*arguments: object, port: int) -> None:
     """Runs it and asserts that it ends well."""
     done = run_two(*arguments, port=port)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_same_training(one: Path, two: Path, before: Path | None = None) -> None:
+    """Two safetensors files hold the same result of training from `before`, but for the order of sums.
+
+    Adam's first steps are the sign of a gradient, so where one is all but zero a rounding moves a weight by a step:
+    the updates are compared as a whole.
+    """
+    first, second = load_file(one), load_file(two)
+    start = load_file(before) if before else {name: torch.zeros_like(value) for name, value in first.items()}
+    assert first.keys() == second.keys()
+    apart = sum((first[name].double() - second[name].double()).square().sum() for name in first)
+    moved = sum((first[name].double() - start[name].double()).square().sum() for name in first if name in start)
+    assert moved > 0 and (apart / moved).sqrt() < 0.02, f"{(apart / moved).sqrt():.4f} of the update"

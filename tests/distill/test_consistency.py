@@ -212,7 +212,7 @@ def test_the_gradient_is_that_of_a_fixed_target(make_task):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_weight_learns_under_autocast(make_task, precision):
-    """The target's pass must not leave weights without gradients in autocast's cache."""
+    """Also after the target's pass over the same weights, whose casts autocast may keep without their gradients."""
     task = make_task("folded", teacher_precision=precision)
     without = [bool(grad.any()) for grad in gradients(task)[2]]
     task.model.zero_grad()

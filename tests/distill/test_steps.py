@@ -20,7 +20,7 @@ from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.recipe import load_recipe
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.start import open_start
-from processes import launch_two
+from processes import assert_same_training, launch_two
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -172,11 +172,9 @@ def test_a_stopped_training_repeats_the_uninterrupted_one(distilled, arguments, 
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_two_processes_train_the_same_network(distilled, arguments, tmp_path):
+def test_two_processes_train_the_same_network(distilled, arguments, trained, tmp_path):
     launch_two("-m", "pocketfusion", *arguments, "--out", tmp_path / "two", "--p", "0.5", port=29617)
-    one, two = load_file(distilled / WEIGHTS), load_file(tmp_path / "two" / WEIGHTS)
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=5e-3, atol=5e-4)
+    assert_same_training(distilled / WEIGHTS, tmp_path / "two" / WEIGHTS, trained / "base" / WEIGHTS)
 
 
 def test_progressive_halves_one_pair_after_the_other(trained, tiny_recipe, tiny_data, tmp_path):
@@ -199,7 +197,7 @@ def test_progressive_halves_one_pair_after_the_other(trained, tiny_recipe, tiny_
     [
         (("--teacher-steps", "5"), "5 teacher steps do not divide into 2 student steps: give a multiple such as 6"),
         (("--guidance-range", "5"), "--guidance-range '5' is no range: give two numbers as 2,14"),
-        (("--guidance-range", "9,3"), "the guidance range 9,3 is none: give two rising numbers, as 2,14"),
+        (("--guidance-range", "9,3"), "the guidance range 9,3 is none: give two rising numbers from 1, as 2,14"),
         (("--p", "1.5"), "guidance_probability: Input should be less than or equal to 1 (got 1.5)"),
         (("--train-steps", "0"), "steps: Input should be greater than 0 (got 0)"),
     ],
@@ -227,6 +225,15 @@ def test_folded_guidance_is_not_distilled_over_a_range(trained, tiny_recipe, tin
     with pytest.raises(PocketfusionError, match="knows one scale"):
         settings = recipe.step_distillation
         distill_steps(recipe, settings, open_dataset(tiny_data, 64), base, base, StageRun.at(tmp_path / "out"))
+
+
+def test_a_model_that_predicts_noise_is_sent_to_to_v(trained, tiny_recipe, tiny_data, tmp_path):
+    recipe = load_recipe(tiny_recipe)
+    scheduler = recipe.teacher.scheduler | {"prediction_type": "epsilon"}
+    recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"scheduler": scheduler})})
+    base, data = trained / "base", open_dataset(tiny_data, 64)
+    with pytest.raises(PocketfusionError, match="predicts epsilon: run to-v first"):
+        distill_steps(recipe, recipe.step_distillation, data, base, base, StageRun.at(tmp_path / "out"))
 
 
 def test_nan_in_either_network_is_refused(arguments, trained, tmp_path, cli):

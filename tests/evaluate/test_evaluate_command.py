@@ -188,7 +188,7 @@ def test_two_processes_give_what_one_gives(pocketfusion, tiny_folder, few, tmp_p
             {"--samples": "30", "--sets": "train"},
             "30 pictures are too few for 32 features: at least 64 are needed; raise",
         ),
-        ({"--samples": "2", "--kid-only": None}, "are too few for KID"),
+        ({"--samples": "2", "--sets": "train", "--kid-only": None}, "are too few for KID"),
         ({"--sets": "tests"}, "no set named tests"),
         ({"--out": "missing/curve"}, "does not exist"),
         ({"--guidance": "1,x"}, "holds 'x'"),

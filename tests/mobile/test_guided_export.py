@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from guided import RANGE, SCALE, STEPS, make_guided_folder, small_unet
 from pocketfusion.errors import PocketfusionError
@@ -152,7 +153,6 @@ def test_a_lost_scale_or_prompt_writes_nothing(
             inputs = [one | {"timestep_cond": inputs[0]["timestep_cond"]} for one in inputs]
         return original(path, inputs, output, signature)
 
-    monkeypatch.setattr(measure.gate, "MIN_SQNR", dict.fromkeys(gate.MIN_SQNR, -99.0))
     monkeypatch.setattr(measure.gate, "check_sqnr", lambda *arguments: None)
     monkeypatch.setattr(gate, "run", ignoring)
     refused(made["embedded"][0], tmp_path / "b", r"follow the prompt 0\.000 times")
@@ -208,19 +208,25 @@ def test_what_generate_refuses_and_warns_of(made: dict) -> None:
     assert folded.generate("cat", guidance_scale=3, num_inference_steps=1).guidance_scale == 3
 
 
-def test_commands_say_which_guidance(made: dict, tmp_path: Path, cli: Any) -> None:
-    drawn = cli("generate", "cat", "-o", tmp_path / "a.png", "--bundle", made["embedded"][1], "--json", tmp_path / "j")
-    assert drawn.returncode == 0 and "embedded guidance 3" in drawn.stdout, drawn.stdout + drawn.stderr
+def test_commands_say_which_guidance(made: dict, tmp_path: Path) -> None:
+    from pocketfusion.cli import app, commands  # noqa: F401  (registers them)
+
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(app, [*map(str, arguments)])
+
+    drawn = run("generate", "cat", "-o", tmp_path / "a.png", "--bundle", made["embedded"][1], "--json", tmp_path / "j")
+    assert drawn.exit_code == 0 and "embedded guidance 3" in drawn.output, drawn.output
     assert json.loads((tmp_path / "j").read_text())["guidance"] == "embedded"
-    refusal = cli("generate", "cat", "-o", tmp_path / "b.png", "--bundle", made["folded"][1], "--guidance", 9)
-    assert refusal.returncode == 2 and "3 folded in" in refusal.stderr and not (tmp_path / "b.png").exists()
+    refusal = run("generate", "cat", "-o", tmp_path / "b.png", "--bundle", made["folded"][1], "--guidance", 9)
+    assert isinstance(refusal.exception, PocketfusionError) and "3 folded in" in str(refusal.exception)
+    assert not (tmp_path / "b.png").exists()
     for path, words in (
         (made["embedded"][1], "embedded: one prediction a step, the scale its input, taught for 1 to 8"),
         (made["embedded"][0], "embedded: one prediction a step, the scale its input, taught for 1 to 8"),
         (made["folded"][0], "folded: one prediction a step, at one scale"),
     ):
-        shown = cli("info", path)
-        assert shown.returncode == 0 and words in shown.stdout and "4 steps, guidance 3" in shown.stdout, shown.stdout
+        shown = run("info", path)
+        assert shown.exit_code == 0 and words in shown.output and "4 steps, guidance 3" in shown.output, shown.output
 
 
 def test_the_small_unets_follow_their_scale() -> None:

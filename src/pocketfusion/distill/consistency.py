@@ -135,13 +135,8 @@ class ConsistencyTask(TeacherTask):
         self.null = self.null.to(device)
 
     def _precision(self) -> AbstractContextManager:
-        """Of the target's networks: fp32 unless the recipe says bf16; the algebra always is fp32.
-
-        Without autocast's cache: the weights that it would keep from here have no gradient, and the student's pass
-        would use them.
-        """
-        enabled = self.consistency.teacher_precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        """Of the target's networks: fp32 unless the recipe says bf16; the algebra always is fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.consistency.teacher_precision == "bf16")
 
     def predictor(self, unet: nn.Module, guidance: Guidance, made: Jumps) -> RowPredictor:
         """`unet`'s guided v for rows of `made`."""

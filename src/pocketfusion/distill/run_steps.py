@@ -46,6 +46,9 @@ def distill_steps(
     an ε-model.
     """
     step_ratio(settings.teacher_steps, settings.steps)
+    predicts = recipe.teacher.scheduler.get("prediction_type", "epsilon")
+    if predicts != "v_prediction":
+        raise PocketfusionError(f"the recipe {recipe.name} is of a model that predicts {predicts}: run to-v first")
     low, high = settings.guidance_range
     if not 1 <= low <= high:
         raise PocketfusionError(
