@@ -54,9 +54,7 @@ def main() -> None:
         )
         rows[-1]["ratio"] = rows[0]["total"]["median"] / rows[-1]["total"]["median"]
     about = environment(systems[0][1])
-    print(
-        f"{about['cpu']}, {about['runtime']}, {about['threads']} threads; median (min to max) of {given.runs}"
-    )
+    print(f"{about['cpu']}, {about['runtime']}, {about['threads']} threads; median (min to max) of {given.runs}")
     for row in rows:
         total = {key: 1000 * value for key, value in row["total"].items()}
         parts = {key: 1000 * row[key]["median"] for key in ("text", "step", "decode")}

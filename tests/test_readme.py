@@ -16,6 +16,10 @@ SMALL = {
         "--budget-ratio 0.95 --samples 4 --steps 1 --actions remove --group 3 --train-steps 2 --rounds 1"
     ),
     "--guidance 3,4.5,7 --samples 768 --steps 10": "--guidance 2 --samples 64 --steps 1 --sets train",
+    "models/emoji/base@50 models/emoji/final": "models/emoji/base@2 models/emoji/final",
+    "--guidance 3,4.5,6 --sets test_combo,test_concept --samples 2000": "--guidance 2 --samples 64 --sets train",
+    "distill-steps": "distill-steps --train-steps 1",
+    "--teacher-steps 16 --steps 4": "--teacher-steps 8 --steps 4 --train-steps 1",
 }
 
 
@@ -63,7 +67,11 @@ def test_every_command_runs(cli, tiny_recipe, tmp_path, monkeypatch):
         "train-elastic",
         "evolve",
         "recover",
-        "sweep",
+        "score",
+        "distill-steps",
+        "distill-decoder",
+        "distill-guidance",
+        "distill-consistency",
         "architecture",
     ],
 )

@@ -23,6 +23,15 @@ def process_state(wait: timedelta = timedelta(hours=2)) -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=wait)
 
 
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The mean of `values` over all processes of the run, on each of them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+        return values / torch.distributed.get_world_size()
+    return values
+
+
 @contextmanager
 def lost_processes_are_told(what: str) -> Iterator[None]:
     """While several processes work together: if one dies, the others say so, say that `what` goes on, and end with 2.

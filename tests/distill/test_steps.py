@@ -248,3 +248,14 @@ def test_nan_in_either_network_is_refused(arguments, trained, tmp_path, cli):
         changed[position] = bad
         done = cli(*changed, "--out", tmp_path / "out")
         assert done.returncode == 2 and "conv_in.weight holds NaN" in done.stderr
+
+
+def test_the_share_of_the_original_loss_is_the_same_samples_in_parts(task):
+    made = task(original_share=0.5, guidance_probability=0.0)
+
+    def original(batch):
+        batch_, x = made.distilled(batch)
+        return made.original(made.model, x, batch_.states, batch).item()
+
+    parts = [original(made.plan.part(1, part, 2)) for part in range(2)]
+    assert np.mean(parts) == pytest.approx(original(made.plan.part(1, 0, 1)), rel=1e-4)

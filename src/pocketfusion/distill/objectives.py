@@ -74,10 +74,9 @@ def distillation_loss(v: torch.Tensor, target: torch.Tensor, at: Level) -> torch
     return (truncated_snr_in_v(at).flatten() * error).mean()
 
 
-def add_original(distilled: torch.Tensor, original: torch.Tensor, gamma: float, dynamic: bool = True) -> torch.Tensor:
-    """L_dstl + γ L_ori; with `dynamic`, L_ori is first rescaled to L_dstl's size (a constant for the gradient).
+def dynamic_scale(distilled: torch.Tensor, original: torch.Tensor) -> float:
+    """What L_ori is multiplied by, before γ, to be of L_dstl's size; a constant for the gradient.
 
     SnapFusion section 4.2 and appendix C: without it, L_ori outweighs a distillation loss that shrinks.
     """
-    scale = (distilled.detach() / original.detach().clamp(min=1e-12)) if dynamic else 1.0
-    return distilled + gamma * scale * original
+    return distilled.item() / max(original.item(), 1e-12)

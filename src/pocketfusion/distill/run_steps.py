@@ -25,7 +25,8 @@ def sampling_of(start: Start, steps: int, guidance_scale: float) -> Sampling:
     guidance = guidance_of(start.unet, stated.guidance if stated else None)
     if guidance == "folded" and stated is not None:
         guidance_scale = stated.guidance_scale
-    return Sampling(num_inference_steps=steps, guidance_scale=guidance_scale, guidance=guidance)
+    known = stated.guidance_range if stated else None
+    return Sampling(num_inference_steps=steps, guidance_scale=guidance_scale, guidance=guidance, guidance_range=known)
 
 
 def distill_steps(

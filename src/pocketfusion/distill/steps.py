@@ -21,11 +21,12 @@ from pocketfusion.distill.ddim import (
     v_of,
     v_target,
 )
-from pocketfusion.distill.objectives import add_original, distillation_loss, step_objective
+from pocketfusion.distill.objectives import distillation_loss, dynamic_scale, step_objective
 from pocketfusion.distill.targets import TargetCache
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.models.guidance import guidance_of, guided_prediction
 from pocketfusion.models.sampling import Guidance, Sampling
+from pocketfusion.processes import mean_over_processes
 from pocketfusion.recipe import Recipe, StepDistillSettings
 from pocketfusion.train.batch import Batch
 from pocketfusion.train.start import Start
@@ -116,15 +117,20 @@ class StepTask(TeacherTask):
         return guided_prediction(model, made.z_t, now, made.states, self.null, made.scale, self.guidance)  # type: ignore[arg-type]
 
     def original(self, model: nn.Module, x: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """L_ori = |v_η(z_t) − v|² at t ~ U[0, T) on the first `original_share` of the batch, unguided."""
-        part = slice(0, max(1, round(self.distill.original_share * len(x))))
-        times = batch.rand()[part] * (self.scheduler.config.num_train_timesteps - 1)
-        noise = batch.randn(*x.shape[1:])[part].to(self.device)
-        x, at = x[part], self.schedule.at(times, x)
-        ones = torch.ones(len(x))
-        v = guided_prediction(
-            model, add_noise(x, noise, at), times.to(self.device), states[part], self.null, ones, self.guidance
-        )  # type: ignore[arg-type]
+        """L_ori = |v_η(z_t) − v|² at t ~ U[0, T), unguided, on an `original_share` of the global batch."""
+        position = torch.arange(
+            batch.start, batch.start + len(x)
+        )  # spread evenly, so that every process has its share
+        share = self.distill.original_share
+        part = (((position + 1) * share).floor() > (position * share).floor()).to(x.device)
+        times = batch.rand() * (self.scheduler.config.num_train_timesteps - 1)
+        noise = batch.randn(*x.shape[1:]).to(self.device)
+        if not bool(part.any()):
+            part = torch.ones_like(part)
+        x, noise, states, times = x[part], noise[part], states[part], times[part.cpu()]
+        at, ones = self.schedule.at(times, x), torch.ones(len(x))
+        z_t, given = add_noise(x, noise, at), times.to(self.device)
+        v = guided_prediction(model, z_t, given, states, self.null, ones, self.guidance)  # type: ignore[arg-type]
         return (v - v_of(x, noise, at)).square().mean()
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -136,7 +142,11 @@ class StepTask(TeacherTask):
         if not self.distill.original_weight:
             return distilled, logged
         original = self.original(model, x, made.states, batch)
-        loss = add_original(distilled, original, self.distill.original_weight, self.distill.dynamic_scaling)
+        scale = 1.0
+        if self.distill.dynamic_scaling:  # of the whole batch's losses, whatever this process's part of it
+            means = mean_over_processes(torch.stack([distilled.detach(), original.detach()]))
+            scale = dynamic_scale(means[0], means[1])
+        loss = distilled + self.distill.original_weight * scale * original
         return loss, logged | {"original": original.item()}
 
     @torch.no_grad()
