@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,15 @@ from pocketfusion.artefact import sha256_folder, write_json
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import StableDiffusionPipeline
     from torch import nn
 
 PROVENANCE = "provenance.json"
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+#: What of an autoencoder makes the latents, by the names of its weights.
+ENCODER = ("encoder.", "quant_conv.")
+_NO_WEIGHT = ("position_ids",)  # a buffer that some transformers versions save
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -73,6 +79,33 @@ def write_provenance(path: Path, provenance: Provenance) -> None:
 def folder_hash(path: Path) -> str:
     """SHA-256 over all files but the model card and its pictures, so editing a card does not change the model."""
     return sha256_folder(path, exclude=("README.md", *(p.name for p in path.glob("*.png"))))
+
+
+def weights_hash(folder: Path, prefixes: tuple[str, ...] = ("",)) -> str:
+    """SHA-256 over names, shapes and fp16 values of the network's weights whose names begin with one of `prefixes`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors(folder, prefixes), key=lambda pair: pair[0]):
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tensors(folder: Path, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a network's safetensors; raises PocketfusionError if it has none or one is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if ".fp16." not in file.name] or files  # a variant beside the full weights
+    if not files:
+        raise PocketfusionError(f"{folder} holds no safetensors: convert its weights first")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  (not a dict)
+                    if name.startswith(prefixes) and not name.endswith(_NO_WEIGHT):
+                        yield name, weights.get_tensor(name)
+        except (SafetensorError, OSError):
+            raise PocketfusionError(f"{file} is damaged: restore it from its source") from None
 
 
 def check_folder(path: Path, components: tuple[str, ...] = COMPONENTS) -> None:

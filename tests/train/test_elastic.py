@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
@@ -203,8 +203,12 @@ def test_what_is_refused(trained, elastic, tiny_recipe, tiny_data, tmp_path, cli
         with pytest.raises(PocketfusionError, match=words):
             train_elastic(load_recipe(recipe), data, folder, stage)
     mixed = shutil.copytree(trained / "base", tmp_path / "mixed")
-    (mixed / "vae" / "notes.txt").write_text("another autoencoder")
-    with pytest.raises(PocketfusionError, match="have different autoencoders"):
+    file = mixed / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(
+        {**weights, "encoder.conv_in.bias": weights["encoder.conv_in.bias"] + 1}, file, metadata={"format": "pt"}
+    )
+    with pytest.raises(PocketfusionError, match="have different latents"):
         recover(load_recipe(tiny_recipe), data, elastic, mixed, stage)
     done = cli(
         "train-elastic", trained / "no", "--recipe", tiny_recipe, "--data", tiny_data, "--out", tmp_path / "out"

@@ -6,19 +6,17 @@ SnapFusion's SD-2 teacher failed for a v1.5 student (arXiv 2306.00980).
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
-from safetensors import SafetensorError, safe_open
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_folder
+from pocketfusion.folder import ENCODER, check_folder, tensors, weights_hash
 
 #: What of a scheduler decides z_t and the meaning of a prediction; the others only choose timesteps to sample at.
 _SCHEDULE = (
@@ -29,8 +27,6 @@ _SCHEDULE = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
-_ENCODER = ("encoder.", "quant_conv.")
-_NO_WEIGHT = ("position_ids",)  # a buffer that some transformers versions save
 
 
 def check_teacher(student: Path, teacher: Path) -> None:
@@ -59,7 +55,7 @@ def check_teacher(student: Path, teacher: Path) -> None:
     vaes = [AutoencoderKL.load_config(folder / "vae") for folder in folders]
     compare("latent channels", [vae.get("latent_channels", 4) for vae in vaes], show=True)
     compare("latents' scaling_factor", [vae.get("scaling_factor", 0.18215) for vae in vaes], show=True)
-    compare("autoencoder's encoder", [weights_hash(folder / "vae", _ENCODER) for folder in folders])
+    compare("autoencoder's encoder", [weights_hash(folder / "vae", ENCODER) for folder in folders])
     unets = [_json(folder / "unet" / "config.json") for folder in folders]
     compare("latents' size", [unet.get("sample_size") for unet in unets], show=True)
     schedulers = [_scheduler(folder) for folder in folders]
@@ -72,32 +68,8 @@ def check_teacher(student: Path, teacher: Path) -> None:
         )
 
 
-def weights_hash(folder: Path, prefixes: tuple[str, ...] = ("",)) -> str:
-    """SHA-256 over names, shapes and fp16 values of the network's weights whose names begin with one of `prefixes`."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors(folder, prefixes), key=lambda pair: pair[0]):
-        digest.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.half().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _tensors(folder: Path, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[str, torch.Tensor]]:
-    files = sorted(folder.glob("*.safetensors"))
-    files = [file for file in files if ".fp16." not in file.name] or files  # a variant beside the full weights
-    if not files:
-        raise PocketfusionError(f"{folder} holds no safetensors: convert its weights first")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118  (not a dict)
-                    if name.startswith(prefixes) and not name.endswith(_NO_WEIGHT):
-                        yield name, weights.get_tensor(name)
-        except (SafetensorError, OSError):
-            raise PocketfusionError(f"{file} is damaged: restore it from its source") from None
-
-
 def _check_finite(folder: Path) -> None:
-    for name, tensor in _tensors(folder):
+    for name, tensor in tensors(folder):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise PocketfusionError(f"{folder}: the weight {name} holds NaN or infinity: the folder cannot be used")
 

@@ -18,12 +18,20 @@ from torch.nn import functional as F
 
 from pocketfusion.artefact import write_json
 from pocketfusion.data.packed import CaptionedImages
-from pocketfusion.distill.compatible import weights_hash
 from pocketfusion.distill.decoder_losses import EncoderFeatures, ssim
 from pocketfusion.distill.decoder_pool import LatentSampler, Pool, PoolSettings, decode, decode_pool
 from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder, tiny_shape
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import COMPONENTS, PROVENANCE, Provenance, check_finite, check_folder, folder_hash
+from pocketfusion.folder import (
+    COMPONENTS,
+    ENCODER,
+    PROVENANCE,
+    Provenance,
+    check_finite,
+    check_folder,
+    folder_hash,
+    weights_hash,
+)
 from pocketfusion.info import read_safetensors_header
 from pocketfusion.models.sampling import SAMPLING
 from pocketfusion.models.slim_autoencoder import DecoderShape, SlimAutoencoderKL, load_vae
@@ -35,7 +43,6 @@ from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.stage import finished_result, run_stage
 
-_ENCODER = ("encoder.", "quant_conv.")
 _REAL = 256  #: held-out pictures that are encoded and decoded again
 
 
@@ -170,7 +177,7 @@ def check_latents(folder: Path, sampler: Path) -> None:
         for name in ("latent_channels", "scaling_factor")
         if vaes[0].get(name) != vaes[1].get(name)
     ]
-    if weights_hash(folder / "vae", _ENCODER) != weights_hash(sampler / "vae", _ENCODER):
+    if weights_hash(folder / "vae", ENCODER) != weights_hash(sampler / "vae", ENCODER):
         found.append("the autoencoder's encoder")
     if found:
         raise PocketfusionError(

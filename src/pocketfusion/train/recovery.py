@@ -99,6 +99,6 @@ def recover(
         return finished
     start, teacher = open_start(folder, recipe), open_start(base, recipe)
     if start.vae_hash != teacher.vae_hash:
-        raise PocketfusionError(f"{folder} and {base} have different autoencoders: the base must be what it came from")
+        raise PocketfusionError(f"{folder} and {base} have different latents: the base must be what it came from")
     task = RecoveryTask(recipe, settings, data, start, teacher.unet)
     return train_on(stage, task, settings.train, made_by, start, cache)

@@ -11,7 +11,14 @@ from diffusers import AutoencoderKL, DDIMScheduler
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import Provenance, check_finite, check_folder, folder_hash, read_provenance
+from pocketfusion.folder import (
+    ENCODER,
+    Provenance,
+    check_finite,
+    check_folder,
+    read_provenance,
+    weights_hash,
+)
 from pocketfusion.models.base import copy_with_unet, write_scheduler
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
 from pocketfusion.models.sampling import Sampling, write_sampling
@@ -33,7 +40,7 @@ class Start:
     unet: ElasticUNet
     vae: AutoencoderKL
     text: TextEncoder
-    vae_hash: str
+    vae_hash: str  #: of its encoder: what the latents depend on
     device: torch.device
 
 
@@ -58,7 +65,7 @@ def open_start(folder: Path, recipe: Recipe, prediction_type: str | None = None)
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast_attention(unet, device)
-    return Start(folder, unet, vae, text, folder_hash(folder / "vae"), device)
+    return Start(folder, unet, vae, text, weights_hash(folder / "vae", ENCODER), device)
 
 
 def train_on(
