@@ -16,10 +16,13 @@ from pocketfusion.folder import folder_hash
 from pocketfusion.latency.table import LatencyTable
 from pocketfusion.models.architecture import Architecture
 from pocketfusion.models.elastic_unet import load_elastic
+from pocketfusion.models.sampling import Sampling, read_sampling
+from pocketfusion.models.slim_autoencoder import SlimAutoencoderKL, load_vae
 from pocketfusion.runtime.manifest import embedded_bundle
 
 ROOT = Path(__file__).parents[1]
 BASE, JUDGE = ROOT / "models" / "emoji" / "base", ROOT / "models" / "emoji" / "judge"
+EMBEDDED = ROOT / "models" / "emoji" / "eight"  #: the base distilled to eight steps
 PROMPT, SEED = "a red apple, noto style", 3
 GOLDEN = Path(__file__).parent / "golden" / "apple.png"
 
@@ -38,7 +41,7 @@ def pipeline():
 def stock():
     from diffusers import StableDiffusionPipeline
 
-    loaded = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32, local_files_only=True)
+    loaded = StableDiffusionPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32, local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -48,14 +51,16 @@ def test_it_fits(pipeline):
 
 
 def test_it_was_exported_from_the_committed_folder(pipeline):
-    assert pipeline.manifest.provenance["model_folder"] == folder_hash(BASE)
+    assert pipeline.manifest.provenance["model_folder"] == folder_hash(EMBEDDED)
+    sampling, defaults = read_sampling(EMBEDDED), pipeline.manifest.defaults
+    assert sampling.num_inference_steps == defaults.num_inference_steps == 8
 
 
-def test_trained_weights_stay_under_100_mb():
-    folders = (BASE, JUDGE, BASE.with_name("evolved"))
+def test_trained_weights_stay_small():
+    folders = [BASE.with_name(name) for name in ("base", "judge", "evolved", "eight", "final")]
     files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
     # equal files, such as the text encoder, are one object in the repository
-    assert sum({sha256_file(p): p.stat().st_size for p in files}.values()) < 100e6
+    assert sum({sha256_file(p): p.stat().st_size for p in files}.values()) < 130e6
 
 
 def test_same_seed_same_bytes_and_the_golden_picture(pipeline):
@@ -76,7 +81,7 @@ def test_the_prompt_matters(pipeline):
     assert np.median(saturation) < 30  # black and white
 
 
-def test_the_base_folder_draws_the_same_in_stock_diffusers(stock):
+def test_the_folder_draws_the_same_in_stock_diffusers(stock):
     from diffusers import DDIMScheduler
 
     from pocketfusion.models.text_encoder import TextEncoder
@@ -99,9 +104,9 @@ def test_the_bundle_draws_what_the_folder_draws(pipeline, stock):
 
     config = stock.unet.config
     noise = noise_batch([SEED], (config.in_channels, config.sample_size, config.sample_size))
-    settings = {"num_inference_steps": 25, "guidance_scale": pipeline.manifest.defaults.guidance_scale}
+    settings = pipeline.manifest.defaults.model_dump()
     theirs = stock(PROMPT, latents=noise, output_type="pil", **settings).images[0]
-    ours = pipeline.generate(PROMPT, seed=SEED, num_inference_steps=25).images[0]
+    ours = pipeline.generate(PROMPT, seed=SEED).images[0]
     assert psnr(ours, theirs) > 20
 
 
@@ -116,5 +121,20 @@ def test_the_evolved_model_is_what_its_card_says():
         assert folder_hash(evolved / part) == folder_hash(BASE / part)
     system = ModelFolder(evolved)
     image = system.draw(["a red apple, noto style"], [3], SamplerSettings(10, 4.5))[0].astype(int)
+    middle = image[16:48, 16:48].mean((0, 1))
+    assert middle[0] > 1.5 * max(middle[1], middle[2])  # red
+
+
+def test_the_final_model_is_evolved_eight_steps_and_a_small_decoder():
+    final = BASE.with_name("final")
+    assert read_sampling(final) == Sampling(num_inference_steps=8, guidance_scale=4.5)
+    small, whole = load_vae(final / "vae"), load_vae(BASE / "vae")
+    assert isinstance(small, SlimAutoencoderKL)
+    count = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (small, whole)]
+    assert count[0] < count[1] / 3.8
+    for name, weight in whole.encoder.state_dict().items():
+        assert torch.equal(weight, small.encoder.state_dict()[name])  # the latents are the base's
+    assert load_elastic(final).architecture == load_elastic(BASE.with_name("evolved")).architecture
+    image = ModelFolder(final).draw([PROMPT], [SEED], SamplerSettings(8, 4.5))[0].astype(int)
     middle = image[16:48, 16:48].mean((0, 1))
     assert middle[0] > 1.5 * max(middle[1], middle[2])  # red
