@@ -136,7 +136,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(command, inputs, tiny_fold
     refused("names no kind of action", *inputs(), *budget, "--actions", "prune")
     refused("--group 0 is below 1", *inputs(), *budget, "--group", 0)
     refused("there is no judge at", *inputs(judge=tmp_path / "nothing"), *budget)
-    refused("there are no weights of open_clip", *inputs(judge="open_clip:ViT-g-14:nothing.safetensors"), *budget)
+    refused("open_clip", *inputs(judge="open_clip:ViT-g-14:nothing.safetensors"), *budget)  # it, or its weights
     refused("there is no data folder at", *inputs(data=tmp_path / "nothing"), *budget)
     refused("latency table", *inputs(latency=tmp_path / "nothing.json"), *budget)
     refused("there is no model folder at", "remove", tmp_path / "x", "--latency", table, *budget)
