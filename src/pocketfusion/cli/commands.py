@@ -4,9 +4,6 @@
 from pocketfusion.cli import generate, info
 from pocketfusion.cli import data, train
 from pocketfusion.cli import profile, elastic, evolve, remove, architecture
-from pocketfusion.cli import distill_guidance
-from pocketfusion.cli import distill_decoder
-from pocketfusion.cli import distill
-from pocketfusion.cli import distill_consistency
+from pocketfusion.cli import distill, distill_decoder, distill_guidance, distill_consistency
 from pocketfusion.cli import score, evaluate
 from pocketfusion.cli import export
