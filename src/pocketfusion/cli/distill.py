@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, report
+from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, replaced, report
 from pocketfusion.errors import PocketfusionError
 
 FolderArg = Annotated[Path, typer.Argument(help="Model folder to train on from: the student.", show_default=False)]
@@ -77,8 +77,6 @@ def distill_steps_command(
 ) -> None:
     """Train a student to draw in N steps what its teacher draws in 2N or more (CFG-aware step distillation)."""
     loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
-    from pydantic import ValidationError
-
     from pocketfusion.distill.run_steps import distill_progressively, distill_steps
     from pocketfusion.folder import check_folder
 
@@ -94,13 +92,7 @@ def distill_steps_command(
         "guidance_scale": guidance,
         "train": settings.train.model_dump() | {"steps": train_steps} if train_steps is not None else None,
     }
-    try:
-        settings = settings.model_validate(
-            settings.model_dump() | {name: value for name, value in given.items() if value is not None}
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PocketfusionError(f"{first['loc'][-1]}: {first['msg']} (got {first['input']!r})") from None
+    settings = replaced(settings, given)
     for each in (folder, teacher):
         check_folder(each)
     run_it = distill_steps if schedule is Schedule.direct else distill_progressively

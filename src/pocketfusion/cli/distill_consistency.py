@@ -12,7 +12,7 @@ from rich.console import Console
 from pocketfusion.cli import app
 from pocketfusion.cli.distill import parse_range
 from pocketfusion.cli.elastic import FolderArg, RecipeOpt
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, report
+from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, replaced, report
 from pocketfusion.errors import PocketfusionError
 
 
@@ -64,8 +64,6 @@ def distill_consistency_command(
     if mode is Mode.folded and scales:
         raise PocketfusionError("a folded guidance is one scale and --guidance-range are many: give one of them")
     loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
-    from pydantic import ValidationError
-
     from pocketfusion.distill.run_consistency import cautions, distill_consistency
 
     settings = loaded.consistency
@@ -83,13 +81,7 @@ def distill_consistency_command(
         "guidance_range": scales,
         "train": settings.train.model_dump() | {"steps": train_steps} if train_steps is not None else None,
     }
-    try:
-        settings = settings.model_validate(
-            settings.model_dump() | {name: value for name, value in given.items() if value is not None}
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PocketfusionError(f"{first['loc'][-1]}: {first['msg']} (got {first['input']!r})") from None
+    settings = replaced(settings, given)
     notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     for sentence in cautions(settings, folder, teacher):
         notes.print(f"note: {sentence}")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from pocketfusion.cli import app
+from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from pocketfusion.data.packed import CaptionedImages
     from pocketfusion.folder import Provenance
     from pocketfusion.recipe import Recipe
     from pocketfusion.train.place import StageRun
+
+Section = TypeVar("Section", bound="BaseModel")
 
 RecipeArg = Annotated[Path, typer.Argument(help="Recipe, such as recipes/emoji64.yaml.", show_default=False)]
 DataOpt = Annotated[Path, typer.Option("--data", help="Folder of captioned pictures.", show_default=False)]
@@ -40,6 +45,19 @@ def begin(recipe: Path, data: Path, out: Path, run: Path | None, minutes: float 
     images: CaptionedImages = open_dataset(data, loaded.data.size)
     quiet_libraries()  # imports them: only after the quick checks
     return loaded, images, stage
+
+
+def replaced(settings: Section, given: dict[str, Any]) -> Section:
+    """A recipe section with the options that were given in place of its own; PocketfusionError if one is not valid."""
+    from pydantic import ValidationError
+
+    try:
+        return type(settings).model_validate(
+            settings.model_dump() | {name: value for name, value in given.items() if value is not None}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PocketfusionError(f"{first['loc'][-1]}: {first['msg']} (got {first['input']!r})") from None
 
 
 def report(provenance: Provenance, out: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import nn
@@ -194,11 +193,7 @@ class ConsistencyTask(TeacherTask):
 
     def _hold_out(self) -> list[tuple[Jumps, torch.Tensor, torch.Tensor]]:
         """Held-out jumps, their targets and the teacher's first v there; made once, as the teacher is frozen."""
-        rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))[:HELD_OUT]
-        mean = torch.from_numpy(np.asarray(self.latents[rows, 0], dtype=np.float32)).chunk(2, dim=1)[0]
-        x = mean * self.vae.config.scaling_factor
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-        states = torch.from_numpy(self.states[self.captions.pick(rows, np.zeros(len(rows)))]).float()
+        x, noise, states = self.held_out_pairs(HELD_OUT)
         steps, table = self.consistency.steps, self.scheduler.config.num_train_timesteps
         for part in torch.arange(len(x)).split(64):
             times = spans(part % steps, self.consistency.teacher_steps, steps, table)

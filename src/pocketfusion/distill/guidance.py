@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
@@ -133,14 +132,10 @@ class GuidanceTask(TeacherTask):
 
     def _hold_out(self) -> list[tuple[torch.Tensor, ...]]:
         """The held-out batches (z_t, timesteps, states, scales, ṽ_T, v_T(c)), made once, as the teacher is frozen."""
-        rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))
-        mean = torch.from_numpy(np.asarray(self.latents[rows, 0], dtype=np.float32)).chunk(2, dim=1)[0]
-        x = mean * self.vae.config.scaling_factor
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        x, noise, states = self.held_out_pairs()
         spread = torch.arange(len(x)) / max(1, len(x) - 1)
         timesteps = self.timesteps[(spread * (len(self.timesteps) - 1)).round().long()]
         scales = self.scales(torch.arange(len(x)) * 0.618034 % 1)  # golden steps: spread anew at every timestep
-        states = torch.from_numpy(self.states[self.captions.pick(rows, np.zeros(len(rows)))]).float()
         z_t = self.objective.add_noise(x, noise, timesteps)
         for part in torch.arange(len(x)).split(64):
             z, t, c, w = (value[part].to(self.device) for value in (z_t, timesteps, states, scales))

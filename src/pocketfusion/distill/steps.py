@@ -62,12 +62,12 @@ class StepTask(TeacherTask):
         # few steps must begin at the last timestep: the result's folder gets this scheduler
         self.scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
         self.schedule = NoiseSchedule(self.scheduler)
-        self.teacher_sampling, self.sampling = sampling
-        self.ratio = step_ratio(settings.teacher_steps, settings.steps)
+        guided_by, self.sampling = sampling
+        step_ratio(settings.teacher_steps, settings.steps)
         self.guided = step_objective(settings.guidance_probability, *settings.guidance_range)
         # a model whose guidance is inside it has one branch: its w only chooses what it is asked for
         self.guidance: Guidance = guidance_of(student.unet, self.sampling.guidance)
-        self.teacher_guidance: Guidance = guidance_of(teacher, self.teacher_sampling.guidance)
+        self.teacher_guidance: Guidance = guidance_of(teacher, guided_by.guidance)
 
     def to(self, device: torch.device) -> None:
         """Moves the teacher too."""
@@ -118,9 +118,8 @@ class StepTask(TeacherTask):
 
     def original(self, model: nn.Module, x: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """L_ori = |v_η(z_t) − v|² at t ~ U[0, T), unguided, on an `original_share` of the global batch."""
-        position = torch.arange(
-            batch.start, batch.start + len(x)
-        )  # spread evenly, so that every process has its share
+        # spread evenly, so that every process has its share
+        position = torch.arange(batch.start, batch.start + len(x))
         share = self.distill.original_share
         part = (((position + 1) * share).floor() > (position * share).floor()).to(x.device)
         times = batch.rand() * (self.scheduler.config.num_train_timesteps - 1)
@@ -152,11 +151,7 @@ class StepTask(TeacherTask):
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
         """L_vani and L_cfg at the middle of the range, on held-out pairs at fixed noise and every step of the grid."""
-        rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))
-        mean = torch.from_numpy(np.asarray(self.latents[rows, 0], dtype=np.float32)).chunk(2, dim=1)[0]
-        x = mean * self.vae.config.scaling_factor
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-        states = torch.from_numpy(self.states[self.captions.pick(rows, np.zeros(len(rows)))]).float()
+        x, noise, states = self.held_out_pairs()
         steps, table = self.distill.steps, self.scheduler.config.num_train_timesteps
         numbers = torch.arange(len(x)) % steps
         found: dict[str, float] = {}

@@ -127,15 +127,20 @@ class TeacherTask:
         loss, mse = self.objective.loss(prediction, made.x, made.noise, made.timesteps.cpu())
         return loss, {"mse": mse.item()}
 
-    @torch.no_grad()
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """Plain mean squared error on the held-out pairs at fixed noise and evenly spread timesteps."""
-        rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))
+    def held_out_pairs(self, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first `count` (default: all) held-out latents x, their fixed noise and caption states; on the CPU."""
+        rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))[:count]
         mean = torch.from_numpy(np.asarray(self.latents[rows, 0], dtype=np.float32)).chunk(2, dim=1)[0]
         x = mean * self.vae.config.scaling_factor
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-        timesteps = torch.linspace(0, self.scheduler.config.num_train_timesteps - 1, len(x)).long()
         states = torch.from_numpy(self.states[self.captions.pick(rows, np.zeros(len(rows)))]).float()
+        return x, noise, states
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Plain mean squared error on the held-out pairs at fixed noise and evenly spread timesteps."""
+        x, noise, states = self.held_out_pairs()
+        timesteps = torch.linspace(0, self.scheduler.config.num_train_timesteps - 1, len(x)).long()
         errors = []
         for part in torch.arange(len(x)).split(64):
             z_t = self.objective.add_noise(x[part], noise[part], timesteps[part])
