@@ -32,7 +32,7 @@ def convert(module: nn.Module, samples: Mapping[str, torch.Tensor], path: Path) 
 
         litert_torch.config.show_progress = False
         converter = litert_torch.Converter()
-        converter.add_signature(DEFAULT_SIGNATURE, rewrite(module), sample_kwargs=dict(samples))
+        converter.add_signature(DEFAULT_SIGNATURE, rewrite(module)[0], sample_kwargs=dict(samples))
         try:
             model = converter.convert()
         except OSError:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.convert import convert
 from pocketfusion.mobile.flatbuffer import operations
-from pocketfusion.mobile.rewrites import GroupNormNHWC, SiLUNHWC, rewrite
+from pocketfusion.mobile.rewrites import rewrite
+from pocketfusion.mobile.rewrites.group_norm import GroupNormNHWC
+from pocketfusion.mobile.rewrites.silu import SiLUNHWC
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 7), (2, 12, 9)])
@@ -33,11 +36,29 @@ def test_silu_equals_torch() -> None:
 
 def test_rewrite_copies() -> None:
     original = nn.Sequential(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), nn.Conv2d(4, 4, 1))
-    changed = rewrite(original)
+    changed, counts = rewrite(original)
+    assert counts == {"group-norm": 1, "silu-nhwc": 1}
     assert isinstance(original[0][0], nn.GroupNorm) and isinstance(original[0][1], nn.SiLU)
     assert isinstance(changed[0][0], GroupNormNHWC) and isinstance(changed[0][1], SiLUNHWC)
     x = torch.randn(1, 4, 3, 3)
     torch.testing.assert_close(changed(x), original(x))
+
+
+def test_rewrite_shares_parameters_also_on_meta() -> None:
+    with torch.device("meta"):
+        original = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1))
+    changed, _ = rewrite(original)
+    assert {id(p) for p in changed.parameters()} == {id(p) for p in original.parameters()}
+    assert all(p.is_meta for p in changed.parameters())
+
+
+def test_a_module_that_is_itself_rewritten() -> None:
+    assert isinstance(rewrite(nn.GroupNorm(2, 4))[0], GroupNormNHWC)
+
+
+def test_unknown_pass() -> None:
+    with pytest.raises(PocketfusionError, match="no rewrite 'group-nrom': choose among .*group-norm"):
+        rewrite(nn.SiLU(), names=["group-nrom"])
 
 
 class _Block(nn.Module):

@@ -1,0 +1,39 @@
+"""Exact rewrites of modules into forms that phones' delegates take, each a named pass; targets choose among them.
+
+torch's group normalisation lowers to BROADCAST_TO, which the GPU delegate refuses, others to tensors that a phone
+cannot hold or to numbers beyond fp16 (*Squeezing Large-Scale Diffusion Models for Mobile*, arXiv 2307.01193).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.rewrites.base import Rewrite, shared_copy
+from pocketfusion.mobile.rewrites.group_norm import GROUP_NORM
+from pocketfusion.mobile.rewrites.silu import SILU_NHWC
+from pocketfusion.mobile.targets import TARGETS, Target
+
+__all__ = ["PASSES", "Rewrite", "rewrite"]
+
+#: Every pass by name, in the order of application.
+PASSES: dict[str, Rewrite] = {one.name: one for one in (GROUP_NORM, SILU_NHWC)}
+
+
+def rewrite(
+    module: nn.Module, target: Target = TARGETS["litert-cpu"], names: Iterable[str] | None = None
+) -> tuple[nn.Module, dict[str, int]]:
+    """A copy of `module` in eval mode, rewritten for `target`, and how many submodules each pass replaced.
+
+    `names`: passes to apply instead of the target's own; the order is always `PASSES`'. The copy shares `module`'s
+    parameters, which are not changed and may lie on `meta`. Raises PocketfusionError for an unknown name.
+    """
+    chosen = set(target.rewrites if names is None else names)
+    unknown = chosen - PASSES.keys()
+    if unknown:
+        raise PocketfusionError(f"there is no rewrite {sorted(unknown)[0]!r}: choose among {', '.join(PASSES)}")
+    holder = nn.ModuleList([shared_copy(module)])  # passes replace children, and the module may itself be one
+    counts = {name: one(holder, target.limits) for name, one in PASSES.items() if name in chosen}
+    return holder[0].eval(), counts

@@ -1,0 +1,54 @@
+"""What a rewrite is: a named pass that replaces submodules by equal ones in a form that a device takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from pocketfusion.mobile.targets import Limits
+
+Reason = Literal["unsupported op", "memory", "fp16 range", "speed"]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One pass. Called with a module and a device's limits, it replaces submodules in place and returns how many.
+
+    A replacement stands at the original's path and gives the same numbers to 1e-5 of their scale in float32. Its
+    parameters are the original's or views of them, so that they may also lie on `meta`.
+    """
+
+    name: str
+    reason: Reason
+    summary: str
+    source: str
+    apply: Callable[[nn.Module, Limits], int]
+
+    def __call__(self, module: nn.Module, limits: Limits) -> int:
+        return self.apply(module, limits)
+
+
+def replace(module: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Sets every descendant for which `make` gives a replacement, and returns how many.
+
+    `make` gets the children before their own children; what it gave is not entered.
+    """
+    count = 0
+    for name, child in module.named_children():
+        new = make(child)
+        if new is None:
+            count += replace(child, make)
+        else:
+            setattr(module, name, new)
+            count += 1
+    return count
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module`'s structure, in eval mode, with the very same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared).eval()

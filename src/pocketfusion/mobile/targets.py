@@ -1,0 +1,52 @@
+"""Where a bundle is to run: which rewrites its networks need there, and what one operation may ask of the device."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+TargetName = Literal["litert-cpu", "litert-gpu"]
+
+
+class Limits(BaseModel):
+    """What one operation may ask of a device; None where the device sets no limit. Rewrites split what exceeds it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Activations are computed in half precision: nothing may exceed 65,504 on the way.
+    float16: bool = False
+    #: Longest side of a 2-D image, as which OpenCL delegates keep tensors: width W * B, height H * ceil(C / 4).
+    image2d: int | None = None
+    #: Largest score matrix (heads, queries, keys) that one attention may store at a time, in bytes.
+    attention_score_bytes: int | None = None
+    #: Largest weight of one matrix product or convolution, in bytes.
+    weight_bytes: int | None = None
+
+
+class Target(BaseModel):
+    """A runtime on a device: the rewrites applied by default, in `rewrites.PASSES`' names, and the device's limits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: TargetName
+    rewrites: tuple[str, ...]
+    limits: Limits
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(name="litert-cpu", rewrites=("group-norm", "silu-nhwc"), limits=Limits()),
+        Target(
+            name="litert-gpu",
+            rewrites=("group-norm", "silu-nhwc"),
+            limits=Limits(
+                float16=True,
+                image2d=16384,
+                attention_score_bytes=64 << 20,
+                weight_bytes=64 << 20,
+            ),
+        ),
+    )
+}
