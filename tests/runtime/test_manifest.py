@@ -129,3 +129,68 @@ def test_embedded_bundle_is_found_or_its_absence_told(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     (folder / "bundle.json").write_text(json.dumps({}))
     assert embedded_bundle() == folder
+
+
+def unet_input(manifest, old, **new):
+    """Replaces a UNet input of the manifest by one with `new` values, or appends it if there is none called `old`."""
+    inputs = manifest["networks"]["unet"]["inputs"]
+    kept = next((tensor for tensor in inputs if tensor["name"] == old), None)
+    if kept is None:
+        inputs.append({"dtype": "float32", **new})
+    else:
+        kept.update(new)
+
+
+EMBEDDING = {"dim": 16, "flip_sin_to_cos": True, "downscale_freq_shift": 0.0}
+
+
+def test_later_keys_are_read_and_left_out_where_they_say_nothing(bundle, edit):
+    plain = Bundle.open(bundle).manifest.contents()
+    assert plain == json.loads((bundle / "bundle.json").read_text())
+    assert {"target", "time_embedding", "guidance"}.isdisjoint(plain)
+    assert all("resident_bytes" not in network for network in plain["networks"].values())
+
+    def change(manifest):
+        manifest.update(target="litert-gpu", time_embedding=EMBEDDING)
+        unet_input(manifest, "timestep", name="timestep_embedding", shape=[2, 16])
+        unet_input(manifest, "step_coefficients", name="step_coefficients", shape=[1, 3])
+        manifest["networks"]["unet"].update(weights="int8-dynamic", resident_bytes=123)
+
+    edit(change)
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.target == "litert-gpu" and manifest.networks.unet.resident_bytes == 123
+    assert manifest.time_embedding.dim == 16
+    assert manifest.contents() == json.loads((bundle / "bundle.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda m: m.update(target="tpu"), "target"),
+        (lambda m: m["networks"]["unet"].update(weights="int3"), "networks.unet.weights"),
+        (lambda m: m["networks"]["unet"].update(resident_bytes=0), "networks.unet.resident_bytes"),
+        (lambda m: m.update(time_embedding=EMBEDDING), "timestep_embedding go together"),
+        (lambda m: unet_input(m, "timestep", name="timestep_embedding", shape=[2, 16]), "go together"),
+        (
+            lambda m: (
+                m.update(time_embedding={**EMBEDDING, "dim": 8}),
+                unet_input(m, "timestep", name="timestep_embedding", shape=[2, 16]),
+            ),
+            r"time_embedding.dim is 8, the UNet takes \[2, 16\]",
+        ),
+        (
+            lambda m: (
+                unet_input(m, "encoder_hidden_states", shape=[1, 32, 32]),
+                unet_input(m, "step_coefficients", name="step_coefficients", shape=[1, 3]),
+            ),
+            "lacks the second row that guidance needs",
+        ),
+        (
+            lambda m: m["networks"]["decoder"]["inputs"][0].update(shape=[1, 16, 8, 4]),
+            "tiles of 16x8 latents, larger than the picture's 8x8",
+        ),
+    ],
+)
+def test_later_keys_that_break_a_rule(bundle, edit, change, match):
+    edit(change)
+    refused(bundle, match)

@@ -6,132 +6,44 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from pathlib import Path
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.specs import (
+    BundleFile,
+    Defaults,
+    ImageSpec,
+    LatentSpec,
+    Licence,
+    Networks,
+    SchedulerSpec,
+    Strict,
+    TimeEmbedding,
+    TokenizerSpec,
+)
+from pocketfusion.runtime.specs import Network as Network  # this and TensorSpec: for those who write manifests
+from pocketfusion.runtime.specs import TensorSpec as TensorSpec
 
 MANIFEST = "bundle.json"
 FORMAT: Final = "pocketfusion-bundle"
 VERSION: Final = 1
 NETWORKS = ("text_encoder", "unet", "decoder")
 
-Positive = Annotated[int, Field(gt=0)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class BundleFile(_Strict):
-    """One file: its path inside the bundle (forward slashes), its SHA-256 and its size in bytes."""
-
-    path: str
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _path_is_inside(self) -> BundleFile:
-        path = PurePosixPath(self.path)
-        if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in self.path or ":" in self.path:
-            raise ValueError(f"the path {self.path!r} leaves the bundle")
-        return self
-
-
-class TensorSpec(_Strict):
-    """A network's input or output: its name, fixed shape (NHWC) and type."""
-
-    name: str
-    shape: list[Positive]
-    dtype: Literal["float32", "int32"]
-
-
-class Network(_Strict):
-    """What one `.tflite` file computes and how near it is to the PyTorch network that it was made from.
-
-    `macs` are the multiply-adds of one call at batch 1; `sqnr_db` is the signal-to-noise ratio against
-    PyTorch; `guidance_delta` (UNet only) is std(conditional - unconditional), exported over original, and with
-    embedded guidance the same of two guidance scales if that is further from 1.
-    """
-
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-    parameters: int = Field(ge=0)
-    macs: int = Field(ge=0)
-    weights: Literal["float32", "float16", "int8"]
-    sqnr_db: float | None = None
-    guidance_delta: float | None = None
-
-
-class Networks(_Strict):
-    """The three networks of a bundle."""
-
-    text_encoder: Network
-    unet: Network
-    decoder: Network
-
-
-class TokenizerSpec(_Strict):
-    """How prompts are cut and padded: always to `max_length` tokens."""
-
-    max_length: Positive
-    pad_token: str
-    pad_token_id: int = Field(ge=0)
-
-
-class LatentSpec(_Strict):
-    """Shape of the sampler's latents: [height, width, channels]."""
-
-    channels: Positive
-    height: Positive
-    width: Positive
-
-
-class ImageSpec(_Strict):
-    """Size of the pictures in pixels."""
-
-    height: Positive
-    width: Positive
-
-
-class SchedulerSpec(_Strict):
-    """The noise schedule, with the names of `diffusers.DDIMScheduler`."""
-
-    num_train_timesteps: Positive
-    beta_start: float = Field(gt=0, lt=1)
-    beta_end: float = Field(gt=0, lt=1)
-    beta_schedule: Literal["linear", "scaled_linear"]
-    prediction_type: Literal["epsilon", "v_prediction"]
-    timestep_spacing: Literal["leading", "trailing"]
-    steps_offset: int = Field(default=0, ge=0)
-    set_alpha_to_one: bool = True
-
-
-class Defaults(_Strict):
-    """Settings that hold when a caller gives none."""
-
-    num_inference_steps: Positive
-    guidance_scale: float
-
-
 #: What guidance costs. `classifier-free`: two predictions a step; `embedded`: one, of a UNet with the scale as its
 #: input `timestep_cond` [B, E] (Meng et al., arXiv 2210.03142; `runtime.guidance` makes it); `folded`: one, of a UNet
 #: that was distilled at one scale, `defaults.guidance_scale`.
 Guidance = Literal["classifier-free", "embedded", "folded"]
 
-
-class Licence(_Strict):
-    """One part of the bundle, the licence that it is under and the attribution that this asks for."""
-
-    what: str
-    spdx: str
-    attribution: str = ""
+#: What the files were made for. `litert-gpu`: every operation is one that LiteRT's GPU delegate takes; the CPU runs
+#: such files as well.
+Target = Literal["litert-cpu", "litert-gpu"]
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """`bundle.json`, version 1. Unknown keys are refused: a reader must not ignore what it does not understand."""
 
     format: Literal["pocketfusion-bundle"] = FORMAT
@@ -147,6 +59,8 @@ class Manifest(_Strict):
     defaults: Defaults
     guidance: Guidance = "classifier-free"
     guidance_range: tuple[float, float] | None = None  #: the scales that an embedded one was distilled for
+    target: Target = "litert-cpu"
+    time_embedding: TimeEmbedding | None = None  #: given exactly where the UNet takes `timestep_embedding`
     licences: list[Licence] = []
     provenance: dict[str, Any] = {}
 
@@ -168,11 +82,37 @@ class Manifest(_Strict):
             raise ValueError(f"the guidance is {self.guidance} but the UNet takes more than one sample")
         return self
 
+    @model_validator(mode="after")
+    def _unet_has_its_inputs(self) -> Manifest:
+        unet = self.networks.unet
+        embedding = unet.input("timestep_embedding")
+        if (embedding is None) != (self.time_embedding is None):
+            raise ValueError("time_embedding and the UNet's input timestep_embedding go together, and one is missing")
+        if embedding and self.time_embedding and embedding.shape[1:] != [self.time_embedding.dim]:
+            raise ValueError(f"time_embedding.dim is {self.time_embedding.dim}, the UNet takes {embedding.shape}")
+        if unet.input("step_coefficients"):
+            states = unet.input("encoder_hidden_states")
+            if self.guidance == "classifier-free" and states and states.shape[0] != 2:
+                raise ValueError("the UNet takes step_coefficients but lacks the second row that guidance needs")
+        return self
+
+    @model_validator(mode="after")
+    def _decoder_is_no_larger_than_the_latents(self) -> Manifest:
+        tile = self.networks.decoder.input("latents")
+        if tile and (tile.shape[1] > self.latents.height or tile.shape[2] > self.latents.width):
+            raise ValueError(
+                f"the decoder takes tiles of {tile.shape[1]}x{tile.shape[2]} latents, "
+                f"larger than the picture's {self.latents.height}x{self.latents.width}"
+            )
+        return self
+
     def contents(self) -> dict[str, Any]:
         """What `bundle.json` holds: keys that version 1 began without only where they say something."""
         values = self.model_dump(mode="json", exclude_none=True)
         if self.guidance == "classifier-free":  # older readers refuse the key, and this is all that they can draw
             del values["guidance"]
+        if self.target == "litert-cpu":
+            del values["target"]
         return values
 
 

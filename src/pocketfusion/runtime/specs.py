@@ -1,0 +1,133 @@
+"""The parts of a bundle's manifest: files, tensors, networks, latents, schedule; strict pydantic models."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Weights = Literal["float32", "float16", "int8", "int8-dynamic", "int4-dynamic", "mixed"]
+
+
+class Strict(BaseModel):
+    """A model that refuses unknown keys, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class BundleFile(Strict):
+    """One file: its path inside the bundle (forward slashes), its SHA-256 and its size in bytes."""
+
+    path: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _path_is_inside(self) -> BundleFile:
+        path = PurePosixPath(self.path)
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in self.path or ":" in self.path:
+            raise ValueError(f"the path {self.path!r} leaves the bundle")
+        return self
+
+
+class TensorSpec(Strict):
+    """A network's input or output: its name, fixed shape (NHWC) and type."""
+
+    name: str
+    shape: list[Positive]
+    dtype: Literal["float32", "int32"]
+
+
+class Network(Strict):
+    """What one `.tflite` file computes and how near it is to the PyTorch network that it was made from.
+
+    `macs` are the multiply-adds of one call at batch 1; `sqnr_db` is the signal-to-noise ratio against
+    PyTorch; `guidance_delta` (UNet only) is std(conditional - unconditional), exported over original, and with
+    embedded guidance the same of two guidance scales if that is further from 1. `weights` `int8` and `float16` are
+    computed in float32, the `-dynamic` ones by integer kernels with activations rounded on the fly (CPU), `mixed` is a
+    choice for each layer. `resident_bytes` is the memory that the network holds once loaded and run, as measured at
+    export on the CPU.
+    """
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    parameters: int = Field(ge=0)
+    macs: int = Field(ge=0)
+    weights: Weights
+    sqnr_db: float | None = None
+    guidance_delta: float | None = None
+    resident_bytes: Positive | None = None
+
+    def input(self, name: str) -> TensorSpec | None:
+        """The input called `name`, None if the network has none."""
+        return next((tensor for tensor in self.inputs if tensor.name == name), None)
+
+
+class Networks(Strict):
+    """The three networks of a bundle."""
+
+    text_encoder: Network
+    unet: Network
+    decoder: Network
+
+
+class TokenizerSpec(Strict):
+    """How prompts are cut and padded: always to `max_length` tokens."""
+
+    max_length: Positive
+    pad_token: str
+    pad_token_id: int = Field(ge=0)
+
+
+class LatentSpec(Strict):
+    """Shape of the sampler's latents: [height, width, channels]."""
+
+    channels: Positive
+    height: Positive
+    width: Positive
+
+
+class ImageSpec(Strict):
+    """Size of the pictures in pixels."""
+
+    height: Positive
+    width: Positive
+
+
+class TimeEmbedding(Strict):
+    """How the runtime computes the UNet's input `timestep_embedding` [B, dim], with the names of diffusers'
+    `get_timestep_embedding`: inside the graph, fp16 sines of angles up to 1000 are off by 10 % and more."""
+
+    dim: Positive
+    flip_sin_to_cos: bool = True
+    downscale_freq_shift: float = 0.0
+
+
+class SchedulerSpec(Strict):
+    """The noise schedule, with the names of `diffusers.DDIMScheduler`."""
+
+    num_train_timesteps: Positive
+    beta_start: float = Field(gt=0, lt=1)
+    beta_end: float = Field(gt=0, lt=1)
+    beta_schedule: Literal["linear", "scaled_linear"]
+    prediction_type: Literal["epsilon", "v_prediction"]
+    timestep_spacing: Literal["leading", "trailing"]
+    steps_offset: int = Field(default=0, ge=0)
+    set_alpha_to_one: bool = True
+
+
+class Defaults(Strict):
+    """Settings that hold when a caller gives none."""
+
+    num_inference_steps: Positive
+    guidance_scale: float
+
+
+class Licence(Strict):
+    """One part of the bundle, the licence that it is under and the attribution that this asks for."""
+
+    what: str
+    spdx: str
+    attribution: str = ""
