@@ -17,7 +17,8 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.latency.modules import Empty, with_random_weights
 from pocketfusion.latency.table import Settings
 from pocketfusion.mobile.convert import convert
-from pocketfusion.mobile.quantize import WEIGHTS, quantize
+from pocketfusion.mobile.pack import FORMS
+from pocketfusion.mobile.quantize import quantize
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.output import cpu_name
@@ -59,8 +60,8 @@ class LiteRT:
     """Exports by the exporter that ships, into `cache`; a file there is used again."""
 
     def __init__(self, settings: Settings, cache: Path):
-        if settings.weights not in WEIGHTS:
-            raise PocketfusionError(f"--weights is {settings.weights!r}: LiteRT takes {', '.join(WEIGHTS)}")
+        if settings.weights not in FORMS:
+            raise PocketfusionError(f"--weights is {settings.weights!r}: LiteRT takes {', '.join(FORMS)}")
         self.settings, self.cache = settings, cache
 
     def check(self) -> None:

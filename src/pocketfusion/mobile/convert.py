@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-from pocketfusion.artefact import atomic_file
+from pocketfusion.artefact import atomic_file, check_writable_parent
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.flatbuffer import slim
+from pocketfusion.mobile.flatbuffer import module_chains, read, rename, write
 from pocketfusion.mobile.rewrites import rewrite
+from pocketfusion.mobile.targets import TARGETS, Target
 from pocketfusion.quiet import quiet
 
 #: The signature every file has. The UNet's takes batch 2, negative prompt and prompt, or batch 1 where guidance is
@@ -20,11 +22,14 @@ from pocketfusion.quiet import quiet
 DEFAULT_SIGNATURE = "serving_default"
 
 
-def convert(module: nn.Module, samples: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Writes `module` as fp32 LiteRT at `path`, atomically.
+def convert(
+    module: nn.Module, samples: Mapping[str, torch.Tensor], path: Path, target: Target = TARGETS["litert-cpu"]
+) -> dict[str, int]:
+    """Writes `module`, rewritten for `target`, as fp32 LiteRT at `path`, atomically; returns the rewrites' counts.
 
     `samples`: sample inputs by name. Shapes and types are fixed to theirs; inputs and the module's outputs (a dict)
-    keep their names.
+    keep their names; tensors are named after their modules (`flatbuffer.rename`). The weights are not copied before
+    litert-torch does, so a full-size UNet peaks at 2.3 times its fp32 weights (docs/export.md).
     Raises PocketfusionError if the network holds an operation that litert-torch cannot lower.
     """
     with quiet():
@@ -32,7 +37,8 @@ def convert(module: nn.Module, samples: Mapping[str, torch.Tensor], path: Path) 
 
         litert_torch.config.show_progress = False
         converter = litert_torch.Converter()
-        converter.add_signature(DEFAULT_SIGNATURE, rewrite(module)[0], sample_kwargs=dict(samples))
+        rewritten, counts = rewrite(module, target)
+        converter.add_signature(DEFAULT_SIGNATURE, rewritten, sample_kwargs=dict(samples))
         try:
             model = converter.convert()
         except OSError:
@@ -43,6 +49,12 @@ def convert(module: nn.Module, samples: Mapping[str, torch.Tensor], path: Path) 
                 f"litert-torch cannot convert {type(module).__name__} ({reason[:200]}): "
                 "only the Stable Diffusion 1 and 2 families are known to convert"
             ) from error
-        with atomic_file(path) as partial:
-            model.export(str(partial))
-            slim(partial)
+        check_writable_parent(path)
+        with atomic_file(path) as partial, TemporaryDirectory(dir=path.parent, prefix=".convert-") as scratch:
+            raw = Path(scratch) / "raw.tflite"
+            model.export(str(raw))
+            del model, converter
+            contents = read(raw)
+            rename(contents, module_chains(rewritten))
+            write(contents, partial)
+    return counts

@@ -25,7 +25,7 @@ from pocketfusion.mobile.convert import convert
 from pocketfusion.mobile.inputs import reference_runs
 from pocketfusion.mobile.licences import copy_licences
 from pocketfusion.mobile.measure import NetworkReport, measure, run_file
-from pocketfusion.mobile.quantize import WEIGHTS, quantize
+from pocketfusion.mobile.quantize import quantize
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.sampling import Sampling, read_sampling

@@ -12,7 +12,7 @@ from torch import nn
 from pocketfusion.mobile import gate, specs
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
 from pocketfusion.mobile.inputs import GateInputs
-from pocketfusion.mobile.quantize import WEIGHTS
+from pocketfusion.mobile.pack import FORMS
 from pocketfusion.mobile.wrappers import StablePipeline
 
 
@@ -89,4 +89,4 @@ def measure(
 
 def _coarser(kinds: Mapping[str, str]) -> str:
     """The coarser weights of text encoder and UNet."""
-    return max((kinds["text_encoder"], kinds["unet"]), key=WEIGHTS.index)
+    return max((kinds["text_encoder"], kinds["unet"]), key=FORMS.index)

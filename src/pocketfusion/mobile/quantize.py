@@ -1,74 +1,81 @@
-"""Smaller weights for a `.tflite` file: float16 or int8, computed in float32.
-
-`int8` is symmetric, one scale per output channel (or embedding row), dequantised when the file is loaded. Weights
-that int8 would hold badly, because one outlier sets their channel's scale, stay float16 (`MIN_WEIGHT_SQNR`). Dynamic
-range quantisation (activations rounded to 8 bits too) is faster on CPUs but cost 8 dB on MiniLM and 20 dB of the
-guidance direction on a UNet (docs/export.md), so it is not what `int8` means here.
-"""
+"""Which form each layer's weight takes: a kind for the whole network with sensible exceptions, or a recipe's choice."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 
-from pocketfusion.artefact import atomic_file
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.flatbuffer import WEIGHT_OPERATIONS, slim, weights
+from pocketfusion.mobile.flatbuffer import Weight, read, weights
 from pocketfusion.mobile.gate import sqnr
-from pocketfusion.quiet import quiet
+from pocketfusion.mobile.pack import FORMS, Form, channel_axis, pack, round_weights
+from pocketfusion.mobile.targets import TargetName
+from pocketfusion.mobile.weight_recipe import NetworkRecipe
 
-Weights = Literal["float32", "float16", "int8"]
-WEIGHTS: tuple[str, ...] = get_args(Weights)
-#: Weights whose int8 rounding alone keeps less than this, in dB, stay float16. Well-behaved layers keep 40 to 48 dB.
+#: Weights whose int8 rounding alone keeps less than this, in dB, stay float16: one outlier sets their channel's
+#: scale. Well-behaved layers keep 40 to 48 dB.
 MIN_WEIGHT_SQNR = 34.0
+#: Layers that stay float16 when a kind of 8 or 4 bits is asked for without a recipe: the time embedding, which every
+#: block hears, and the first and last convolutions of UNet and decoder. They hold under 1 % of SD-1.5's weights.
+KEPT = re.compile(r"(time_embedding|conv_in|conv_out|post_quant_conv|decoder\.conv_in|decoder\.conv_out)(\..*)?")
 
 
-def rounding_sqnr(values: np.ndarray) -> float:
-    """SQNR in dB of symmetric int8 rounding of `values`, one scale per index of the first axis."""
-    rows = values.reshape(values.shape[0], -1)
-    scale = np.abs(rows).max(1, keepdims=True) / 127
-    scale[scale == 0] = 1
-    return sqnr(rows, np.round(rows / scale) * scale)
+def rounding_sqnr(values: np.ndarray, axis: int = 0) -> float:
+    """SQNR in dB of symmetric int8 rounding of `values`, one scale per index of `axis`."""
+    integers, scale = round_weights(values, 8, axis)
+    shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+    return sqnr(values, integers * scale.reshape(shape))
 
 
-def quantize(source: Path, target: Path, kind: str) -> None:
-    """Writes `source` (fp32) at `target` with weights of `kind`, atomically.
+def for_target(form: Form, target: TargetName) -> Form:
+    """`form` as `target` takes it: the GPU delegate refuses int8 weights behind a DEQUANTIZE of a scale per channel.
 
-    Raises PocketfusionError for a file that the quantizer cannot treat (its weights lie outside the flatbuffer when
-    it is over 2 GB).
+    It takes them straight into the operation, and unpacks them itself: the same numbers.
     """
-    from ai_edge_quantizer import algorithm_manager, qtyping, quantizer
+    return "int8-dynamic" if form == "int8" and target == "litert-gpu" else form
 
-    casting = algorithm_manager.AlgorithmName.FLOAT_CASTING
-    names = qtyping.TFLOperationName
+
+def default_form(weight: Weight, kind: Form, target: TargetName = "litert-cpu") -> Form:
+    """The form of one layer where the whole network is to be of `kind`."""
+    if kind in ("float32", "float16"):
+        return kind
+    if weight.operation != "EMBEDDING_LOOKUP":
+        if KEPT.fullmatch(weight.module) or rounding_sqnr(weight.values, channel_axis(weight.operation)) < (
+            MIN_WEIGHT_SQNR
+        ):
+            return "float16"
+    return for_target(kind, target)
+
+
+def quantize(
+    source: Path, target: Path, weights_as: str | NetworkRecipe, device: TargetName = "litert-cpu"
+) -> dict[str, Form]:
+    """Writes `source` (fp32) at `target` with smaller weights, atomically; returns each layer's form.
+
+    `weights_as`: a form for all layers but those that it would hurt (`default_form`), or a recipe's choices.
+    Raises PocketfusionError for a file that is no `.tflite`, and for a recipe that names unknown layers.
+    """
+    choose: Callable[[Weight], Form]
     try:
-        with quiet():
-            worker = quantizer.Quantizer(str(source))
-            for operation in map(names, WEIGHT_OPERATIONS):
-                if kind == "float16":
-                    worker.add_weight_only_config(".*", operation, 16, algorithm_key=casting)
-                elif operation == names.EMBEDDING_LOOKUP:
-                    # Looked up in int8: same values, and the table is not unpacked to float32 in memory.
-                    worker.add_dynamic_config(".*", operation, 8)
-                else:
-                    worker.add_weight_only_config(".*", operation, 8)
-            if kind == "int8":
-                for weight in weights(source):
-                    if weight.operation != "EMBEDDING_LOOKUP" and rounding_sqnr(weight.values) < MIN_WEIGHT_SQNR:
-                        regex = rf"(^|;){re.escape(weight.output)}(;|$)"
-                        worker.add_weight_only_config(regex, names(weight.operation), 16, algorithm_key=casting)
-            result = worker.quantize(enable_progress_bar=False, enable_progress_report=False)
-            assert result.quantized_model is not None
-            with atomic_file(target) as partial:
-                partial.write_bytes(result.quantized_model)
-                slim(partial)
-    except OSError:
+        if isinstance(weights_as, NetworkRecipe):
+            forms = weights_as.forms([weight.module for weight in weights(read(source))])
+            choose = lambda weight: for_target(forms[weight.module], device)  # noqa: E731
+        else:
+            kind: Form = weights_as  # type: ignore[assignment]  # one of FORMS, checked by callers
+            choose = lambda weight: default_form(weight, kind, device)  # noqa: E731
+        return pack(source, target, choose)
+    except (OSError, PocketfusionError):
         raise
-    except Exception as error:  # the quantizer raises what its flatbuffer reader does
+    except Exception as error:  # flatbuffers' readers raise whatever the bytes lead them to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PocketfusionError(
-            f"{source.name} cannot be given {kind} weights ({reason[:200]}): export it with float32 weights"
+            f"{source.name} cannot be given other weights ({reason[:200]}): it is not a float32 .tflite file"
         ) from error
+
+
+def coarsest(forms: dict[str, Form]) -> Form:
+    """The coarsest form among layers; float32 of none."""
+    return max(forms.values(), key=FORMS.index, default="float32")  # type: ignore[return-value]
