@@ -23,6 +23,11 @@ class Limits(BaseModel):
     #: Largest weight of one matrix product or convolution, in bytes.
     weight_bytes: int | None = None
 
+    @property
+    def bytes_per_value(self) -> int:
+        """Of activations, and of weights once they are on the device."""
+        return 2 if self.float16 else 4
+
 
 class Target(BaseModel):
     """A runtime on a device: the rewrites applied by default, in `rewrites.PASSES`' names, and the device's limits."""
@@ -34,19 +39,17 @@ class Target(BaseModel):
     limits: Limits
 
 
+#: WebGPU's default maxStorageBufferBindingSize, which every implementation offers (W3C WebGPU, 3.6.2).
+_BUFFER = 128 << 20
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(name="litert-cpu", rewrites=("group-norm", "silu-nhwc"), limits=Limits()),
         Target(
             name="litert-gpu",
-            rewrites=("group-norm", "silu-nhwc"),
-            limits=Limits(
-                float16=True,
-                image2d=16384,
-                attention_score_bytes=64 << 20,
-                weight_bytes=64 << 20,
-            ),
+            rewrites=("masks", "attention", "geglu", "group-norm", "layer-norm", "silu-nhwc"),
+            # 16,384: CL_DEVICE_IMAGE2D_MAX_HEIGHT as Adreno's drivers report it.
+            limits=Limits(float16=True, image2d=16384, attention_score_bytes=_BUFFER, weight_bytes=_BUFFER),
         ),
     )
 }

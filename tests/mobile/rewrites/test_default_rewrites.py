@@ -12,7 +12,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.convert import convert
 from pocketfusion.mobile.flatbuffer import operations
 from pocketfusion.mobile.rewrites import rewrite
-from pocketfusion.mobile.rewrites.group_norm import GroupNormNHWC
+from pocketfusion.mobile.rewrites.norms import GroupNormNHWC
 from pocketfusion.mobile.rewrites.silu import SiLUNHWC
 
 

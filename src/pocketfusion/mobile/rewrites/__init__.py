@@ -11,15 +11,37 @@ from collections.abc import Iterable
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.rewrites.attention import ATTENTION
 from pocketfusion.mobile.rewrites.base import Rewrite, shared_copy
-from pocketfusion.mobile.rewrites.group_norm import GROUP_NORM
+from pocketfusion.mobile.rewrites.convolution import SERIALISE_CONV
+from pocketfusion.mobile.rewrites.gelu import GELU
+from pocketfusion.mobile.rewrites.linear import GEGLU_SPLIT, LINEAR_TO_CONV, SERIALISE_MATMUL
+from pocketfusion.mobile.rewrites.masks import MASKS
+from pocketfusion.mobile.rewrites.norms import GROUP_NORM, LAYER_NORM
+from pocketfusion.mobile.rewrites.sampling import PADDING, UPSAMPLE
 from pocketfusion.mobile.rewrites.silu import SILU_NHWC
 from pocketfusion.mobile.targets import TARGETS, Target
 
 __all__ = ["PASSES", "Rewrite", "rewrite"]
 
-#: Every pass by name, in the order of application.
-PASSES: dict[str, Rewrite] = {one.name: one for one in (GROUP_NORM, SILU_NHWC)}
+#: Every pass by name, in the order of application: whole blocks first, then what is left of their layers.
+PASSES: dict[str, Rewrite] = {
+    one.name: one
+    for one in (
+        MASKS,
+        ATTENTION,
+        UPSAMPLE,
+        GEGLU_SPLIT,
+        GELU,
+        SERIALISE_MATMUL,
+        LINEAR_TO_CONV,
+        SERIALISE_CONV,
+        PADDING,
+        GROUP_NORM,
+        LAYER_NORM,
+        SILU_NHWC,
+    )
+}
 
 
 def rewrite(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
 from pocketfusion.mobile.targets import Limits
@@ -52,3 +53,8 @@ def shared_copy(module: nn.Module) -> nn.Module:
     """A copy of `module`'s structure, in eval mode, with the very same parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared).eval()
+
+
+def view(weight: torch.Tensor) -> nn.Parameter:
+    """A parameter that shares the memory of `weight`, a slice or reshape of another one."""
+    return nn.Parameter(weight.detach(), requires_grad=False)

@@ -1,0 +1,154 @@
+"""Attention in at most 4-D, batch 1, with Q scaled before QK^T and only a slice of the score matrix stored at a time.
+
+Three separate projections and [1, batch * heads, tokens, width] tensors: OpenCL delegates multiply matrices at batch 1
+only ("Currently only batch = 1 supported for BATCHED_MATMUL", TensorFlow Lite's GPU delegate), and no delegate takes
+the 5-D tensors of fused projections. Unscaled scores overflow fp16, so Q is scaled first. The scores of all heads of
+SD-1.5's 64x64 attention are 268 MB in fp16: they are computed for as many queries at a time as the limits allow.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.clip.modeling_clip import CLIPAttention
+
+from pocketfusion.mobile.rewrites.base import Rewrite, replace
+from pocketfusion.mobile.rewrites.masks import causal_mask
+from pocketfusion.mobile.targets import Limits
+
+
+def query_rows(heads: int, queries: int, keys: int, limits: Limits) -> int:
+    """How many queries' scores may be stored at a time: the most, in equal slices, that `limits` allow."""
+    rows = queries
+    if limits.attention_score_bytes is not None:
+        rows = min(rows, limits.attention_score_bytes // (heads * keys * limits.bytes_per_value))
+    if limits.image2d is not None:
+        rows = min(rows, limits.image2d)
+    return math.ceil(queries / math.ceil(queries / max(1, rows)))
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    scale: float,
+    mask: torch.Tensor | None,
+    limits: Limits,
+) -> torch.Tensor:
+    """Multi-head attention of [B, N, heads * d] on [B, M, heads * d] → [B, N, heads * d].
+
+    `mask` is additive, [1 or B, 1, 1 or N, M].
+    """
+    batch, queries, width = query.shape
+    keys, size = key.shape[1], width // heads
+    # With a mask for each row of the batch, batch and heads stay apart.
+    lead = (batch, heads) if mask is not None and mask.shape[0] > 1 else (1, batch * heads)
+    q = (query * scale).reshape(batch, queries, heads, size).permute(0, 2, 1, 3).reshape(*lead, queries, size)
+    k = key.reshape(batch, keys, heads, size).permute(0, 2, 3, 1).reshape(*lead, size, keys)
+    v = value.reshape(batch, keys, heads, size).permute(0, 2, 1, 3).reshape(*lead, keys, size)
+    rows = query_rows(batch * heads, queries, keys, limits)
+    slices = []
+    for start in range(0, queries, rows):
+        scores = q[:, :, start : start + rows] @ k
+        if mask is not None:
+            scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, start : start + rows])
+        slices.append(torch.softmax(scores, dim=-1) @ v)
+    y = slices[0] if len(slices) == 1 else torch.cat(slices, dim=2)
+    return y.reshape(batch, heads, queries, size).permute(0, 2, 1, 3).reshape(batch, queries, width)
+
+
+class UNetAttention(nn.Module):
+    """diffusers' `Attention` as SD's UNet (tokens [B, N, C]) and autoencoder (pictures [B, C, H, W]) have it."""
+
+    def __init__(self, attention: Attention, limits: Limits):
+        super().__init__()
+        self.group_norm = attention.group_norm
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            attention.to_q,
+            attention.to_k,
+            attention.to_v,
+            attention.to_out,
+        )
+        self.heads, self.residual = attention.heads, attention.residual_connection
+        self.rescale = attention.rescale_output_factor
+        self.limits = limits
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **ignored: Any,
+    ) -> torch.Tensor:
+        x = hidden_states
+        shape = x.shape
+        if x.ndim == 4:
+            x = x.permute(0, 2, 3, 1).reshape(shape[0], -1, shape[1])
+        if self.group_norm is not None:
+            x = self.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        states = x if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = self.to_q(x), self.to_k(states), self.to_v(states)
+        mask = None if attention_mask is None else attention_mask[:, None]
+        y = attend(q, k, v, self.heads, (q.shape[-1] // self.heads) ** -0.5, mask, self.limits)
+        y = self.to_out[0](y)
+        if len(shape) == 4:
+            y = y.reshape(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+        if self.residual:
+            y = y + hidden_states
+        return y if self.rescale == 1 else y / self.rescale
+
+
+class TextAttention(nn.Module):
+    """CLIP's attention, and BERT's without its output layer: tokens [B, T, C] → (tokens, None)."""
+
+    def __init__(self, attention: Any, limits: Limits):
+        super().__init__()
+        config = attention.config
+        clip = isinstance(attention, CLIPAttention)
+        names = ("q_proj", "k_proj", "v_proj", "out_proj") if clip else ("query", "key", "value")
+        for name in names:
+            setattr(self, name, getattr(attention, name))
+        self.names, self.heads, self.limits = names, config.num_attention_heads, limits
+        self.causal = causal_mask(config.max_position_embeddings) if clip else None
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **ignored: Any
+    ) -> tuple[torch.Tensor, None]:
+        q, k, v = (getattr(self, name)(hidden_states) for name in self.names[:3])
+        tokens, width = hidden_states.shape[1:]
+        if attention_mask is None and self.causal is not None:
+            attention_mask = self.causal[:, :, :tokens, :tokens]
+        y = attend(q, k, v, self.heads, (width // self.heads) ** -0.5, attention_mask, self.limits)
+        return (getattr(self, self.names[3])(y) if len(self.names) == 4 else y), None
+
+
+def _plain(attention: Attention) -> bool:
+    """If the module has nothing but what SD's have."""
+    extras = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
+    return attention.to_k is not None and all(getattr(attention, name) is None for name in extras)
+
+
+def _apply(module: nn.Module, limits: Limits) -> int:
+    def make(child: nn.Module) -> nn.Module | None:
+        if isinstance(child, Attention) and _plain(child):
+            return UNetAttention(child, limits)
+        if isinstance(child, (CLIPAttention, BertSelfAttention)):
+            return TextAttention(child, limits)
+        return None
+
+    return replace(module, make)
+
+
+ATTENTION = Rewrite(
+    name="attention",
+    reason="memory",
+    summary="4-D, batch 1, Q scaled before QK^T, scores stored for a slice of the queries at a time",
+    source="this project; TensorFlow Lite's GPU delegate for the batch, docs/mobile.md for the slices",
+    apply=_apply,
+)
