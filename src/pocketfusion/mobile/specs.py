@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.wrappers import StablePipeline
-from pocketfusion.runtime.manifest import ImageSpec, LatentSpec, SchedulerSpec, TensorSpec, TokenizerSpec
+from pocketfusion.mobile.wrappers import StablePipeline, TimeEmbeddingAt
+from pocketfusion.runtime.specs import ImageSpec, LatentSpec, SchedulerSpec, TensorSpec, TimeEmbedding, TokenizerSpec
 
 Samples = dict[str, torch.Tensor]
 
@@ -58,23 +58,44 @@ def scheduler_spec(pipeline: StablePipeline) -> SchedulerSpec:
     return SchedulerSpec(**{name: config[name] for name in SchedulerSpec.model_fields})
 
 
-def samples(pipeline: StablePipeline, batch: int) -> dict[str, Samples]:
-    """Sample inputs of the three networks by the bundle's names; `batch` is the UNet's (the others take 1)."""
+def time_embedding_spec(pipeline: StablePipeline) -> TimeEmbedding:
+    """How the runtime computes the UNet's `timestep_embedding`."""
+    projection = pipeline.unet.time_proj
+    return TimeEmbedding(
+        dim=projection.num_channels,
+        flip_sin_to_cos=projection.flip_sin_to_cos,
+        downscale_freq_shift=projection.downscale_freq_shift,
+    )
+
+
+def samples(
+    pipeline: StablePipeline, batch: int, time_embedding: TimeEmbeddingAt = "inside", scheduler_step: bool = False
+) -> dict[str, Samples]:
+    """Sample inputs of the three networks by the bundle's names; `batch` is the UNet's (the others take 1).
+
+    `time_embedding` and `scheduler_step` are those of the wrapped UNet.
+    """
     latents, length = latent_spec(pipeline), tokenizer_spec(pipeline).max_length
     shape = (latents.height, latents.width, latents.channels)
     width = pipeline.text_encoder.config.hidden_size
     generator = torch.Generator().manual_seed(0)
     embedding = pipeline.unet.config.time_cond_proj_dim
+    timestep = torch.full((batch,), 500.0)
+    if time_embedding == "inside":
+        time = {"timestep": timestep}
+    else:
+        time = {"timestep_embedding": pipeline.unet.time_proj(timestep)}
     return {
         "text_encoder": {
             "input_ids": torch.zeros(1, length, dtype=torch.int32),
             "attention_mask": torch.ones(1, length, dtype=torch.int32),
         },
         "unet": {
-            "sample": torch.randn(batch, *shape, generator=generator),
-            "timestep": torch.full((batch,), 500.0),
+            "sample": torch.randn(1 if scheduler_step else batch, *shape, generator=generator),
+            **time,
             "encoder_hidden_states": torch.randn(batch, length, width, generator=generator),
             **({"timestep_cond": torch.zeros(batch, embedding)} if embedding else {}),
+            **({"step_coefficients": torch.tensor([[4.0, 1.0, -0.1]])} if scheduler_step else {}),
         },
         "decoder": {"latents": torch.randn(1, *shape, generator=generator)},
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.rewrites.base import shared_copy
 
 #: A `diffusers.StableDiffusionPipeline`: its components are set at run time, where mypy does not see them.
 StablePipeline = Any
@@ -47,26 +48,56 @@ class TextEncoder(nn.Module):
         return {"prompt_embeds": self.text_encoder(input_ids, attention_mask=additive)[0]}
 
 
+TimeEmbeddingAt = Literal["inside", "outside"]
+
+
 class UNet(nn.Module):
     """`sample` [B, H, W, C], `timestep` [B], `encoder_hidden_states` [B, T, D] -> `noise_pred` [B, H, W, C].
 
     With embedded guidance also `timestep_cond` [B, E], the scale's embedding: a GPU delegate in fp16 cannot compute
-    sines of thousands, so the runtime does.
+    sines of thousands, so the runtime does. For the same reason `time_embedding="outside"` takes the sinusoids,
+    `timestep_embedding` [B, E'], in place of `timestep`.
+
+    With `scheduler_step` the DDIM step is part of the graph: `step_coefficients` [1, 3] are the guidance scale, a and
+    b, `sample` is one picture's [1, H, W, C] whatever B is, and the output is `prev_sample` [1, H, W, C],
+    a * sample + b * guided, where guided is uncond + scale * (cond - uncond) of two rows, or the one prediction.
     """
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: nn.Module, time_embedding: TimeEmbeddingAt = "inside", scheduler_step: bool = False):
         super().__init__()
+        self.scheduler_step = scheduler_step
+        if time_embedding == "outside":
+            unet = shared_copy(unet)
+            unet.get_time_embed = _given_embedding  # type: ignore[assignment]  # a method's place, in the copy only
         self.unet = unet
 
     def forward(
         self,
         sample: torch.Tensor,
-        timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        timestep_embedding: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
+        step_coefficients: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        inputs = (nchw(sample), timestep, encoder_hidden_states)
-        return {"noise_pred": nhwc(self.unet(*inputs, timestep_cond=timestep_cond, return_dict=False)[0])}
+        time = timestep if timestep_embedding is None else timestep_embedding
+        rows = encoder_hidden_states.shape[0] if self.scheduler_step else 1
+        repeated = sample if rows == 1 else torch.cat([sample] * rows)
+        inputs = (nchw(repeated), time, encoder_hidden_states)
+        prediction = nhwc(self.unet(*inputs, timestep_cond=timestep_cond, return_dict=False)[0])
+        if not self.scheduler_step:
+            return {"noise_pred": prediction}
+        assert step_coefficients is not None
+        scale, a, b = step_coefficients.reshape(1, 1, 1, 3).split(1, dim=3)
+        if rows == 2:
+            uncond, cond = prediction.split(1)
+            prediction = uncond + scale * (cond - uncond)
+        return {"prev_sample": a * sample + b * prediction}
+
+
+def _given_embedding(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """In place of diffusers' `get_time_embed`: what it is given is the embedding."""
+    return timestep
 
 
 class Decoder(nn.Module):
@@ -86,12 +117,22 @@ class Decoder(nn.Module):
         return {"image": nhwc(self.decoder(z))}
 
 
-def wrap(pipeline: StablePipeline) -> dict[str, nn.Module]:
-    """The pipeline's three networks by the bundle's names. Raises PocketfusionError for kinds that do not fit."""
+def wrap(
+    pipeline: StablePipeline, time_embedding: TimeEmbeddingAt = "inside", scheduler_step: bool = False
+) -> dict[str, nn.Module]:
+    """The pipeline's three networks by the bundle's names, the UNet with its options (see `UNet`).
+
+    Raises PocketfusionError for kinds that do not fit.
+    """
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
     if not isinstance(pipeline.vae, AutoencoderKL):
         raise PocketfusionError(f"the vae is a {type(vae).__name__}: only AutoencoderKL can be exported")
     if isinstance(pipeline.unet, UNet2DConditionModel):
+        if time_embedding == "outside" and unet.config.time_embedding_type != "positional":
+            raise PocketfusionError(
+                f"the UNet's time embedding is {unet.config.time_embedding_type!r}: only a positional one can be "
+                "computed outside the network"
+            )
         if unet.config.class_embed_type or unet.config.addition_embed_type:
             raise PocketfusionError(
                 "the UNet takes class or added embeddings (SDXL style): only SD 1 and 2 families export"
@@ -107,5 +148,9 @@ def wrap(pipeline: StablePipeline) -> dict[str, nn.Module]:
             f"the vae has {vae.config.latent_channels} latent channels but the UNet takes {unet.config.in_channels}: "
             "the folder mixes models"
         )
-    wrapped = {"text_encoder": TextEncoder(text_encoder), "unet": UNet(unet), "decoder": Decoder(vae)}
+    wrapped = {
+        "text_encoder": TextEncoder(text_encoder),
+        "unet": UNet(unet, time_embedding, scheduler_step),
+        "decoder": Decoder(vae),
+    }
     return {name: network.eval() for name, network in wrapped.items()}
