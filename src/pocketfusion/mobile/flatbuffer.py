@@ -103,13 +103,14 @@ def _packed(model: Any, weights: int) -> memoryview:
     return memoryview(builder.Bytes)[builder.Head() :]
 
 
-def module_chains(module: nn.Module) -> dict[str, str]:
-    """litert-torch's names of `module`'s submodules (classes and attributes of those that are called) and their paths.
+def module_chains(module: nn.Module) -> dict[str, tuple[str, bool]]:
+    """litert-torch's names of `module`'s submodules (classes and attributes of those that are called): their paths,
+    and whether they hold a weight of their own.
 
     A wrapper's own attribute is left out: paths are diffusers' (`down_blocks.0.attentions.0`).
     """
     root = f"{type(module).__module__}.{type(module).__qualname__}"
-    chains = {root: ""}
+    chains = {root: ("", False)}
     for path, child in module.named_modules():
         parts, parent, links = path.split(".") if path else [], module, [root]
         for part in parts:
@@ -117,21 +118,30 @@ def module_chains(module: nn.Module) -> dict[str, str]:
             if not isinstance(parent, (nn.ModuleList, nn.ModuleDict)):
                 links.append(f"{type(parent).__module__}.{type(parent).__qualname__}_{part}")
         if parts and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            chains["/".join(links)] = ".".join(parts[1:] if parts[0] in ("unet", "text_encoder") else parts)
+            weighted = any(parameter.ndim > 1 for parameter in child.parameters(recurse=False))
+            short = ".".join(parts[1:] if parts[0] in ("unet", "text_encoder") else parts)
+            chains["/".join(links)] = short, weighted
     return chains
 
 
-def rename(model: Any, chains: Mapping[str, str]) -> None:
+def rename(model: Any, chains: Mapping[str, tuple[str, bool]]) -> None:
     """Names every tensor `PATH#N`: the module that it comes from (empty if none), its index.
 
-    litert-torch's own names are whole chains of classes, over a megabyte for a UNet. Signatures' names stay.
+    litert-torch's own names are whole chains of classes, over a megabyte for a UNet. An operation that several were
+    fused or merged into has a list of them: its own weight layer comes last. Signatures' names stay.
     """
     for graph in model.subgraphs:
         for index, tensor in enumerate(graph.tensors):
-            chain = _text(tensor.name or b"").partition(";")[0]
-            while chain and chain not in chains:
-                chain = chain.rpartition("/")[0]
-            tensor.name = f"{chains.get(chain, '')}#{index}"
+            found = [_lookup(chain, chains) for chain in _text(tensor.name or b"").split(";")]
+            known = [one for one in found if one[0]] or [("", False)]
+            path = next((path for path, weighted in reversed(known) if weighted), known[0][0])
+            tensor.name = f"{path}#{index}"
+
+
+def _lookup(chain: str, chains: Mapping[str, tuple[str, bool]]) -> tuple[str, bool]:
+    while chain and chain not in chains:
+        chain = chain.rpartition("/")[0]
+    return chains.get(chain, ("", False))
 
 
 def module_of(name: str) -> str:

@@ -1,0 +1,180 @@
+"""Analyse, then choose: a model folder's weight recipe under a budget (`pocketfusion quantize`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketfusion.artefact import check_writable_parent
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import check_folder, folder_hash, load_pipeline
+from pocketfusion.mobile.budget import Choice, candidates, decibels, for_quality, for_size
+from pocketfusion.mobile.inputs import reference_runs
+from pocketfusion.mobile.pack import FORMS, Form
+from pocketfusion.mobile.sensitivity import Effect, Layer, Probe, Sensitivity, analyse, save
+from pocketfusion.mobile.specs import tokenizer_spec
+from pocketfusion.mobile.targets import TargetName
+from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
+from pocketfusion.mobile.wrappers import wrap
+from pocketfusion.models.guidance import guidance_of
+from pocketfusion.models.sampling import read_sampling
+from pocketfusion.quiet import quiet
+from pocketfusion.runtime.manifest import NETWORKS
+
+#: The choice is made for this much less noise each time that the whole turns out worse than the sum of its parts.
+_TIGHTEN, _TRIES = 0.7, 12
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """A network's forms: weights' bytes, quality predicted (sum of the layers' noises) and measured as a whole, in dB.
+
+    Quality is the lesser of the output's SQNR and, for a UNet, the guidance direction's.
+    """
+
+    name: str
+    size: int
+    predicted_db: float
+    measured_db: float
+    guidance_delta: float | None
+    forms: dict[str, Form]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe and what it costs, by network."""
+
+    recipe: WeightRecipe
+    sensitivity: Sensitivity
+    networks: list[NetworkPlan]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain JSON values, without the recipe and the analysis, which have files of their own."""
+        return {"model": self.recipe.model, "networks": [asdict(network) for network in self.networks]}
+
+
+def plan(
+    folder: Path,
+    *,
+    target: TargetName = "litert-cpu",
+    forms: Sequence[str] = ("int8-dynamic", "int8", "float16"),
+    min_sqnr: float | None = None,
+    max_mb: float | None = None,
+    samples: int = 4,
+    analysis: Path | None = None,
+    progress: Progress = lambda stage, index, count: None,
+) -> Plan:
+    """Chooses each layer's form from `forms` so that every network keeps `min_sqnr` dB, or all take `max_mb` MB.
+
+    `samples`: sampling steps, of two prompts', that each layer is judged on. `analysis`: a JSON file for the
+    sensitivities, written as it goes; layers that it has are not measured again.
+    Raises PocketfusionError for a budget that nothing meets (with the best that can be reached), an unknown form, or
+    an analysis of another model.
+    """
+    chosen_forms = _check(forms, min_sqnr, max_mb, samples)
+    check_folder(folder)
+    if analysis is not None:
+        check_writable_parent(analysis)
+    known = _known(analysis, folder_hash(folder), target, samples)
+    progress("PyTorch reference", 0, 1)
+    with quiet():
+        pipeline = load_pipeline(folder)
+    networks = wrap(pipeline)
+    stated = read_sampling(folder)
+    guidance = guidance_of(pipeline.unet, stated.guidance if stated else None)
+    scale = stated.guidance_scale if stated else 4.0
+    reference = reference_runs(pipeline, networks, tokenizer_spec(pipeline).max_length, scale, guidance)
+    inner = {"text_encoder": pipeline.text_encoder, "unet": pipeline.unet, "decoder": networks["decoder"]}
+    probes = {name: Probe(name, networks[name], inner[name], reference, samples) for name in NETWORKS}
+    sensitivity = known
+    for name, probe in probes.items():
+        kept: list[Layer] = []
+
+        def done(layer: Layer, index: int, count: int, name: str = name, kept: list[Layer] = kept) -> None:
+            progress(f"{name.replace('_', ' ')}: {layer.name}", index + 1, count)
+            kept.append(layer)
+            if analysis is not None and (index % 20 == 19 or index == count - 1):
+                save(sensitivity.model_copy(update={"networks": {**sensitivity.networks, name: kept}}), analysis)
+
+        layers = analyse(probe, chosen_forms, target, known.networks.get(name, ()), done)
+        sensitivity = sensitivity.model_copy(update={"networks": {**sensitivity.networks, name: layers}})
+    if analysis is not None:
+        save(sensitivity, analysis)
+    options = {name: candidates(name, sensitivity.networks[name], chosen_forms, target) for name in NETWORKS}
+    if max_mb is not None:
+        everything = {key: choices for one in options.values() for key, choices in one.items()}
+        picked = for_size(everything, max_mb * 1e6)
+        plans = [_plan(n, {k: c for k, c in picked.items() if k[0] == n}, probes[n], target) for n in NETWORKS]
+    else:
+        assert min_sqnr is not None
+        plans = [_within(name, options[name], probes[name], target, min_sqnr) for name in NETWORKS]
+    recipe = WeightRecipe(
+        model=sensitivity.model, target=target, **{one.name: NetworkRecipe.listing(one.forms) for one in plans}
+    )
+    return Plan(recipe, sensitivity, plans)
+
+
+def _check(forms: Sequence[str], min_sqnr: float | None, max_mb: float | None, samples: int) -> tuple[Form, ...]:
+    unknown = [form for form in forms if form not in FORMS]
+    if unknown or not forms:
+        raise PocketfusionError(f"--forms has {unknown[0] if unknown else 'none'!r}: choose among {', '.join(FORMS)}")
+    if (min_sqnr is None) == (max_mb is None):
+        raise PocketfusionError("give one budget: --min-sqnr DB for quality or --max-mb MB for size")
+    for option, value in (("--min-sqnr", min_sqnr), ("--max-mb", max_mb)):
+        if value is not None and not 0 < value < 1e6:
+            raise PocketfusionError(f"{option} is {value:g}: choose a number above 0")
+    if not 1 <= samples <= 10:
+        raise PocketfusionError(f"--samples is {samples}: choose 1 to 10, the sampling steps of the gate's runs")
+    return tuple(forms)  # type: ignore[return-value]  # checked
+
+
+def _known(analysis: Path | None, model: str, target: TargetName, samples: int) -> Sensitivity:
+    if analysis is None or not analysis.exists():
+        return Sensitivity(model=model, target=target, samples=samples)
+    known = Sensitivity.load(analysis)
+    for what, found, wanted in (
+        ("another model", known.model, model),
+        (f"target {known.target}", known.target, target),
+        (f"{known.samples} samples", known.samples, samples),
+    ):
+        if found != wanted:
+            raise PocketfusionError(f"{analysis} is an analysis of {what}: name another file or remove it")
+    return known
+
+
+def _within(
+    name: str, options: Mapping[tuple[str, str], list[Choice]], probe: Probe, target: TargetName, min_sqnr: float
+) -> NetworkPlan:
+    """The cheap choice that keeps `min_sqnr` dB when measured as a whole."""
+    noise = 10 ** (-min_sqnr / 10)
+    for _ in range(_TRIES):
+        picked = for_quality(options, noise)
+        if picked is None:
+            break
+        found = _plan(name, picked, probe, target)
+        if found.measured_db >= min_sqnr:
+            return found
+        noise *= _TIGHTEN
+    best = _plan(name, {key: min(c, key=lambda one: one.noise) for key, c in options.items()}, probe, target)
+    if best.measured_db >= min_sqnr:
+        return best
+    raise PocketfusionError(
+        f"--min-sqnr is {min_sqnr:g} dB, but the {name.replace('_', ' ')} reaches {best.measured_db:.1f} dB at best "
+        "with these forms: ask for less, or add a finer form to --forms"
+    )
+
+
+def _plan(name: str, picked: Mapping[tuple[str, str], Choice], probe: Probe, target: TargetName) -> NetworkPlan:
+    forms = {layer: choice.form for (_, layer), choice in picked.items()}
+    measured: Effect = probe.effect(forms, target)
+    return NetworkPlan(
+        name=name,
+        size=round(sum(choice.bytes for choice in picked.values())),
+        predicted_db=round(decibels(sum(choice.noise for choice in picked.values())), 2),
+        measured_db=round(decibels(measured.worst), 2),
+        guidance_delta=None if measured.guidance_delta is None else round(measured.guidance_delta, 5),
+        forms=forms,
+    )
