@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from typing import Annotated
 
@@ -43,6 +45,7 @@ def main() -> None:
     """Entry point of the `pocketfusion` command: exit code 2 and one sentence on bad input, never a traceback."""
     from pocketfusion.cli import commands  # noqa: F401  (registers them)
 
+    atexit.register(_silence_libraries)
     try:
         app()
     except PocketfusionError as error:
@@ -50,3 +53,9 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _silence_libraries() -> None:
+    """LiteRT logs its own end on standard error, after Python's."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -1,21 +1,70 @@
-"""Peak memory of this process."""
+"""Memory of this process: what it holds now and held at most, and how to give freed memory back to the system."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident bytes: `anon` is the process's own (heap, and temporary files in memory), `file` pages of files.
+
+    Only `anon` must stay in memory: the system can drop clean pages of files at any time and read them again.
+    """
+
+    anon: int
+    file: int
+
+    @property
+    def total(self) -> int:
+        """The resident set."""
+        return self.anon + self.file
+
+
+def memory() -> Memory | None:
+    """What this process holds now; None on systems without /proc."""
+    values = _status()
+    if not values:
+        return None
+    return Memory(values["RssAnon"] + values.get("RssShmem", 0), values["RssFile"])
 
 
 def peak_rss() -> int | None:
     """Peak resident set of this process in bytes; None on systems that do not tell (Windows)."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage() would also count what the parent had at fork
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    values = _status()
+    if values:  # getrusage() would also count what the parent had at fork
+        return values["VmHWM"]
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release() -> None:
+    """Gives freed heap memory back to the system, where the C library can.
+
+    glibc keeps most of what a network frees: 57 of 83 MB after a UNet of 137 M int8 weights, 520 of 656 MB with
+    float16 weights; after `malloc_trim` nothing stays (docs/memory.md).
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and returns memory by itself
+        if trim is not None:
+            trim(0)
+
+
+def _status() -> dict[str, int]:
+    """The sizes in /proc/self/status, in bytes; empty where there is none."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return {}
+    return {
+        key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines) if "kB" in rest
+    }

@@ -6,7 +6,6 @@ import math
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,19 @@ import numpy.typing as npt
 from PIL import Image
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.runtime.guidance import guidance_embedding, resolve_guidance
+from pocketfusion.runtime.budget import choose_mode
+from pocketfusion.runtime.denoise import Denoiser, check_finite
+from pocketfusion.runtime.guidance import resolve_guidance
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.memory import peak_rss
-from pocketfusion.runtime.networks import Network, available_cores
+from pocketfusion.runtime.networks import ACCELERATORS, Accelerator, Network, available_cores
 from pocketfusion.runtime.noise import seeded_noise
+from pocketfusion.runtime.residency import Mode, Residency, check_mode
+from pocketfusion.runtime.result import Cancelled, GenerationResult, Timings
 from pocketfusion.runtime.scheduler import DDIMScheduler
+from pocketfusion.runtime.tiles import decode_tiled
 from pocketfusion.runtime.tokenizer import PromptTokenizer, clean_text
+from pocketfusion.runtime.trace import Trace
 
 Array = npt.NDArray[np.float32]
 Callback = Callable[[int, int, Array], "bool | None"]
@@ -29,62 +34,76 @@ MAX_SEED = 2**32 - 1
 MAX_IMAGES = 1000
 
 
-class Cancelled(Exception):
-    """Raised by `Pipeline.generate` when its callback asked to stop; a callback may raise it too."""
-
-
-@dataclass
-class Timings:
-    """Seconds. `load` is the pipeline's (verify, load, pack); `steps` has one entry per step of every picture."""
-
-    load: float
-    text: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    total: float = 0.0  #: of this call, without `load`; callbacks are in it
-
-
-@dataclass
-class GenerationResult:
-    """Pictures and how they came to be; `seeds[i]` alone draws `images[i]` again."""
-
-    images: list[Image.Image]
-    prompt: str
-    negative_prompt: str
-    seeds: list[int]
-    num_inference_steps: int
-    guidance_scale: float
-    timings: Timings
-    peak_rss: int | None  #: bytes, of the whole process so far; None where the system does not tell
-    warnings: list[str]
-
-
 class Pipeline:
     """A loaded bundle. Not thread-safe: use one per thread."""
 
-    def __init__(self, bundle: Bundle, num_threads: int | None = None) -> None:
-        """Loads the three networks; raises PocketfusionError if one cannot be loaded or `num_threads` is below 1."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        num_threads: int | None = None,
+        *,
+        mode: Mode | None = None,
+        memory_budget: float | None = None,
+        accelerator: Accelerator = "cpu",
+        trace: Path | str | None = None,
+    ) -> None:
+        """Loads the networks that the mode keeps; see `load` for the settings and what is raised."""
         start = time.perf_counter()
         self.bundle, self.manifest = bundle, bundle.manifest
         self.num_threads = available_cores() if num_threads is None else num_threads
         if self.num_threads < 1:
             raise PocketfusionError(f"the number of threads is {self.num_threads}: choose 1 or more")
-        networks = self.manifest.networks
+        if accelerator not in ACCELERATORS:
+            raise PocketfusionError(f"the accelerator is {accelerator!r}: choose {' or '.join(ACCELERATORS)}")
+        if mode is not None:
+            check_mode(mode)
+        self.accelerator = accelerator
         self.tokenizer = PromptTokenizer(bundle.file("tokenizer"), self.manifest.tokenizer)
-        self.text_encoder = Network(bundle.file("text_encoder"), networks.text_encoder, self.num_threads)
-        self.unet = Network(bundle.file("unet"), networks.unet, self.num_threads)
-        self.decoder = Network(bundle.file("decoder"), networks.decoder, self.num_threads)
         self.scheduler = DDIMScheduler(self.manifest.scheduler)
+        if memory_budget is not None:
+            mode = choose_mode(bundle, memory_budget, mode)
+        self.mode: Mode = mode or "resident"
+        self.trace = Trace(trace)
+        self._networks = Residency(self.mode, self._load_network, self.trace)
         self.load_seconds = time.perf_counter() - start
 
     @classmethod
-    def load(cls, path: Path | str | None = None, num_threads: int | None = None) -> Pipeline:
+    def load(
+        cls,
+        path: Path | str | None = None,
+        num_threads: int | None = None,
+        *,
+        mode: Mode | None = None,
+        memory_budget: float | None = None,
+        accelerator: Accelerator = "cpu",
+        trace: Path | str | None = None,
+    ) -> Pipeline:
         """Opens and verifies the bundle at `path` (default: the embedded one), then loads it on `num_threads` threads
-        (default: all cores). Raises PocketfusionError for whatever is wrong with it."""
+        (default: all cores).
+
+        `mode` says which networks are in memory when (`residency.Mode`; pictures are the same in all): `resident`
+        unless `memory_budget`, in MB of 10^6 bytes for the whole process, chooses the fastest that fits. `trace` is a
+        .json file that every `generate` writes a timeline to, with a picture of it beside.
+        Raises PocketfusionError for whatever is wrong with the bundle or a setting, and for too small a budget.
+        """
         start = time.perf_counter()
-        pipeline = cls(Bundle.open(embedded_bundle() if path is None else path), num_threads)
+        bundle = Bundle.open(embedded_bundle() if path is None else path)
+        pipeline = cls(
+            bundle, num_threads, mode=mode, memory_budget=memory_budget, accelerator=accelerator, trace=trace
+        )
         pipeline.load_seconds = time.perf_counter() - start
         return pipeline
+
+    def close(self) -> None:
+        """Frees the networks and gives their memory back to the system; nothing can be drawn any more."""
+        self._networks.close()
+        self.trace.close()
+
+    def _load_network(self, name: str) -> Network:
+        # the modes that are there to save memory keep packed weights in a mapped file
+        spec, mapped = getattr(self.manifest.networks, name), self.mode != "resident"
+        path = self.bundle.file(name)
+        return Network(path, spec, self.num_threads, mapped=mapped, accelerator=self.accelerator)
 
     def generate(
         self,
@@ -118,28 +137,24 @@ class Pipeline:
         seeds = self._seeds(seed, num_images, scale)
         noise = [self.noise(s) for s in seeds] if latents is None else self._given(latents, num_images)
         start = time.perf_counter()
-        texts = (negative_prompt, prompt) if self.manifest.guidance == "classifier-free" else (prompt,)
-        prompt_embeds = np.concatenate([self.encode(text, warnings) for text in texts])
-        timings.text = time.perf_counter() - start
-        images = []
-        for sample in noise:
-            for k, t in enumerate(timesteps):
+        try:
+            texts = (negative_prompt, prompt) if self.manifest.guidance == "classifier-free" else (prompt,)
+            with self._networks.use("text_encoder"):
                 began = time.perf_counter()
-                noise_pred = self._noise_pred(sample, int(t), prompt_embeds, scale)
-                if not np.isfinite(noise_pred).all():
-                    what = "NaN" if np.isnan(noise_pred).any() else "infinity"
-                    raise PocketfusionError(
-                        f"{self.unet.path}: the network produced {what} at step {k + 1} of {steps} (timestep {t}): "
-                        "the bundle is unsound, or the guidance is too high"
-                    )
-                sample = self.scheduler.step(noise_pred, int(t), sample)
-                timings.steps.append(time.perf_counter() - began)
-                if callback is not None and callback(k, int(t), sample) is False:
-                    raise Cancelled(f"cancelled at step {k + 1} of {steps}")
-            began = time.perf_counter()
-            images.append(self.decode(sample))
-            timings.decode.append(time.perf_counter() - began)
+                prompt_embeds = np.concatenate([self.encode(text, warnings) for text in texts])
+                timings.text = time.perf_counter() - began
+            # every picture is denoised before the first is decoded: so each network is needed once, in turn
+            samples = self._denoise(noise, timesteps, prompt_embeds, scale, timings, callback)
+            images = []
+            with self._networks.use("decoder"):
+                for sample in samples:
+                    began = time.perf_counter()
+                    images.append(self.decode(sample))
+                    timings.decode.append(time.perf_counter() - began)
+        finally:
+            self._networks.settle()
         timings.total = time.perf_counter() - start
+        self.trace.write(mode=self.mode, bundle=self.manifest.name, prompt=clean_text(prompt), steps=steps)
         return GenerationResult(
             images,
             clean_text(prompt),
@@ -158,10 +173,16 @@ class Pipeline:
         return seeded_noise(seed, shape.height, shape.width, shape.channels)[None]
 
     def decode(self, latents: Array) -> Image.Image:
-        """The picture of latents [1, height, width, channels]; PocketfusionError if the decoder gives NaN."""
-        image = self.decoder(latents=latents)
-        if not np.isfinite(image).all():
-            raise PocketfusionError(f"{self.decoder.path}: the decoder produced NaN: the bundle is unsound")
+        """The picture of latents [1, height, width, channels]; PocketfusionError if the decoder gives NaN.
+
+        Latents larger than the decoder's input are decoded in overlapping tiles.
+        """
+        with self._networks.use("decoder") as decoder:
+            with self.trace.span("run", "decoder"):
+                tile = decoder.spec.inputs[0].shape
+                image = decode_tiled(lambda part: decoder(latents=part), latents, (tile[1], tile[2]))
+            if not np.isfinite(image).all():
+                raise PocketfusionError(f"{decoder.path}: the decoder produced NaN: the bundle is unsound")
         return Image.fromarray(np.round(np.clip(image[0] / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
 
     def encode(self, text: str, warnings: list[str] | None = None) -> Array:
@@ -169,42 +190,43 @@ class Pipeline:
         tokens = self.tokenizer.encode(text)
         if tokens.warning and warnings is not None:
             warnings.append(tokens.warning)
-        embeds = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        if not np.isfinite(embeds).all():
-            raise PocketfusionError(
-                f"{self.text_encoder.path}: the text encoder produced NaN or infinity: the bundle is unsound"
-            )
+        with self._networks.use("text_encoder") as text_encoder:
+            with self.trace.span("run", "text_encoder"):
+                embeds = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            if not np.isfinite(embeds).all():
+                raise PocketfusionError(
+                    f"{text_encoder.path}: the text encoder produced NaN or infinity: the bundle is unsound"
+                )
         return embeds
 
-    def _noise_pred(self, sample: Array, timestep: int, prompt_embeds: Array, scale: float) -> Array:
-        """Guided prediction: uncond + scale * (cond - uncond), or what the UNet gives; scale 1 needs no uncond.
-
-        `prompt_embeds` [2, T, D], or [1, T, D] with embedded or folded guidance.
-        """
-        if len(prompt_embeds) == 1:
-            return self._one_call(sample, timestep, prompt_embeds, scale)
-        rows = 1 if scale == 1.0 and 1 in self.unet.batch_sizes else 2
-        noise_pred = self.unet(
-            sample=np.repeat(sample, rows, axis=0),
-            timestep=np.full(rows, timestep, np.float32),
-            encoder_hidden_states=prompt_embeds[-rows:],
-        )
-        cond = noise_pred[-1:]
-        if scale == 1.0:
-            return cond
-        with np.errstate(over="ignore", invalid="ignore"):  # an absurd scale is told by the caller's check
-            return (noise_pred[:1] + scale * (cond - noise_pred[:1])).astype(np.float32)
-
-    def _one_call(self, sample: Array, timestep: int, prompt_embeds: Array, scale: float) -> Array:
-        inputs = {
-            "sample": sample,
-            "timestep": np.full(1, timestep, np.float32),
-            "encoder_hidden_states": prompt_embeds,
-        }
-        if self.manifest.guidance == "embedded":
-            (shape,) = (tensor.shape for tensor in self.unet.spec.inputs if tensor.name == "timestep_cond")
-            inputs["timestep_cond"] = guidance_embedding(scale, shape[1])
-        return self.unet(**inputs)
+    def _denoise(
+        self,
+        noise: list[Array],
+        timesteps: npt.NDArray[np.int64],
+        prompt_embeds: Array,
+        scale: float,
+        timings: Timings,
+        callback: Callback | None,
+    ) -> list[Array]:
+        """The final latents of each picture. The decoder begins to load beside the last one's steps."""
+        samples, steps = [], len(timesteps)
+        with self._networks.use("unet") as unet:
+            denoiser = Denoiser(unet, self.manifest, self.scheduler, prompt_embeds, scale)
+            for index, sample in enumerate(noise):
+                if index == len(noise) - 1:
+                    self._networks.prefetch("decoder")
+                denoiser.start(sample)
+                for k, t in enumerate(timesteps):
+                    began = time.perf_counter()
+                    with self.trace.span("run", "unet", step=k + 1, picture=index):
+                        sample = denoiser.step(int(t))
+                    check_finite(sample, unet, k + 1, steps, int(t))
+                    timings.steps.append(time.perf_counter() - began)
+                    self._networks.check()
+                    if callback is not None and callback(k, int(t), sample) is False:
+                        raise Cancelled(f"cancelled at step {k + 1} of {steps}")
+                samples.append(sample)
+        return samples
 
     def _given(self, latents: Array, num_images: int) -> list[Array]:
         shape = (num_images, self.manifest.latents.height, self.manifest.latents.width, self.manifest.latents.channels)

@@ -48,16 +48,23 @@ class DDIMScheduler:
             self.timesteps = np.round(falling).astype(np.int64) - 1
         return self.timesteps
 
-    def step(self, model_output: Array, timestep: int, sample: Array) -> Array:
-        """One step from x_t to x_(t - N/steps): all arrays of one shape, float32."""
+    def coefficients(self, timestep: int) -> tuple[float, float]:
+        """(a, b) of the step from x_t to x_(t - N/steps): x_(t - N/steps) = a x_t + b model_output.
+
+        Both predictions are linear in x_t and the output, so DDIM's x_0 and epsilon need not be formed. With alpha,
+        sigma at t and alpha', sigma' after it: epsilon has a = alpha'/alpha, b = sigma' - alpha' sigma / alpha; v has
+        a = alpha alpha' + sigma sigma', b = alpha sigma' - sigma alpha'.
+        """
         previous = timestep - self.spec.num_train_timesteps // len(self.timesteps)
         alpha_bar = float(self.alphas_cumprod[timestep])
         alpha_bar_prev = float(self.alphas_cumprod[previous]) if previous >= 0 else self.final_alpha_cumprod
         alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        alpha_prev, sigma_prev = alpha_bar_prev**0.5, (1 - alpha_bar_prev) ** 0.5
         if self.spec.prediction_type == "epsilon":
-            epsilon = model_output
-            x_0 = (sample - sigma * epsilon) / alpha
-        else:
-            x_0 = alpha * sample - sigma * model_output
-            epsilon = alpha * model_output + sigma * sample
-        return (alpha_bar_prev**0.5 * x_0 + (1 - alpha_bar_prev) ** 0.5 * epsilon).astype(np.float32)
+            return alpha_prev / alpha, sigma_prev - alpha_prev * sigma / alpha
+        return alpha * alpha_prev + sigma * sigma_prev, alpha * sigma_prev - sigma * alpha_prev
+
+    def step(self, model_output: Array, timestep: int, sample: Array) -> Array:
+        """One step from x_t to x_(t - N/steps): all arrays of one shape, float32."""
+        a, b = self.coefficients(timestep)
+        return np.float32(a) * sample + np.float32(b) * model_output

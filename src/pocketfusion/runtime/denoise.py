@@ -1,0 +1,102 @@
+"""The denoising loop: guided DDIM steps on a UNet's own buffers, copying no more than each step changes.
+
+What stays the same for a prompt (its embeddings, the guidance scale's) is written once. With the scheduler step folded
+into the graph (input `step_coefficients`) the latents never leave the runtime's buffers: output and input are swapped,
+as *Squeezing* does on the GPU (arXiv 2307.01193).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.guidance import guidance_embedding
+from pocketfusion.runtime.manifest import Manifest
+from pocketfusion.runtime.networks import Network
+from pocketfusion.runtime.scheduler import DDIMScheduler
+from pocketfusion.runtime.time_embedding import timestep_embedding
+
+Array = npt.NDArray[np.float32]
+
+
+class Denoiser:
+    """Draws latents of one prompt at one guidance scale, as many pictures as wanted."""
+
+    def __init__(
+        self, unet: Network, manifest: Manifest, scheduler: DDIMScheduler, prompt_embeds: Array, scale: float
+    ) -> None:
+        """`prompt_embeds` [2, T, D], negative and prompt, or [1, T, D] with embedded or folded guidance; `scheduler`
+        has its timesteps set."""
+        self.unet, self.scheduler, self.scale = unet, scheduler, float(scale)
+        self._embedding = manifest.time_embedding
+        states = unet.spec.input("encoder_hidden_states")
+        assert states is not None
+        self._batch = states.shape[0]
+        self._folded = unet.spec.input("step_coefficients") is not None
+        #: text inputs of one step's calls: both rows in one, or a call for each where the UNet takes one row
+        rows = prompt_embeds if scale != 1 or self._batch == 2 else prompt_embeds[-1:]
+        self._texts = [unet.new_buffer("encoder_hidden_states") for _ in range(len(rows) // self._batch)]
+        for buffer, part in zip(self._texts, np.split(rows, len(self._texts)), strict=True):
+            buffer.write(part)
+        unet.buffers["encoder_hidden_states"] = self._texts[-1]
+        condition = unet.spec.input("timestep_cond")
+        if condition is not None:
+            unet.write(timestep_cond=guidance_embedding(scale, condition.shape[1]))
+
+    def start(self, latents: Array) -> None:
+        """Begins a picture at noise [1, H, W, C]."""
+        self._latents = latents
+        self._fresh = True
+
+    def step(self, timestep: int) -> Array:
+        """One step from `timestep` down: the new latents [1, H, W, C], a copy. NaN and infinity pass through."""
+        if self._embedding:
+            values = timestep_embedding(timestep, self._embedding)
+            self.unet.write(timestep_embedding=np.repeat(values, self._batch, axis=0))
+        else:
+            self.unet.write(timestep=np.full(self._batch, timestep, np.float32))
+        a, b = self.scheduler.coefficients(timestep)
+        if self._folded:
+            if self._fresh:
+                self.unet.write(sample=self._latents)
+            else:
+                self.unet.swap("sample")
+            self._fresh = False
+            with np.errstate(over="ignore"):
+                self.unet.write(step_coefficients=np.array([[self.scale, a, b]], np.float32))
+            self.unet.run()
+            return self.unet.read()
+        self.unet.write(sample=np.repeat(self._latents, self._batch, axis=0))
+        prediction = self._guided()
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._latents = self.scheduler.step(prediction, timestep, self._latents)
+        return self._latents
+
+    def _guided(self) -> Array:
+        """uncond + scale * (cond - uncond), or the one prediction there is; in diffusers' convention."""
+        parts = []
+        for text in self._texts:
+            self.unet.buffers["encoder_hidden_states"] = text
+            self.unet.run()
+            parts.append(self.unet.read())
+        prediction = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        cond = prediction[-1:]
+        if len(prediction) == 1 or self.scale == 1.0:
+            return cond
+        uncond = prediction[:1]
+        with np.errstate(over="ignore", invalid="ignore"):  # an absurd scale is told by check_finite
+            cond -= uncond
+            cond *= self.scale
+            cond += uncond
+        return cond
+
+
+def check_finite(latents: Array, unet: Network, step: int, steps: int, timestep: int) -> None:
+    """Raises PocketfusionError if the `latents` after a step (counted from 1) hold NaN or infinity."""
+    if not np.isfinite(latents).all():
+        what = "NaN" if np.isnan(latents).any() else "infinity"
+        raise PocketfusionError(
+            f"{unet.path}: the network produced {what} at step {step} of {steps} (timestep {timestep}): "
+            "the bundle is unsound, or the guidance is too high"
+        )

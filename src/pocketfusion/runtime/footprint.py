@@ -1,0 +1,85 @@
+"""What a network will hold in memory, estimated from its file without loading it.
+
+The rule, for LiteRT's CPU path: every weight as XNNPACK packs it, plus the most that the graph's own tensors hold at
+once (an operation may write over an input of its size that nothing reads later), plus `OVERHEAD`. A packed weight has
+its own type, but float16 is packed as float32, and int8 behind a DEQUANTIZE is held twice as float32, unpacked and
+packed. docs/memory.md compares the rule with measurements.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+#: LiteRT's own structures for a graph of some thousand operations, in bytes.
+OVERHEAD = 8_000_000
+_TYPES = schema.TensorType
+_BYTES = {_TYPES.FLOAT32: 4.0, _TYPES.FLOAT16: 2.0, _TYPES.INT32: 4.0, _TYPES.INT64: 8.0, _TYPES.INT4: 0.5}
+_DEQUANTIZE = schema.BuiltinOperator.DEQUANTIZE
+
+
+def estimate(file: Path) -> int:
+    """Bytes that the network in `file` holds once it is loaded with mapped weights and has run."""
+    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        model = schema.Model.GetRootAsModel(content, 0)
+        codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
+        kinds = [max(code.BuiltinCode(), code.DeprecatedBuiltinCode()) for code in codes]
+        graphs = [_Graph(model, model.Subgraphs(i), kinds) for i in range(model.SubgraphsLength())]
+        total = max(graph.weights for graph in graphs) + max(graph.live for graph in graphs) + OVERHEAD
+        del model, codes, graphs  # they hold views of the mapping
+    return round(total)
+
+
+class _Graph:
+    """`weights` and `live` of one subgraph, in bytes."""
+
+    def __init__(self, model: Any, graph: Any, kinds: list[int]) -> None:
+        operators = [graph.Operators(i) for i in range(graph.OperatorsLength())]
+        inputs = [[int(t) for t in op.InputsAsNumpy()] if op.InputsLength() else [] for op in operators]
+        outputs = [[int(t) for t in op.OutputsAsNumpy()] for op in operators]
+        tensors = [graph.Tensors(i) for i in range(graph.TensorsLength())]
+        size = [_size(tensor) for tensor in tensors]
+        constant = {t for t, tensor in enumerate(tensors) if _has_data(model, tensor)}
+        unpacked = set()
+        weights = 0.0
+        for op, ins, outs in zip(operators, inputs, outputs, strict=True):
+            if kinds[op.OpcodeIndex()] == _DEQUANTIZE and ins[0] in constant:
+                half = tensors[ins[0]].Type() == _TYPES.FLOAT16
+                weights += size[outs[0]] * (1 if half else 2)
+                unpacked |= {outs[0], ins[0]}
+        weights += sum(size[t] for t in constant - unpacked)
+        self.weights = weights
+        self.live = _most_live(graph, inputs, outputs, size, constant | unpacked)
+
+
+def _most_live(
+    graph: Any, inputs: list[list[int]], outputs: list[list[int]], size: list[float], held: set[int]
+) -> float:
+    """The most bytes of tensors, those in `held` apart, that are alive at one operation."""
+    last = {t: i for i, ins in enumerate(inputs) for t in ins}
+    last |= {int(t): len(inputs) for t in graph.OutputsAsNumpy()}
+    alive = {int(t): size[int(t)] for t in graph.InputsAsNumpy()}
+    now, most = sum(alive.values()), sum(alive.values())
+    for i, (ins, outs) in enumerate(zip(inputs, outputs, strict=True)):
+        made = {t: size[t] for t in outs if t not in held}
+        dying = [t for t in set(ins) if t in alive and last[t] == i]
+        alive |= made
+        now += sum(made.values())
+        most = max(most, now - max((size[t] for t in dying if size[t] in made.values()), default=0.0))
+        for t in dying + [t for t in made if t not in last]:
+            now -= alive.pop(t)
+    return most
+
+
+def _size(tensor: Any) -> float:
+    shape = tensor.ShapeAsNumpy() if tensor.ShapeLength() else []
+    return float(np.prod(shape, dtype=np.float64)) * _BYTES.get(tensor.Type(), 1.0)
+
+
+def _has_data(model: Any, tensor: Any) -> bool:
+    buffer = model.Buffers(tensor.Buffer())
+    return bool(buffer.DataLength() or buffer.Size())  # the second one lies behind the flatbuffer, beyond 2 GB
