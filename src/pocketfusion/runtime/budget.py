@@ -12,7 +12,7 @@ from pocketfusion.runtime.residency import MODES, Mode
 
 MB = 10**6
 #: What the process holds apart from the networks when it has run them: LiteRT's libraries, latents, pictures.
-BASE = 30 * MB
+BASE = 40 * MB
 
 
 def held(bundle: Bundle) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The denoising loop: guided DDIM steps on a UNet's own buffers, copying no more than each step changes.
 
 What stays the same for a prompt (its embeddings, the guidance scale's) is written once. With the scheduler step folded
-into the graph (input `step_coefficients`) the latents never leave the runtime's buffers: output and input are swapped,
-as *Squeezing* does on the GPU (arXiv 2307.01193).
+into the graph (input `step_coefficients`) the latents stay in the runtime's buffers from step to step, and are only
+copied out to be checked and shown.
 """
 
 from __future__ import annotations
@@ -34,12 +34,10 @@ class Denoiser:
         assert states is not None
         self._batch = states.shape[0]
         self._folded = unet.spec.input("step_coefficients") is not None
-        #: text inputs of one step's calls: both rows in one, or a call for each where the UNet takes one row
+        #: the text inputs of one step's calls: both rows in one, or a call for each where the UNet takes one row
         rows = prompt_embeds if scale != 1 or self._batch == 2 else prompt_embeds[-1:]
-        self._texts = [unet.new_buffer("encoder_hidden_states") for _ in range(len(rows) // self._batch)]
-        for buffer, part in zip(self._texts, np.split(rows, len(self._texts)), strict=True):
-            buffer.write(part)
-        unet.buffers["encoder_hidden_states"] = self._texts[-1]
+        self._texts = np.split(rows, len(rows) // self._batch)
+        unet.write(encoder_hidden_states=self._texts[0])
         condition = unet.spec.input("timestep_cond")
         if condition is not None:
             unet.write(timestep_cond=guidance_embedding(scale, condition.shape[1]))
@@ -61,7 +59,7 @@ class Denoiser:
             if self._fresh:
                 self.unet.write(sample=self._latents)
             else:
-                self.unet.swap("sample")
+                self.unet.feed_back("sample")
             self._fresh = False
             with np.errstate(over="ignore"):
                 self.unet.write(step_coefficients=np.array([[self.scale, a, b]], np.float32))
@@ -77,7 +75,8 @@ class Denoiser:
         """uncond + scale * (cond - uncond), or the one prediction there is; in diffusers' convention."""
         parts = []
         for text in self._texts:
-            self.unet.buffers["encoder_hidden_states"] = text
+            if len(self._texts) > 1:
+                self.unet.write(encoder_hidden_states=text)
             self.unet.run()
             parts.append(self.unet.read())
         prediction = parts[0] if len(parts) == 1 else np.concatenate(parts)

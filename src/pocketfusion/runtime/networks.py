@@ -1,27 +1,27 @@
-"""One network of a bundle on LiteRT's CompiledModel: XNNPACK on the CPU, or the GPU delegate."""
+"""One network of a bundle, loaded from its `.tflite` file and ready to run."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import tempfile
-from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
-
-import numpy as np
-import numpy.typing as npt
-from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Environment, HardwareAccelerator, Options
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
-from ai_edge_litert.tensor_buffer import TensorBuffer
+from typing import IO, Literal, get_args
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime import manifest
+from pocketfusion.runtime.engines import (
+    Array,
+    Compiled,
+    Engine,
+    Interpreted,
+    cpu_options,
+    find_signature,
+    gpu_options,
+)
 from pocketfusion.runtime.memory import release
 
-Array = npt.NDArray[Any]
 Accelerator = Literal["cpu", "gpu"]
 ACCELERATORS: tuple[str, ...] = get_args(Accelerator)
 
@@ -32,11 +32,10 @@ def available_cores() -> int:
 
 
 class Network:
-    """A `.tflite` file, loaded and ready: its constructor packs the weights, so that calls cost run time only.
+    """A `.tflite` file, loaded: its constructor packs the weights, so that calls cost run time only.
 
-    Inputs and output lie in buffers of the runtime. `write` fills inputs, which keep their values from run to run;
-    `run` computes; `read` copies the output. Calling the network does all three. `swap` makes the output the next
-    run's input, and `buffers` holds the inputs, so that a caller may exchange one for another, both without a copy.
+    `write` fills inputs, which keep their values from run to run; `run` computes; `read` copies the output. Calling
+    the network does all three.
     """
 
     def __init__(
@@ -50,91 +49,49 @@ class Network:
     ) -> None:
         """With `mapped` (CPU only), XNNPACK's packed weights go to a temporary file that is mapped into memory: pages
         that the system may drop, where the heap would hold them beside the pages of the network's own file.
-        What this saves is measured in docs/memory.md; outputs and speed stay the same.
 
-        Raises PocketfusionError if LiteRT refuses the file, the GPU does not take all of it (or there is none), or
-        no signature has the manifest's tensors.
+        Raises PocketfusionError if LiteRT refuses the file, the GPU does not take all of it (or there is none), no
+        signature has the manifest's tensors, or the disk is too full for the temporary file.
         """
         self.path, self.spec = path, spec
         # held until the network is closed: the mapping is of this file, which has no name in any folder
         self._packed = _temporary_file(spec) if mapped and accelerator == "cpu" else None
         with quiet():  # LiteRT's native log; its errors come as exceptions
-            self._signature = self._find_signature()
-            self._model = self._compile(num_threads, accelerator)
-            self.buffers = {t.name: self.new_buffer(t.name) for t in spec.inputs}
-            self._output_name = spec.outputs[0].name
-            self._output = self._model.create_output_buffer_by_name(self._signature, self._output_name)
-
-    def _find_signature(self) -> str:
-        """The signature with the manifest's tensors. The interpreter reads it, because it verifies the file's
-        structure, where CompiledModel crashes on a truncated one."""
-        try:
-            reader = Interpreter(
-                str(self.path), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-            )
-        except (ValueError, RuntimeError) as error:
-            raise self._refused(error) from None
-        for name in reader.get_signature_list():
-            runner = reader.get_signature_runner(name)
-            given = {k: (tuple(d["shape"]), np.dtype(d["dtype"]).name) for k, d in runner.get_input_details().items()}
-            wanted = {t.name: (tuple(t.shape), t.dtype) for t in self.spec.inputs}
-            if given == wanted and {t.name for t in self.spec.outputs} == set(runner.get_output_details()):
-                return name
-        tensors = ", ".join(f"{t.name} {t.shape} {t.dtype}" for t in self.spec.inputs)
-        raise PocketfusionError(
-            f"{self.path} has no signature with the inputs and outputs that its manifest names ({tensors}): "
-            "export the bundle again"
-        )
-
-    def _compile(self, num_threads: int, accelerator: Accelerator) -> CompiledModel:
-        cpu = CpuOptions(num_threads=num_threads)
-        if self._packed:
-            cpu.xnnpack_weight_cache_path = f"/proc/self/fd/{self._packed.fileno()}"
-        kind = HardwareAccelerator.CPU if accelerator == "cpu" else HardwareAccelerator.GPU
-        try:
-            return CompiledModel.from_file(
-                str(self.path), environment=_environment(), options=Options(kind, cpu_options=cpu)
-            )
-        except RuntimeError as error:
-            if accelerator == "cpu":
-                raise self._refused(error) from None
-            if "not accelerated" in str(error):
-                raise PocketfusionError(
-                    f"the GPU does not take every operation of {self.path}: export the bundle with --target "
-                    "litert-gpu, or run it on the CPU"
-                ) from None
-            raise PocketfusionError(
-                f"{self.path} cannot be run on a GPU, as LiteRT finds none that it can use here: install a Vulkan "
-                "driver, or run it on the CPU"
-            ) from None
-
-    def _refused(self, error: Exception) -> PocketfusionError:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        return PocketfusionError(f"LiteRT cannot load {self.path} ({reason}): export the bundle again")
-
-    def new_buffer(self, name: str) -> Any:
-        """A buffer of the input `name`, to be filled with its `write` and put into `buffers`."""
-        return self._model.create_input_buffer_by_name(self._signature, name)
+            try:
+                signature = find_signature(path, spec)
+                if signature is None:
+                    tensors = ", ".join(f"{t.name} {t.shape} {t.dtype}" for t in spec.inputs)
+                    raise PocketfusionError(
+                        f"{path} has no signature with the inputs and outputs that its manifest names ({tensors}): "
+                        "export the bundle again"
+                    )
+                self._engine: Engine
+                if accelerator == "gpu":
+                    self._engine = Compiled(path, spec, signature, gpu_options())
+                elif self._packed is not None:
+                    packed = Path(f"/proc/self/fd/{self._packed.fileno()}")
+                    self._engine = Compiled(path, spec, signature, cpu_options(num_threads, packed))
+                else:
+                    self._engine = Interpreted(path, spec, signature, num_threads)
+            except (ValueError, RuntimeError) as error:
+                raise _refused(path, accelerator, error) from None
 
     def write(self, **inputs: Array) -> None:
-        """Copies `inputs`, given by the manifest's names and of its shapes and types, into their buffers."""
+        """Copies `inputs`, given by the manifest's names and of its shapes and types."""
         for name, values in inputs.items():
-            self.buffers[name].write(values)
+            self._engine.write(name, values)
 
     def run(self) -> None:
-        """Computes the output from what the buffers hold."""
-        self._model.run_by_name(self._signature, self.buffers, {self._output_name: self._output})
+        """Computes the output from what was written."""
+        self._engine.run()
 
     def read(self) -> Array:
         """A copy of the network's first output."""
-        spec = self.spec.outputs[0]
-        values = self._output.read(int(np.prod(spec.shape)), np.dtype(spec.dtype))
-        return values.reshape(spec.shape)
+        return self._engine.read()
 
-    def swap(self, name: str) -> None:
-        """Exchanges the output's buffer with that of the input `name`, of the same shape: the next run reads what the
-        last one wrote (Squeezing's diffusion mode, arXiv 2307.01193)."""
-        self.buffers[name], self._output = self._output, self.buffers[name]
+    def feed_back(self, name: str) -> None:
+        """Makes the last output the input `name` of the next run, if the engine can without a copy."""
+        self._engine.feed_back(name)
 
     def __call__(self, **inputs: Array) -> Array:
         """The network's first output for `inputs`, given by the manifest's names."""
@@ -144,22 +101,25 @@ class Network:
 
     def close(self) -> None:
         """Frees everything and gives the memory back to the system; the network cannot be used any more."""
-        self.buffers.clear()
-        self._output = None
-        self._model.close()
-        if self._packed:
+        self._engine.close()
+        if self._packed is not None:
             self._packed.close()
         release()
 
 
-@cache
-def _environment() -> Environment:
-    """LiteRT's environment, one for the process: each would load its accelerators anew."""
-    environment = Environment.create()
-    TensorBuffer.create_from_host_memory(np.zeros(16, np.float32))  # the first buffer makes a second one, with a log
-    # never destroyed: its destructor writes to the terminal when the process ends
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
-    return environment
+def _refused(path: Path, accelerator: Accelerator, error: Exception) -> PocketfusionError:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if accelerator == "cpu" or isinstance(error, ValueError):
+        return PocketfusionError(f"LiteRT cannot load {path} ({reason}): export the bundle again")
+    if "not accelerated" in str(error):
+        return PocketfusionError(
+            f"the GPU does not take every operation of {path}: export the bundle with --target litert-gpu, or run it "
+            "on the CPU"
+        )
+    return PocketfusionError(
+        f"{path} cannot be run on a GPU, as LiteRT finds none that it can use here: install a Vulkan driver, or run "
+        "it on the CPU"
+    )
 
 
 def _temporary_file(spec: manifest.Network) -> IO[bytes] | None:

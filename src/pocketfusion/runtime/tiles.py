@@ -57,7 +57,7 @@ def decode_tiled(decode: Callable[[Array], Array], latents: Array, tile: tuple[i
             image[where] += weight * part
             total[where] += weight
     assert image is not None and total is not None
-    return image / total
+    return np.divide(image, total, dtype=np.float32)
 
 
 def _ramp(start: int, every: list[int], tile: int, factor: int) -> Array:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +16,25 @@ from pocketfusion.artefact import check_writable_parent, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.memory import memory
 
-#: Seconds between two samples. One takes about 50 microseconds of a core.
+#: Seconds between two samples.
 INTERVAL = 0.005
+#: A process of its own takes the samples: LiteRT holds Python's lock while it packs weights, and so would stop a
+#: thread when there is most to see. Both read one clock: on Linux `perf_counter` is the system's monotonic one.
+_SAMPLER = """
+import sys, time
+status, interval = open(f"/proc/{sys.argv[1]}/status"), float(sys.argv[2])
+while True:
+    status.seek(0)
+    held = dict(line.split(":", 1) for line in status.read().splitlines())
+    now = time.perf_counter()
+    anon, shared, file = (int(held[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem", "RssFile"))
+    print(now, anon + shared, file, flush=True)
+    time.sleep(interval)
+"""
 
 
 class Trace:
-    """Records spans (`load`, `run`, `free`, `wait`) of networks, and samples memory in a thread.
+    """Records spans (`load`, `run`, `free`, `wait`) of networks, and samples memory.
 
     Without a file it does nothing.
     """
@@ -27,14 +43,15 @@ class Trace:
         """Begins sampling, if `file` is given. Raises PocketfusionError if it or its picture cannot be written."""
         self.file = None if file is None else Path(file)
         self._spans: list[dict[str, Any]] = []
-        self._samples: list[tuple[float, int, int]] = []
         self._start = time.perf_counter()
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._sampler: subprocess.Popen[bytes] | None = None
         if self.file is not None:
             check_trace(self.file)
-            self._thread = threading.Thread(target=self._watch, name="trace", daemon=True)
-            self._thread.start()
+            self._lines = tempfile.NamedTemporaryFile(prefix="pocketfusion-trace-")  # noqa: SIM115  (until close)
+            if memory() is not None:
+                # -S -E: nothing of the user's is imported; it ends by itself when this process is gone
+                command = [sys.executable, "-S", "-E", "-c", _SAMPLER, str(os.getpid()), str(INTERVAL)]
+                self._sampler = subprocess.Popen(command, stdout=self._lines, stderr=subprocess.DEVNULL)
 
     @property
     def picture(self) -> Path | None:
@@ -48,8 +65,7 @@ class Trace:
         try:
             yield
         finally:
-            if self._thread is not None:
-                self._sample()  # so that even a short span has one
+            if self.file is not None:
                 self._spans.append(
                     {"kind": kind, "network": network, "begin": begin, "end": round(self._now(), 6), **more}
                 )
@@ -60,33 +76,31 @@ class Trace:
             return
         from pocketfusion.runtime.trace_picture import draw
 
-        self._sample()
-        names = ("seconds", "anon", "file")
         record = {
             **about,
             "spans": sorted(self._spans, key=lambda span: span["begin"]),
-            "memory": [dict(zip(names, sample, strict=True)) for sample in sorted(self._samples)],
+            "memory": self._samples(),
         }
         write_json(self.file, record)
         draw(record, self.picture)
 
     def close(self) -> None:
         """Ends the sampling."""
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join()
+        if self._sampler is not None:
+            self._sampler.kill()
+            self._sampler.wait()
 
     def _now(self) -> float:
         return round(time.perf_counter() - self._start, 6)
 
-    def _sample(self) -> None:
-        held = memory()
-        if held is not None:
-            self._samples.append((self._now(), held.anon, held.file))
-
-    def _watch(self) -> None:
-        while not self._done.wait(INTERVAL):
-            self._sample()
+    def _samples(self) -> list[dict[str, float]]:
+        rows = [
+            line.split() for line in Path(self._lines.name).read_text().splitlines(keepends=True) if line[-1] == "\n"
+        ]
+        return [
+            {"seconds": round(max(0.0, float(now) - self._start), 6), "anon": int(anon), "file": int(file)}
+            for now, anon, file in rows
+        ]
 
 
 def check_trace(file: Path) -> None:
