@@ -19,7 +19,7 @@ def fast_conversion(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`export` copies the tiny bundle's networks instead of converting; all else is real."""
     from pocketfusion.mobile import export
 
-    def copy(pipeline: Any, network: str, module: Any, kind: str, file: Path, batch: int) -> None:
-        shutil.copyfile(tiny_bundle / f"{network}.tflite", file)
+    def copy(module: Any, samples: Any, file: Path, settings: Any) -> None:
+        shutil.copyfile(tiny_bundle / f"{file.name.partition('-')[0]}.tflite", file)
 
-    monkeypatch.setattr(export, "_write_network", copy)
+    monkeypatch.setattr(export, "_convert_network", copy)

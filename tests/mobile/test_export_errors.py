@@ -130,10 +130,9 @@ def test_lost_guidance_writes_nothing(
     """A text encoder that says the same for every prompt passes no guidance gate, whatever the UNet's SQNR is."""
     original = measure.run_file
 
-    def deaf(file: Path, network: str, reference: object, embeds: object = None) -> object:
-        if embeds is not None:
-            embeds = embeds[:1].repeat(len(embeds), 0)  # type: ignore[index]
-        return original(file, network, reference, embeds)  # type: ignore[arg-type]
+    def deaf(file: Path, network: str, reference: object, form: object, unet: object, embeds: object) -> object:
+        embeds = embeds[:1].repeat(len(embeds), 0)  # type: ignore[index]
+        return original(file, network, reference, form, unet, embeds)  # type: ignore[arg-type]
 
     monkeypatch.setattr(measure, "run_file", deaf)
     refused(tiny_folder, tmp_path / "out", "follow the prompt 0.000 times as much")

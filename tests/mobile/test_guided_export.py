@@ -29,17 +29,18 @@ KINDS = ("embedded", "folded")
 @pytest.fixture(scope="module")
 def made(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """Folder and bundle of each kind. Only the UNets are converted: the other networks are the tiny bundle's own."""
-    convert = module._write_network
+    convert = module._convert_network
 
-    def write(pipeline: Any, network: str, wrapped: Any, kind: str, file: Path, batch: int) -> None:
+    def write(wrapped: Any, samples: Any, file: Path, settings: Any) -> None:
+        network = file.name.partition("-")[0]
         if network == "unet":
-            convert(pipeline, network, wrapped, kind, file, batch)
+            convert(wrapped, samples, file, settings)
         else:
             shutil.copyfile(tiny_bundle / f"{network}.tflite", file)
 
     root = tmp_path_factory.mktemp("guided")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_write_network", write)
+        patch.setattr(module, "_convert_network", write)
         for kind in KINDS:
             make_guided_folder(root / kind, kind)
             export(root / kind, root / f"{kind}-bundle", name=kind)
@@ -50,10 +51,10 @@ def made(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def same_files(made: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     """`export` copies the embedded bundle's networks instead of converting."""
 
-    def copy(pipeline: Any, network: str, wrapped: Any, kind: str, file: Path, batch: int) -> None:
-        shutil.copyfile(made["embedded"][1] / f"{network}.tflite", file)
+    def copy(wrapped: Any, samples: Any, file: Path, settings: Any) -> None:
+        shutil.copyfile(made["embedded"][1] / f"{file.name.partition('-')[0]}.tflite", file)
 
-    monkeypatch.setattr(module, "_write_network", copy)
+    monkeypatch.setattr(module, "_convert_network", copy)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,11 +9,13 @@ import typer
 from rich.console import Console
 
 from pocketfusion.cli import app
+from pocketfusion.cli.targets import TargetOpt, TargetOption
+from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
     from pocketfusion.mobile.export import ExportReport
 
-_KINDS = "float32, float16 or int8"
+_KINDS = "float32, float16, int8, int8-dynamic or int4-dynamic"
 
 
 @app.command("export")
@@ -24,6 +26,22 @@ def export_command(
     text_encoder_weights: Annotated[str | None, typer.Option(help="The text encoder's, if other.")] = None,
     unet_weights: Annotated[str | None, typer.Option(help="The UNet's, if other.")] = None,
     decoder_weights: Annotated[str | None, typer.Option(help="The decoder's, if other.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Weight recipe from `quantize`, instead of --weights.")] = None,
+    target: TargetOpt = TargetOption.litert_cpu,
+    size: Annotated[
+        str | None, typer.Option(help="Pictures' HEIGHTxWIDTH in pixels.", show_default="the model's")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA adapter (safetensors) to merge into the weights.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="How much of the adapter.")] = 1.0,
+    two_calls: Annotated[
+        bool, typer.Option("--two-calls", help="Classifier-free guidance as two calls of batch 1: less memory.")
+    ] = False,
+    scheduler_step: Annotated[
+        bool, typer.Option("--scheduler-step", help="Put the DDIM step into the UNet's graph.")
+    ] = False,
+    decoder_tile: Annotated[
+        int | None, typer.Option(help="Decode in overlapping tiles of so many latents a side: less memory.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="The bundle's default number of steps.", show_default="sampling.json's, else 25")
     ] = None,
@@ -59,6 +77,14 @@ def export_command(
             folder,
             out,
             weights={network: kind or weights for network, kind in chosen.items()},
+            recipe=recipe,
+            target=target.value,
+            size=None if size is None else _parse_size(size),
+            lora=lora,
+            lora_scale=lora_scale,
+            two_calls=two_calls,
+            scheduler_step=scheduler_step,
+            decoder_tile=decoder_tile,
             num_inference_steps=steps,
             guidance_scale=guidance,
             name=name,
@@ -68,6 +94,13 @@ def export_command(
     _print(report, console)
     if json_file:
         write_json(json_file, report.as_dict())
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise PocketfusionError(f"--size is {text!r}: give height and width in pixels, such as 512x512")
+    return int(height), int(width)
 
 
 def _print(report: ExportReport, console: Console) -> None:
@@ -81,4 +114,6 @@ def _print(report: ExportReport, console: Console) -> None:
         cells = (f"{row.size / 1e6:.2f}", f"{row.parameters / 1e6:.2f} M", f"{row.macs / 1e6:,.0f} M")
         table.add_row(row.name.replace("_", " "), row.weights, *cells, f"{row.sqnr_db:.1f}", delta)
     console.print(table)
+    if report.lora_layers_left_out:
+        console.print(f"{report.lora_layers_left_out} layers of the LoRA are not in this model and were left out")
     console.print(f"{report.bundle}: {report.size / 1e6:.2f} MB; peak memory {report.peak_rss / 1e6:,.0f} MB")

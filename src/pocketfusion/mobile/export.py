@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import resource
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,39 +18,47 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from pocketfusion import __version__
-from pocketfusion.artefact import atomic_folder, check_writable_parent, sha256_file, write_json
+from pocketfusion.artefact import atomic_folder, sha256_file, write_json
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_folder, folder_hash, load_pipeline, read_provenance
+from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
 from pocketfusion.mobile import specs
 from pocketfusion.mobile.convert import convert
-from pocketfusion.mobile.inputs import reference_runs
+from pocketfusion.mobile.export_settings import ExportSettings
+from pocketfusion.mobile.inputs import reference_runs, tiled
 from pocketfusion.mobile.licences import copy_licences
+from pocketfusion.mobile.lora import merge_lora
 from pocketfusion.mobile.measure import NetworkReport, measure, run_file
-from pocketfusion.mobile.quantize import quantize
+from pocketfusion.mobile.pack import Form, pack
+from pocketfusion.mobile.quantize import coarsest, quantize
+from pocketfusion.mobile.targets import TARGETS
+from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
+from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
-from pocketfusion.models.sampling import Sampling, read_sampling
+from pocketfusion.models.sampling import read_sampling
 from pocketfusion.quiet import quiet
-from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, BundleFile, Defaults, Manifest, Network, Networks
+from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, BundleFile, Manifest, Network, Networks
 
 #: Called with the stage's name, its number from 0 and their count.
 Progress = Callable[[str, int, int], None]
 STAGES = (
     "loading",
     "PyTorch reference",
-    *(f"{name.replace('_', ' ')}: {step}" for name in NETWORKS for step in ("convert", "gate")),
+    *(f"{name.replace('_', ' ')}: {step}" for name in NETWORKS for step in ("convert", "pack", "gate")),
     "writing bundle",
 )
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export` did: the bundle, its size in bytes, its networks, and the process's peak memory in bytes."""
+    """What `export` did: the bundle, its size in bytes, its networks, the process's peak memory in bytes, and how many
+    layers of a LoRA adapter had no place."""
 
     bundle: str
     size: int
     networks: list[NetworkReport]
     peak_rss: int
+    lora_layers_left_out: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -60,27 +69,27 @@ def export(
     folder: Path | str,
     out: Path | str,
     *,
-    weights: Mapping[str, str] | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, index, count: None,
+    **options: Any,
 ) -> ExportReport:
     """Exports the model folder `folder` to the bundle `out`.
 
-    `weights`: per network (`text_encoder`, `unet`, `decoder`) float32, float16 or int8; float32 where not given.
-    `num_inference_steps` and `guidance_scale` become the bundle's defaults; the latter also in the gate's sampling.
-    Where not given they are those of the folder's `sampling.json`, else 25 and 4.
+    `options` are `ExportSettings`' fields. Steps and guidance become the bundle's defaults, the latter also in the
+    gate's sampling; where not given they are those of the folder's `sampling.json`, else 25 and 4.
     `name` is the bundle's (default: `out`'s last part). An existing `out` is replaced only with `overwrite`.
+    Converted networks are kept beside `out` until the bundle is whole, so a killed export goes on where it was.
 
     Raises PocketfusionError, and leaves no `out`, if the folder or the settings are wrong, a network does not convert,
     the gate (see `pocketfusion.mobile.gate`) is missed, or the disk is full.
     """
     folder, out = Path(folder), Path(out)
-    kinds = _check(folder, out, weights or {}, num_inference_steps, guidance_scale, overwrite)
+    settings = ExportSettings(**options)
+    settings.check(folder, out, overwrite)
+    kinds = settings.kinds()
     stated = read_sampling(folder)
-    defaults = _defaults(folder, stated, num_inference_steps, guidance_scale)
+    defaults = settings.defaults(folder, stated)
     stages = iter(STAGES)
 
     def stage() -> None:
@@ -90,23 +99,46 @@ def export(
     stage()
     with quiet():
         pipeline: StablePipeline = load_pipeline(folder)
-    networks = wrap(pipeline)
+    left_out = merge_lora(pipeline, settings.lora, settings.lora_scale) if settings.lora else 0
+    settings.resize(pipeline)
+    plain = wrap(pipeline)
     guidance = guidance_of(pipeline.unet, stated.guidance if stated else None)
-    batch = 2 if guidance == "classifier-free" else 1
+    form = unet_form(guidance, settings.target, settings.two_calls, settings.scheduler_step)
+    networks = wrap(pipeline, form.time_embedding, form.scheduler_step)
+    inputs = specs.samples(pipeline, form.batch, form.time_embedding, form.scheduler_step)
+    if settings.decoder_tile:
+        side = settings.decoder_tile
+        inputs["decoder"]["latents"] = inputs["decoder"]["latents"][:, :side, :side].contiguous()
     spec = specs.tokenizer_spec(pipeline)
     scheduler = specs.scheduler_spec(pipeline)
-    with _disk_errors(out), atomic_folder(out, overwrite=overwrite) as partial:
+    work = out.absolute().parent / f".{out.name}.work"
+    with _disk_errors(out), _kept_until_whole(work), atomic_folder(out, overwrite=overwrite) as partial:
         stage()
-        reference = reference_runs(pipeline, networks, spec.max_length, defaults.guidance_scale, guidance)
+        reference = reference_runs(pipeline, plain, spec.max_length, defaults.guidance_scale, guidance)
+        if settings.decoder_tile:
+            reference = tiled(reference, plain["decoder"], settings.decoder_tile)
         rows: dict[str, NetworkReport] = {}
+        forms: dict[str, Form] = {}
         embeds: np.ndarray | None = None
         for network in NETWORKS:
             stage()
-            file = partial / f"{network}.tflite"
-            _write_network(pipeline, network, networks[network], kinds[network], file, batch)
+            exact = work / f"{network}-{settings.conversion_key(folder, network)}.tflite"
+            if not exact.is_file():
+                _convert_network(networks[network], inputs[network], exact, settings)
             stage()
-            measured = run_file(file, network, reference)
-            rows[network] = measure(network, kinds, file, networks[network], pipeline, measured, reference, embeds)
+            file = partial / f"{network}.tflite"
+            chosen = quantize(exact, file, kinds[network], settings.target)
+            forms[network] = coarsest(chosen)
+            seen = _as_the_device_computes(exact, file, chosen, settings)
+            stage()
+            call = form if network == "unet" else None
+            measured = run_file(seen, network, reference, call, pipeline.unet)
+            rows[network] = measure(
+                network, _label(kinds[network], chosen), forms, seen, plain[network], pipeline, measured, reference,
+                embeds, call,
+            )  # fmt: skip
+            if seen != file:
+                seen.unlink()
             if network == "text_encoder":
                 embeds = measured
         stage()
@@ -121,63 +153,29 @@ def export(
         manifest = Manifest(
             name=name or out.name,
             created_by=f"pocketfusion {__version__}",
+            target=settings.target,
             files={key: _file(path, partial) for key, path in files.items()},
-            networks=Networks(**{n: _network(pipeline, n, networks[n], row, batch) for n, row in rows.items()}),
+            networks=Networks(**{n: _network(inputs[n], networks[n], row) for n, row in rows.items()}),
             tokenizer=spec,
             latents=specs.latent_spec(pipeline),
             image=specs.image_spec(pipeline),
             scheduler=scheduler,
+            time_embedding=time_embedding_spec(pipeline.unet) if form.time_embedding == "outside" else None,
             guidance=guidance,
             guidance_range=stated.guidance_range if stated else None,
             defaults=defaults,
             licences=licences,
-            provenance=_provenance(folder),
+            provenance=_provenance(folder, settings),
         )
         write_json(partial / MANIFEST, manifest.contents())
         size = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
-    return ExportReport(str(out), size, list(rows.values()), peak_rss())
+    return ExportReport(str(out), size, list(rows.values()), peak_rss(), left_out)
 
 
 def peak_rss() -> int:
     """The process's largest resident memory so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _check(
-    folder: Path, out: Path, weights: Mapping[str, str], steps: int | None, guidance: float | None, overwrite: bool
-) -> dict[str, str]:
-    """Everything that can be refused before minutes of work; returns the weights of all three networks."""
-    for network, kind in weights.items():
-        if network not in NETWORKS or kind not in WEIGHTS:
-            raise PocketfusionError(
-                f"{kind!r} weights for {network!r} are not known: "
-                f"choose {', '.join(WEIGHTS)} for {', '.join(NETWORKS)}"
-            )
-    if steps is not None and not 1 <= steps <= 1000:
-        raise PocketfusionError(f"--steps is {steps}: choose 1 to 1000")
-    if guidance is not None and not np.isfinite(guidance):
-        raise PocketfusionError(f"--guidance is {guidance}: choose a finite number, such as 4")
-    check_folder(folder)
-    check_writable_parent(out)
-    if out.exists() and not overwrite:
-        raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise PocketfusionError(f"{out} exists and is not a bundle: it is not replaced, choose another output path")
-    return {network: weights.get(network, "float32") for network in NETWORKS}
-
-
-def _defaults(folder: Path, stated: Sampling | None, steps: int | None, guidance: float | None) -> Defaults:
-    """Given, else the folder's, else 25 and 4; raises PocketfusionError for a scale other than the one folded in."""
-    known = stated or Sampling(num_inference_steps=25, guidance_scale=4.0)
-    if known.guidance == "folded" and guidance not in (None, known.guidance_scale):
-        raise PocketfusionError(
-            f"--guidance is {guidance:g} but {folder} has {known.guidance_scale:g} folded in: leave --guidance out"
-        )
-    return Defaults(
-        num_inference_steps=known.num_inference_steps if steps is None else steps,
-        guidance_scale=known.guidance_scale if guidance is None else guidance,
-    )
 
 
 @contextmanager
@@ -192,28 +190,44 @@ def _disk_errors(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _write_network(
-    pipeline: StablePipeline, network: str, module: nn.Module, kind: str, file: Path, batch: int
-) -> None:
-    samples = specs.samples(pipeline, batch)[network]
-    if kind == "float32":
-        convert(module, samples, file)
-        return
-    exact = file.with_suffix(".float32.tflite")
-    convert(module, samples, exact)
-    quantize(exact, file, kind)
-    exact.unlink()
+@contextmanager
+def _kept_until_whole(work: Path) -> Iterator[None]:
+    """`work` lasts only over a kill: a run that ends, well or with an error, removes it."""
+    work.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _convert_network(module: nn.Module, samples: specs.Samples, file: Path, settings: ExportSettings) -> None:
+    convert(module, samples, file, TARGETS[settings.target])
+
+
+def _as_the_device_computes(exact: Path, file: Path, chosen: dict[str, Form], settings: ExportSettings) -> Path:
+    """The file that the gate runs on the CPU. The GPU delegate computes dynamic forms in floating point, which a CPU
+    does with the rounded weights unpacked."""
+    if settings.target != "litert-gpu" or not any(form.endswith("dynamic") for form in chosen.values()):
+        return file
+    unpacked = exact.with_suffix(".unpacked.tflite")
+    pack(exact, unpacked, lambda weight: chosen[weight.module], unpacked=True)
+    return unpacked
+
+
+def _label(kind: str | NetworkRecipe, chosen: dict[str, Form]) -> str:
+    if isinstance(kind, str):
+        return kind
+    return next(iter(chosen.values()), "float32") if len(set(chosen.values())) < 2 else "mixed"
 
 
 @torch.no_grad()
-def _network(pipeline: StablePipeline, network: str, module: nn.Module, row: NetworkReport, batch: int) -> Network:
-    inputs = specs.samples(pipeline, batch)[network]
+def _network(inputs: specs.Samples, module: nn.Module, row: NetworkReport) -> Network:
     return Network(
         inputs=specs.tensor_specs(inputs),
         outputs=specs.tensor_specs(module(**inputs)),
         parameters=row.parameters,
         macs=row.macs,
-        weights=row.weights,  # type: ignore[arg-type]  # one of WEIGHTS, checked
+        weights=row.weights,  # type: ignore[arg-type]  # one of the forms, or mixed
         sqnr_db=row.sqnr_db,
         guidance_delta=row.guidance_delta,
     )
@@ -223,6 +237,13 @@ def _file(path: Path, bundle: Path) -> BundleFile:
     return BundleFile(path=path.relative_to(bundle).as_posix(), sha256=sha256_file(path), size=path.stat().st_size)
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
+def _provenance(folder: Path, settings: ExportSettings) -> dict[str, Any]:
     provenance = read_provenance(folder)
-    return {"model_folder": folder_hash(folder)} | ({"model": provenance.model_dump()} if provenance else {})
+    lora = None
+    if settings.lora is not None:
+        lora = {"file": settings.lora.name, "sha256": sha256_file(settings.lora), "scale": settings.lora_scale}
+    return (
+        {"model_folder": folder_hash(folder)}
+        | ({"model": provenance.model_dump()} if provenance else {})
+        | ({"lora": lora} if lora else {})
+    )

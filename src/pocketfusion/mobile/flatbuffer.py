@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
-from torch import nn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _IDENTIFIER = b"TFL3"
 _ALIGNMENT = 16
@@ -109,6 +111,8 @@ def module_chains(module: nn.Module) -> dict[str, tuple[str, bool]]:
 
     A wrapper's own attribute is left out: paths are diffusers' (`down_blocks.0.attentions.0`).
     """
+    from torch import nn  # here, so that reading files needs no torch
+
     root = f"{type(module).__module__}.{type(module).__qualname__}"
     chains = {root: ("", False)}
     for path, child in module.named_modules():

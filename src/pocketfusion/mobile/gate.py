@@ -24,12 +24,12 @@ import numpy as np
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.quiet import quiet
 
-#: Least SQNR in dB, by the network's weights.
-MIN_SQNR = {"float32": 60.0, "float16": 45.0, "int8": 25.0}
+#: Least SQNR in dB, by the coarsest form among the network's weights.
+MIN_SQNR = {"float32": 60.0, "float16": 45.0, "int8": 25.0, "int8-dynamic": 20.0, "int4-dynamic": 6.0}
 #: The same for the text encoder's states at padding.
-MIN_PADDING_SQNR = {"float32": 60.0, "float16": 35.0, "int8": 12.0}
+MIN_PADDING_SQNR = {"float32": 60.0, "float16": 35.0, "int8": 12.0, "int8-dynamic": 8.0, "int4-dynamic": 0.0}
 #: Largest relative error of the guidance delta, by the coarser weights of text encoder and UNet.
-MAX_GUIDANCE_ERROR = {"float32": 0.001, "float16": 0.01, "int8": 0.05}
+MAX_GUIDANCE_ERROR = {"float32": 0.001, "float16": 0.01, "int8": 0.05, "int8-dynamic": 0.1, "int4-dynamic": 0.25}
 
 
 def sqnr(reference: np.ndarray, measured: np.ndarray) -> float:

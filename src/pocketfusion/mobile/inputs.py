@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -108,3 +108,15 @@ def reference_runs(
         runs["decoder"].append({"latents": z.numpy()})
         outputs["decoder"].append(call("decoder", runs["decoder"][-1]))
     return GateInputs(runs, {name: np.stack(values) for name, values in outputs.items()}, prompts, len(rows))
+
+
+@torch.no_grad()
+def tiled(reference: GateInputs, decoder: nn.Module, tile: int) -> GateInputs:
+    """The same inputs for a decoder of `tile` x `tile` latents: the first corner of the last latents of each run."""
+    calls = [{"latents": one["latents"][:, :tile, :tile].copy()} for one in reference.inputs["decoder"]]
+    images = np.stack([decoder(latents=torch.from_numpy(one["latents"]))["image"].numpy() for one in calls])
+    return replace(
+        reference,
+        inputs={**reference.inputs, "decoder": calls},
+        outputs={**reference.outputs, "decoder": images},
+    )

@@ -28,18 +28,7 @@ def merge_lora(pipeline: StablePipeline, file: Path, scale: float = 1.0) -> int:
     Naming and merging are diffusers' and PEFT's.
     Raises PocketfusionError if the file is no LoRA, is one of another base, or `scale` is not finite.
     """
-    if not math.isfinite(scale):
-        raise PocketfusionError(f"--lora-scale is {scale}: choose a finite number, 1 for the adapter as trained")
-    try:
-        state = load_file(str(file))
-        with safe_open(str(file), "pt") as opened:
-            settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except FileNotFoundError:
-        raise PocketfusionError(f"there is no LoRA at {file}: check the path") from None
-    except (OSError, SafetensorError, ValueError):
-        raise PocketfusionError(f"{file} is not a safetensors file: only safetensors adapters are read") from None
-    if not any("lora" in key.lower() for key in state):
-        raise PocketfusionError(f"{file} holds no LoRA: none of its {len(state)} tensors is named lora")
+    state, settings = check_lora(file, scale)
     if not any(key.startswith((*_PARTS, "lora_")) for key in state):  # `unet.save_lora_adapter` leaves its name out
         state = {f"unet.{key}": value for key, value in state.items()}
         settings = {f"unet.{key}": value for key, value in settings.items()}
@@ -60,6 +49,23 @@ def merge_lora(pipeline: StablePipeline, file: Path, scale: float = 1.0) -> int:
         pipeline.fuse_lora(lora_scale=scale, adapter_names=[_NAME])
         pipeline.unload_lora_weights()
     return len({_path(key) for key in state} - {_path(key) for key in kept})
+
+
+def check_lora(file: Path, scale: float) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The adapter's tensors and settings; raises PocketfusionError as `merge_lora` does for what is none."""
+    if not math.isfinite(scale):
+        raise PocketfusionError(f"--lora-scale is {scale}: choose a finite number, 1 for the adapter as trained")
+    try:
+        state = load_file(str(file))
+        with safe_open(str(file), "pt") as opened:
+            settings: dict[str, Any] = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except FileNotFoundError:
+        raise PocketfusionError(f"there is no LoRA at {file}: check the path") from None
+    except (OSError, SafetensorError, ValueError):
+        raise PocketfusionError(f"{file} is not a safetensors file: only safetensors adapters are read") from None
+    if not any("lora" in key.lower() for key in state):
+        raise PocketfusionError(f"{file} holds no LoRA: none of its {len(state)} tensors is named lora")
+    return state, settings
 
 
 def _path(key: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -12,7 +13,8 @@ from torch import nn
 from pocketfusion.mobile import gate, specs
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
 from pocketfusion.mobile.inputs import GateInputs
-from pocketfusion.mobile.pack import FORMS
+from pocketfusion.mobile.pack import FORMS, Form
+from pocketfusion.mobile.unet_form import UNetForm, joined
 from pocketfusion.mobile.wrappers import StablePipeline
 
 
@@ -35,28 +37,49 @@ class NetworkReport:
     guidance_delta: float | None = None
 
 
-def run_file(file: Path, network: str, reference: GateInputs, embeds: np.ndarray | None = None) -> np.ndarray:
-    """The file's outputs on the gate's inputs; with `embeds`, the UNet attends to these instead of PyTorch's."""
+def run_file(
+    file: Path,
+    network: str,
+    reference: GateInputs,
+    form: UNetForm | None = None,
+    unet: Any = None,
+    embeds: np.ndarray | None = None,
+) -> np.ndarray:
+    """The file's outputs on the gate's inputs; with `embeds`, the UNet attends to these instead of PyTorch's.
+
+    `form` is that of a UNet's file, `unet` the network that it was made from.
+    """
     inputs = reference.inputs[network]
+    output = {"text_encoder": "prompt_embeds", "unet": "noise_pred", "decoder": "image"}[network]
+    if form is None:
+        return gate.run(file, inputs, output, DEFAULT_SIGNATURE)
     if embeds is not None:
         states = [np.concatenate([embeds[prompt] for prompt in prompts]) for prompts in reference.prompts]
         inputs = [one | {"encoder_hidden_states": s} for one, s in zip(inputs, states, strict=True)]
-    output = {"text_encoder": "prompt_embeds", "unet": "noise_pred", "decoder": "image"}[network]
-    return gate.run(file, inputs, output, DEFAULT_SIGNATURE)
+    calls = [form.calls(one, unet.time_proj) for one in inputs]
+    outputs = gate.run(file, [call for part in calls for call in part], form.output, DEFAULT_SIGNATURE)
+    return joined(outputs, [len(part) for part in calls])
 
 
 def measure(
     network: str,
-    kinds: Mapping[str, str],
+    label: str,
+    forms: Mapping[str, Form],
     file: Path,
     module: nn.Module,
     pipeline: StablePipeline,
     measured: np.ndarray,
     reference: GateInputs,
     embeds: np.ndarray | None,
+    form: UNetForm | None = None,
 ) -> NetworkReport:
-    """The network's figures; raises PocketfusionError if one misses its gate."""
-    expected, kind, coarser = reference.outputs[network], kinds[network], _coarser(kinds)
+    """The network's figures; raises PocketfusionError if one misses its gate.
+
+    `label` names its weights in the report; `forms` has the coarsest form of it and of the networks before it, which
+    set the gates.
+    """
+    expected, kind = reference.outputs[network], forms[network]
+    coarser = max((forms[name] for name in ("text_encoder", "unet") if name in forms), key=FORMS.index)
     padding = chain = delta = None
     if network == "text_encoder":
         tokens = np.stack([one["attention_mask"] for one in reference.inputs[network]]).astype(bool)
@@ -68,7 +91,7 @@ def measure(
         sqnr = gate.sqnr(expected, measured)
     gate.check_sqnr(network.replace("_", " "), kind, sqnr)
     if network == "unet":
-        fed = run_file(file, network, reference, embeds)
+        fed = run_file(file, network, reference, form, pipeline.unet, embeds)
         chain = gate.sqnr(expected, fed)
         delta = gate.guidance_delta(reference.by_step(expected), reference.by_step(fed))
         if delta is not None:
@@ -76,7 +99,7 @@ def measure(
         gate.check_sqnr("unet, fed by the exported text encoder,", coarser, chain)
     return NetworkReport(
         name=network,
-        weights=kind,
+        weights=label,
         size=file.stat().st_size,
         parameters=sum(p.numel() for p in module.parameters()),
         macs=specs.multiply_adds(module, specs.samples(pipeline, batch=1)[network]),
@@ -85,8 +108,3 @@ def measure(
         chain_sqnr_db=None if chain is None else round(chain, 2),
         guidance_delta=None if delta is None else round(delta, 5),
     )
-
-
-def _coarser(kinds: Mapping[str, str]) -> str:
-    """The coarser weights of text encoder and UNet."""
-    return max((kinds["text_encoder"], kinds["unet"]), key=FORMS.index)

@@ -56,10 +56,11 @@ def storable(form: Form, operation: str) -> Form:
     return form
 
 
-def pack(source: Path, target: Path, choose: Callable[[Weight], Form]) -> dict[str, Form]:
+def pack(source: Path, target: Path, choose: Callable[[Weight], Form], *, unpacked: bool = False) -> dict[str, Form]:
     """Writes the float32 file `source` at `target` with each weight in the form that `choose` gives; atomically.
 
-    Returns the form of each layer by its module's name. Inputs, outputs and all other tensors stay float32.
+    Returns the form of each layer by its module's name. Inputs, outputs and all other tensors stay float32. With
+    `unpacked` the weights are rounded but stored as float32: what a device computes that unpacks them.
     """
     model = read(source)
     chosen: dict[str, Form] = {}
@@ -67,11 +68,33 @@ def pack(source: Path, target: Path, choose: Callable[[Weight], Form]) -> dict[s
         form = storable(choose(weight), weight.operation)
         chosen[weight.module] = form
         if form != "float32":
-            _store(model, weight, form)
+            (_round if unpacked else _store)(model, weight, form)
     _drop_unused(model)
     with atomic_file(target) as partial:
         write(model, partial)
     return chosen
+
+
+def rounded(values: np.ndarray, form: Form, axis: int = 0) -> np.ndarray:
+    """`values` as `form` stores them, in float32."""
+    if form == "float32":
+        return values
+    if form == "float16":
+        return _halves(values).astype(np.float32)
+    integers, scale = round_weights(values, _BITS[form], axis)
+    return integers * scale.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
+
+
+def _halves(values: np.ndarray) -> npt.NDArray[np.float16]:
+    return np.clip(values, -65504, 65504).astype(np.float16)
+
+
+def _round(model: Any, weight: Weight, form: Form) -> None:
+    graph = next(g for g in model.subgraphs if any(weight.tensor in o.inputs for o in g.operators))
+    values = rounded(weight.values, form, channel_axis(weight.operation)).astype(np.float32)
+    graph.tensors[weight.tensor].buffer = len(model.buffers)
+    model.buffers.append(schema.BufferT())
+    model.buffers[-1].data = values.reshape(-1).view(np.uint8)
 
 
 def _store(model: Any, weight: Weight, form: Form) -> None:
@@ -81,7 +104,7 @@ def _store(model: Any, weight: Weight, form: Form) -> None:
     stored.shape, stored.name = tensor.shape, f"{weight.module}.weight#{len(graph.tensors)}"
     if form == "float16":
         stored.type = schema.TensorType.FLOAT16
-        data = np.clip(weight.values, -65504, 65504).astype(np.float16).reshape(-1).view(np.uint8)
+        data = _halves(weight.values).reshape(-1).view(np.uint8)
     else:
         axis = channel_axis(weight.operation)
         integers, scale = round_weights(weight.values, _BITS[form], axis)
@@ -111,7 +134,7 @@ def nibbles(integers: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     flat = integers.reshape(-1).view(np.uint8) & 0xF
     if len(flat) % 2:
         flat = np.append(flat, np.uint8(0))
-    return flat[::2] | (flat[1::2] << 4)
+    return flat[::2] | (flat[1::2] << np.uint8(4))
 
 
 def _dequantize(model: Any) -> int:

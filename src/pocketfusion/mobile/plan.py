@@ -93,11 +93,18 @@ def plan(
     for name, probe in probes.items():
         kept: list[Layer] = []
 
-        def done(layer: Layer, index: int, count: int, name: str = name, kept: list[Layer] = kept) -> None:
+        def done(
+            layer: Layer,
+            index: int,
+            count: int,
+            name: str = name,
+            kept: list[Layer] = kept,
+            before: Sensitivity = sensitivity,
+        ) -> None:
             progress(f"{name.replace('_', ' ')}: {layer.name}", index + 1, count)
             kept.append(layer)
-            if analysis is not None and (index % 20 == 19 or index == count - 1):
-                save(sensitivity.model_copy(update={"networks": {**sensitivity.networks, name: kept}}), analysis)
+            if analysis is not None and index % 20 == 19:
+                save(before.model_copy(update={"networks": {**before.networks, name: kept}}), analysis)
 
         layers = analyse(probe, chosen_forms, target, known.networks.get(name, ()), done)
         sensitivity = sensitivity.model_copy(update={"networks": {**sensitivity.networks, name: layers}})
@@ -111,9 +118,8 @@ def plan(
     else:
         assert min_sqnr is not None
         plans = [_within(name, options[name], probes[name], target, min_sqnr) for name in NETWORKS]
-    recipe = WeightRecipe(
-        model=sensitivity.model, target=target, **{one.name: NetworkRecipe.listing(one.forms) for one in plans}
-    )
+    listed = {one.name: NetworkRecipe.listing(one.forms) for one in plans}
+    recipe = WeightRecipe.model_validate({"model": sensitivity.model, "target": target, **listed})
     return Plan(recipe, sensitivity, plans)
 
 
@@ -128,7 +134,7 @@ def _check(forms: Sequence[str], min_sqnr: float | None, max_mb: float | None, s
             raise PocketfusionError(f"{option} is {value:g}: choose a number above 0")
     if not 1 <= samples <= 10:
         raise PocketfusionError(f"--samples is {samples}: choose 1 to 10, the sampling steps of the gate's runs")
-    return tuple(forms)  # type: ignore[return-value]  # checked
+    return tuple(forms)  # type: ignore[arg-type]  # checked
 
 
 def _known(analysis: Path | None, model: str, target: TargetName, samples: int) -> Sensitivity:

@@ -1,4 +1,4 @@
-"""Which form each layer's weight takes: a kind for the whole network with sensible exceptions, or a recipe's choice."""
+"""Which form each layer's weight takes: one for the whole network with sensible exceptions, or a recipe's choice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.flatbuffer import Weight, read, weights
 from pocketfusion.mobile.gate import sqnr
-from pocketfusion.mobile.pack import FORMS, Form, channel_axis, pack, round_weights
+from pocketfusion.mobile.pack import FORMS, Form, channel_axis, pack, rounded
 from pocketfusion.mobile.targets import TargetName
 from pocketfusion.mobile.weight_recipe import NetworkRecipe
 
@@ -25,9 +25,7 @@ KEPT = re.compile(r"(time_embedding|conv_in|conv_out|post_quant_conv|decoder\.co
 
 def rounding_sqnr(values: np.ndarray, axis: int = 0) -> float:
     """SQNR in dB of symmetric int8 rounding of `values`, one scale per index of `axis`."""
-    integers, scale = round_weights(values, 8, axis)
-    shape = [-1 if i == axis else 1 for i in range(values.ndim)]
-    return sqnr(values, integers * scale.reshape(shape))
+    return sqnr(values, rounded(values, "int8", axis))
 
 
 def for_target(form: Form, target: TargetName) -> Form:
@@ -42,12 +40,10 @@ def default_form(weight: Weight, kind: Form, target: TargetName = "litert-cpu") 
     """The form of one layer where the whole network is to be of `kind`."""
     if kind in ("float32", "float16"):
         return kind
-    if weight.operation != "EMBEDDING_LOOKUP":
-        if KEPT.fullmatch(weight.module) or rounding_sqnr(weight.values, channel_axis(weight.operation)) < (
-            MIN_WEIGHT_SQNR
-        ):
-            return "float16"
-    return for_target(kind, target)
+    kept = weight.operation != "EMBEDDING_LOOKUP" and (
+        KEPT.fullmatch(weight.module) or rounding_sqnr(weight.values, channel_axis(weight.operation)) < MIN_WEIGHT_SQNR
+    )
+    return "float16" if kept else for_target(kind, target)
 
 
 def quantize(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pocketfusion.mobile.pack import _BITS, Form, round_weights, storable
+from pocketfusion.mobile.pack import Form, rounded, storable
 from pocketfusion.mobile.targets import TargetName
 
 #: Modules whose weights are quantised, and the operation that each becomes.
@@ -25,7 +25,7 @@ _LAYERS: dict[type[nn.Module], str] = {
 }
 
 
-def quantizable(network: nn.Module) -> dict[str, nn.Module]:
+def quantizable(network: nn.Module) -> dict[str, Any]:
     """The layers of `network` that have a form, by name."""
     return {name: module for name, module in network.named_modules() if type(module) in _LAYERS}
 
@@ -33,18 +33,6 @@ def quantizable(network: nn.Module) -> dict[str, nn.Module]:
 def layer_operation(layer: nn.Module) -> str:
     """The `.tflite` operation that a layer becomes."""
     return _LAYERS[type(layer)]
-
-
-def rounded(weight: torch.Tensor, form: Form, operation: str) -> torch.Tensor:
-    """`weight` as its form stores it, in float32."""
-    form = storable(form, operation)
-    if form == "float32":
-        return weight
-    if form == "float16":
-        return weight.clamp(-65504, 65504).half().float()
-    integers, scale = round_weights(weight.detach().numpy(), _BITS[form])
-    shape = [-1] + [1] * (weight.ndim - 1)
-    return torch.from_numpy(integers).float() * torch.from_numpy(scale).reshape(shape)
 
 
 def rounded_activations(x: torch.Tensor, operation: str) -> torch.Tensor:
@@ -65,7 +53,7 @@ def simulated(network: nn.Module, forms: Mapping[str, Form], target: TargetName 
             layer = layers[name]
             operation = layer_operation(layer)
             exact = layer.weight.data
-            layer.weight.data = rounded(exact, form, operation)
+            layer.weight.data = torch.from_numpy(rounded(exact.numpy(), storable(form, operation)))
             undo.callback(setattr, layer.weight, "data", exact)
             if form.endswith("dynamic") and target == "litert-cpu" and operation != "EMBEDDING_LOOKUP":
                 undo.callback(layer.register_forward_pre_hook(_rounding(operation)).remove)

@@ -1,4 +1,4 @@
-"""The weight recipe: a YAML file that says for each layer how its weights are stored, made by `quantize`, then applied.
+"""A YAML file that says for each layer how its weights are stored: `quantize` makes it, `export` applies it.
 
 Analyse, choose, apply are three steps, as in Apple's mixed-bit palettisation: the file between them can be read,
 edited and kept with the model.
@@ -54,7 +54,7 @@ class NetworkRecipe(_Strict):
     rules: tuple[Rule, ...] = ()
 
     def forms(self, layers: Sequence[str]) -> dict[str, Form]:
-        """The form of each of `layers`. Raises PocketfusionError for a rule that takes none, with the nearest names."""
+        """The form of each of `layers`; raises PocketfusionError for a rule that takes none, with near names."""
         for rule in self.rules:
             if not any(rule.takes(layer) for layer in layers):
                 plain = rule.match.replace("\\", "")

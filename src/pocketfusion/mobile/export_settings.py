@@ -1,0 +1,128 @@
+"""What an export is asked for, checked before minutes of work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from pocketfusion.artefact import check_writable_parent, sha256_file
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import check_folder, folder_hash
+from pocketfusion.mobile.lora import check_lora
+from pocketfusion.mobile.pack import FORMS
+from pocketfusion.mobile.targets import TargetName
+from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
+from pocketfusion.mobile.wrappers import StablePipeline
+from pocketfusion.models.sampling import Sampling
+from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, Defaults
+from pocketfusion.runtime.tiles import check_tile
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How a folder is exported; the command's options by their names.
+
+    `weights`: per network a form of all its weights, float32 where not given; `recipe`, a weight recipe's file, gives
+    each layer's instead. `two_calls`: classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM
+    step in the UNet's graph. `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and
+    width of the pictures in pixels, the folder's where None.
+    """
+
+    weights: Mapping[str, str] = field(default_factory=dict)
+    recipe: Path | None = None
+    target: TargetName = "litert-cpu"
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    two_calls: bool = False
+    scheduler_step: bool = False
+    decoder_tile: int | None = None
+    size: tuple[int, int] | None = None
+    lora: Path | None = None
+    lora_scale: float = 1.0
+
+    def check(self, folder: Path, out: Path, overwrite: bool) -> None:
+        """Raises PocketfusionError for whatever can be refused before anything is loaded."""
+        for network, kind in self.weights.items():
+            if network not in NETWORKS or kind not in FORMS:
+                raise PocketfusionError(
+                    f"{kind!r} weights for {network!r} are not known: "
+                    f"choose {', '.join(FORMS)} for {', '.join(NETWORKS)}"
+                )
+        if self.num_inference_steps is not None and not 1 <= self.num_inference_steps <= 1000:
+            raise PocketfusionError(f"--steps is {self.num_inference_steps}: choose 1 to 1000")
+        if self.guidance_scale is not None and not np.isfinite(self.guidance_scale):
+            raise PocketfusionError(f"--guidance is {self.guidance_scale}: choose a finite number, such as 4")
+        if self.recipe is not None and any(kind != "float32" for kind in self.weights.values()):
+            raise PocketfusionError("--recipe and --weights both say how weights are stored: give one of them")
+        check_folder(folder)
+        check_writable_parent(out)
+        if out.exists() and not overwrite:
+            raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
+        if out.exists() and not (out / MANIFEST).is_file():
+            raise PocketfusionError(
+                f"{out} exists and is not a bundle: it is not replaced, choose another output path"
+            )
+        if self.lora is not None:
+            check_lora(self.lora, self.lora_scale)
+
+    def kinds(self) -> dict[str, str | NetworkRecipe]:
+        """How the weights of each network are stored; raises PocketfusionError if the recipe is damaged."""
+        if self.recipe is None:
+            return {network: self.weights.get(network, "float32") for network in NETWORKS}
+        recipe = WeightRecipe.load(self.recipe)
+        if recipe.target != self.target:
+            raise PocketfusionError(
+                f"{self.recipe} was made for {recipe.target}: export with --target {recipe.target} or make one for "
+                f"{self.target}"
+            )
+        return {network: getattr(recipe, network) for network in NETWORKS}
+
+    def defaults(self, folder: Path, stated: Sampling | None) -> Defaults:
+        """Given, else the folder's, else 25 and 4; raises PocketfusionError for a scale that is not the folded one."""
+        known = stated or Sampling(num_inference_steps=25, guidance_scale=4.0)
+        if known.guidance == "folded" and self.guidance_scale not in (None, known.guidance_scale):
+            raise PocketfusionError(
+                f"--guidance is {self.guidance_scale:g} but {folder} has {known.guidance_scale:g} folded in: "
+                "leave --guidance out"
+            )
+        steps, scale = self.num_inference_steps, self.guidance_scale
+        return Defaults(
+            num_inference_steps=known.num_inference_steps if steps is None else steps,
+            guidance_scale=known.guidance_scale if scale is None else scale,
+        )
+
+    def resize(self, pipeline: StablePipeline) -> None:
+        """Sets the size of the pipeline's latents to that of the pictures asked for.
+
+        Raises PocketfusionError for sizes that the networks cannot halve often enough, and for a tile beyond them.
+        """
+        unet, vae = pipeline.unet.config, pipeline.vae.config
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        step = factor * 2 ** (len(unet.block_out_channels) - 1)
+        if self.size is not None:
+            for pixels in self.size:
+                if pixels < step or pixels % step:
+                    near = max(step, step * round(pixels / step))
+                    raise PocketfusionError(
+                        f"--size has {pixels} pixels: this model's pictures are multiples of {step}, such as {near}"
+                    )
+            pipeline.unet.register_to_config(sample_size=[pixels // factor for pixels in self.size])
+        if self.decoder_tile is not None:
+            side = pipeline.unet.config.sample_size
+            height, width = (side, side) if isinstance(side, int) else side
+            check_tile(self.decoder_tile, height, width)
+
+    def conversion_key(self, folder: Path, network: str) -> str:
+        """Names the converted network: another folder, adapter, form or version gives another key."""
+        # what is not in the float32 graph is left out
+        said = {k: v for k, v in asdict(self).items() if k not in ("weights", "recipe", "num_inference_steps")}
+        said["lora"] = None if self.lora is None else sha256_file(self.lora)
+        made_by = [version(package) for package in ("litert-torch", "torch", "diffusers", "pocketfusion")]
+        parts = [folder_hash(folder), network, json.dumps(said, sort_keys=True, default=str), *made_by]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
