@@ -8,18 +8,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pocketfusion.runtime.pipeline import Pipeline
+    from pocketfusion.runtime.residency import Mode
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(bundle: str | Path | None = None, *, num_threads: int | None = None) -> Pipeline:
+def load(
+    bundle: str | Path | None = None,
+    *,
+    num_threads: int | None = None,
+    mode: Mode | None = None,
+    memory_budget: float | None = None,
+) -> Pipeline:
     """Loads the bundle at `bundle` (default: the embedded one) on `num_threads` threads (default: all cores).
 
-    Raises PocketfusionError if the bundle is missing, altered, damaged or from a newer version.
+    `mode` (`resident`, `pipelined` or `sequential`) says which networks are in memory when; `memory_budget`, in MB for
+    the whole process, chooses the fastest one that fits.
+    Raises PocketfusionError if the bundle is missing, altered, damaged or from a newer version, or does not fit.
 
     >>> pocketfusion.load().generate("a red apple").images[0].save("apple.png")
     """
     from pocketfusion.runtime.pipeline import Pipeline
 
-    return Pipeline.load(bundle, num_threads)
+    return Pipeline.load(bundle, num_threads, mode=mode, memory_budget=memory_budget)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from pocketfusion.runtime.manifest import Guidance
     from pocketfusion.runtime.pipeline import Array, GenerationResult, Pipeline
+    from pocketfusion.runtime.residency import Mode
 
 
 @app.command("generate")
@@ -42,12 +43,29 @@ def generate_command(
         Path | None, typer.Option("--json", metavar="FILE", help="Write settings, times and memory as JSON.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads. Default: all cores.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "--mode", help="resident (all networks in memory), pipelined (UNet and one other) or sequential (one)."
+        ),
+    ] = None,
+    memory_budget: Annotated[
+        float | None, typer.Option("--memory-budget", metavar="MB", help="Choose the fastest mode that fits.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE.json", help="Write what was in memory when, and FILE.png of it."),
+    ] = None,
 ) -> None:
     """Draw pictures of a prompt with a bundle, on LiteRT.
 
     With `--count`, OUT.png becomes OUT_0.png, OUT_1.png, … and a contact sheet OUT_sheet.png.
     """
     _check_outputs(output, preview, json_file)
+    if preview is not None and mode == "sequential":
+        raise PocketfusionError(
+            "--preview needs the decoder beside the UNet: leave it out, or choose --mode pipelined"
+        )
     from rich.console import Console
 
     from pocketfusion.artefact import write_json
@@ -57,7 +75,9 @@ def generate_command(
     console = Console(markup=False, highlight=False, soft_wrap=True)
     notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     with _Bar(notes) as bar:
-        pipeline = Pipeline.load(bundle, threads)
+        pipeline = Pipeline.load(
+            bundle, threads, mode=cast("Mode | None", mode), memory_budget=memory_budget, trace=trace
+        )
         num_steps = pipeline.manifest.defaults.num_inference_steps if steps is None else steps
         bar.start(count, num_steps)
 
@@ -81,6 +101,10 @@ def generate_command(
     if json_file is not None:
         write_json(json_file, record(pipeline, result, files, sheet))
     _report(console, result, files, sheet, pipeline.manifest.guidance)
+    if memory_budget is not None:
+        console.print(f"mode {pipeline.mode}, chosen for a budget of {memory_budget:g} MB")
+    if trace is not None:
+        console.print(f"{trace}  {pipeline.trace.picture}  timeline of memory")
 
 
 def _check_outputs(output: Path, preview: Path | None, json_file: Path | None) -> None:
@@ -143,10 +167,11 @@ def _save_preview(
     """Writes the picture of `latents` after a step: step_01.png, or 3_step_01.png for picture 3 of several."""
     from pocketfusion.runtime.output import save_png
 
+    picture = pipeline.decode(latents)
     folder.mkdir(exist_ok=True)
     prefix = f"{image[0]:0{len(str(image[1] - 1))}}_" if image[1] > 1 else ""
     name = f"{prefix}step_{step[0] + 1:0{len(str(step[1]))}}.png"
-    save_png(pipeline.decode(latents), folder / name, {"step": f"{step[0] + 1} of {step[1]}"})
+    save_png(picture, folder / name, {"step": f"{step[0] + 1} of {step[1]}"})
 
 
 def _save(pipeline: Pipeline, result: GenerationResult, output: Path) -> tuple[list[Path], Path | None]:
@@ -175,7 +200,7 @@ def _report(
     if sheet is not None:
         console.print(f"{sheet}  contact sheet")
     timings, steps = result.timings, result.num_inference_steps
-    memory = f", peak memory {result.peak_rss / 2**20:.0f} MiB" if result.peak_rss else ""
+    memory = f", peak memory {result.peak_rss / 1e6:.0f} MB" if result.peak_rss else ""
     kind = "" if guidance == "classifier-free" else f"{guidance} "
     pace = f"{1000 * statistics.median(timings.steps):.1f} ms"
     console.print(

@@ -30,9 +30,7 @@ class Denoiser:
         has its timesteps set."""
         self.unet, self.scheduler, self.scale = unet, scheduler, float(scale)
         self._embedding = manifest.time_embedding
-        states = unet.spec.input("encoder_hidden_states")
-        assert states is not None
-        self._batch = states.shape[0]
+        self._batch = unet.spec.batch
         self._folded = unet.spec.input("step_coefficients") is not None
         #: the text inputs of one step's calls: both rows in one, or a call for each where the UNet takes one row
         rows = prompt_embeds if scale != 1 or self._batch == 2 else prompt_embeds[-1:]

@@ -101,6 +101,7 @@ def record(pipeline: Pipeline, result: GenerationResult, files: Sequence[Path], 
             "total": timings.total,
         },
         "peak_rss": result.peak_rss,
+        "mode": pipeline.mode,
         "warnings": result.warnings,
         **environment(pipeline),
     }

@@ -64,6 +64,11 @@ class Network(Strict):
         """The input called `name`, None if the network has none."""
         return next((tensor for tensor in self.inputs if tensor.name == name), None)
 
+    @property
+    def batch(self) -> int:
+        """Predictions of one call: the UNet's rows of text, else the first input's first extent."""
+        return (self.input("encoder_hidden_states") or self.inputs[0]).shape[0]
+
 
 class Networks(Strict):
     """The three networks of a bundle."""
