@@ -6,4 +6,4 @@ from pocketfusion.cli import data, train
 from pocketfusion.cli import profile, elastic, evolve, remove, architecture
 from pocketfusion.cli import distill, distill_decoder, distill_guidance, distill_consistency
 from pocketfusion.cli import score, evaluate
-from pocketfusion.cli import quantize, export
+from pocketfusion.cli import quantize, export, check, bench

@@ -1,0 +1,153 @@
+"""`check`: does a bundle or a `.tflite` file run on a phone's GPU, all of it and rightly."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pocketfusion.cli import app
+from pocketfusion.errors import PocketfusionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pocketfusion.mobile.delegate.check import GraphCheck, Report
+
+#: Rows of a table's lists that are printed; all are in the JSON.
+_ROWS = 12
+_WRONG = "the GPU's numbers differ from the CPU's"
+
+
+@app.command("check")
+def check_command(
+    path: Annotated[Path, typer.Argument(help="Bundle or .tflite file.", show_default=False)],
+    static: Annotated[bool, typer.Option("--static", help="Judge by the rules alone, without a GPU stack.")] = False,
+    stack: Annotated[
+        str | None, typer.Option(help="GPU stack to ask, by name. Default: the best per precision.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or fp16. Default: each that a stack here has.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one compilation with its run.")] = 600,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report here.")
+    ] = None,
+) -> None:
+    """Compile every network on LiteRT's GPU delegate and compare its numbers with the CPU's.
+
+    Names each refused operation, its module and the rewrite that cures it, and the layers whose numbers fp16 may not
+    hold. Exits with code 1 if anything falls off the GPU or comes out wrong.
+    """
+    from rich.console import Console
+
+    from pocketfusion.artefact import check_writable_parent, write_json
+
+    if precision not in (None, "fp32", "fp16"):
+        raise PocketfusionError(f"the precision is {precision!r}: choose fp32 or fp16")
+    if threads < 1 or not timeout > 0:
+        raise PocketfusionError(f"there are {threads} threads and {timeout:g} s: choose numbers above zero")
+    if json_file:
+        check_writable_parent(json_file)
+    from pocketfusion.mobile.delegate.check import PRECISIONS, check
+
+    console, notes = (Console(stderr=error, highlight=False, markup=False, soft_wrap=True) for error in (False, True))
+    with notes.status("reading") as status:
+        report = check(
+            path,
+            static=static,
+            stack=stack,
+            precisions=(precision,) if precision else PRECISIONS,
+            threads=threads,
+            timeout=timeout,
+            progress=status.update,
+        )
+    _print(report, static, console)
+    if json_file:
+        write_json(json_file, report.as_dict())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _print(report: Report, static: bool, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from pocketfusion.mobile.delegate.stack import ADVICE
+
+    for stack in report.stacks:
+        console.print(f"GPU stack {stack.name}: {stack.adapter}, {' and '.join(stack.precisions)}")
+    if not report.stacks:
+        why = "as asked" if static else f"no GPU stack works here: {ADVICE}"
+        console.print(f"static verdict, by the rules alone ({why})", style="yellow")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("network", no_wrap=True)
+    for title in ("ops on GPU", "rejected", "FP32 dB/error", "FP16 dB/error", "at risk"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for graph in report.graphs:
+        table.add_row(*_row(graph, report))
+    console.print(table)
+    for graph in report.graphs:
+        _details(graph, console)
+    console.print(
+        "all of it runs on the GPU delegate"
+        if report.passed
+        else "not all of it runs on the GPU delegate, or rightly",
+        style="green" if report.passed else "red",
+    )
+
+
+def _title(graph: GraphCheck, graphs: tuple[GraphCheck, ...]) -> str:
+    several = sum(other.network == graph.network for other in graphs) > 1
+    return f"{graph.network} {graph.signature}" if several else graph.network
+
+
+def _row(graph: GraphCheck, report: Report) -> list[str]:
+    on_gpu = 0 if graph.failure else graph.operations - len(graph.refused)
+    cells = [_title(graph, report.graphs), f"{on_gpu:,}/{graph.operations:,}", f"{len(graph.refused):,}"]
+    for precision in ("fp32", "fp16"):
+        found = next((one for one in graph.parities if one.precision == precision), None)
+        wrong = "NaN" if found is not None and not found.finite else ""
+        cells.append(wrong if found is None or wrong else f"{found.sqnr_db:.1f} / {found.max_error:.0e}")
+    return [*cells, "" if graph.ranges is None else str(sum(risk.certain for risk in graph.ranges.risks))]
+
+
+def _details(graph: GraphCheck, console: Console) -> None:
+    lines = [f"  {_WRONG}: {p.precision} on {p.stack}" for p in graph.parities if not p.right]
+    groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
+    for one in graph.refused:
+        place = f"#{one.index} {one.module or 'module unknown'}: {one.tensors}"
+        groups.setdefault((one.operation, re.sub(r"\d+", "N", one.reason), one.cure), []).append((one.reason, place))
+    for (operation, _, cure), members in groups.items():
+        places = [place for _, place in members]
+        lines.append(f"  {len(places)} × {operation}: {members[0][0]}")
+        lines.append(f"    cure: {cure}")
+        lines += [f"    {place}" for place in places[:3]]
+        if len(places) > 3:
+            lines.append(f"    … and {len(places) - 3} more")
+    if graph.failure:
+        lines.append(f"  the graph fails as a whole: {graph.failure}")
+    if graph.culprit:
+        lines.append(f"  at fault: {graph.culprit}")
+    if graph.ranges:
+        where = graph.ranges.largest_module or "module unknown"
+        lines.append(f"  largest activation: {graph.ranges.largest:,.4g} of {where}; fp16 ends at 65,504")
+    risks = graph.ranges.risks if graph.ranges else ()
+    for risk in risks[:_ROWS]:
+        word = "beyond fp16" if risk.certain else "near fp16's limits"
+        where = risk.module or "module unknown"
+        lines.append(
+            f"  {word}: #{risk.index} {risk.operation} of {where}, {risk.kind} ({risk.value:.3g}); {risk.cure}"
+        )
+    if len(risks) > _ROWS:
+        lines.append(f"  … and {len(risks) - _ROWS} more at risk")
+    lines += [f"  {note}" for note in graph.notes]
+    if graph.refused and not any(one.module for one in graph.refused):
+        lines.append("  the file does not name its modules: export it again with this version for their paths")
+    if graph.inputs == "seeded" and (graph.parities or graph.ranges):
+        lines.append("  inputs: seeded normal numbers, not real ones; check a bundle for real ranges")
+    if lines:
+        console.print(f"{graph.network}:")
+        for line in lines:
+            console.print(line)

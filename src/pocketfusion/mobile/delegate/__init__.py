@@ -1,0 +1,1 @@
+"""Which operations of a `.tflite` file LiteRT's GPU delegate takes, what it computes, and what cures the rest."""
