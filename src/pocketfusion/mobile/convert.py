@@ -13,6 +13,7 @@ from pocketfusion.artefact import atomic_file, check_writable_parent
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.flatbuffer import module_chains, read, rename, write
 from pocketfusion.mobile.rewrites import rewrite
+from pocketfusion.mobile.rewrites.base import contiguous
 from pocketfusion.mobile.targets import TARGETS, Target
 from pocketfusion.quiet import quiet
 
@@ -38,7 +39,7 @@ def convert(
         litert_torch.config.show_progress = False
         converter = litert_torch.Converter()
         rewritten, counts = rewrite(module, target)
-        converter.add_signature(DEFAULT_SIGNATURE, rewritten, sample_kwargs=dict(samples))
+        converter.add_signature(DEFAULT_SIGNATURE, contiguous(rewritten), sample_kwargs=dict(samples))
         try:
             model = converter.convert()
         except OSError:

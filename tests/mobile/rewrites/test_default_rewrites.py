@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.convert import convert
+from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.flatbuffer import operations
+from pocketfusion.mobile.gate import run
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.rewrites.norms import GroupNormNHWC
 from pocketfusion.mobile.rewrites.silu import SiLUNHWC
+from pocketfusion.mobile.targets import Limits, Target
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 7), (2, 12, 9)])
@@ -62,18 +64,33 @@ def test_unknown_pass() -> None:
 
 
 class _Block(nn.Module):
-    """SD's residual branch, NHWC outside."""
+    """`layers`, NHWC outside."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.layers = layers
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"y": self.layers(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)}
 
 
 def test_residual_branch_is_nhwc_inside(tmp_path: Path) -> None:
-    convert(_Block(), {"x": torch.randn(1, 6, 6, 8)}, tmp_path / "block.tflite")
+    branch = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1))
+    convert(_Block(branch), {"x": torch.randn(1, 6, 6, 8)}, tmp_path / "block.tflite")
     (counts,) = operations(tmp_path / "block.tflite")
     assert counts["CONV_2D"] == 1
     assert counts["TRANSPOSE"] == 0 and counts["BROADCAST_TO"] == 0
+
+
+def test_slices_of_a_weight_convert(tmp_path: Path) -> None:
+    """litert-torch frees its copies of weights that are not contiguous before it has read them, now and then."""
+    conv = nn.Conv2d(32, 8, 3, padding=1)
+    conv.weight = nn.Parameter(conv.weight.to(memory_format=torch.channels_last))
+    before = conv.weight.stride()
+    x = torch.randn(1, 6, 6, 32)
+    target = Target(name="litert-gpu", rewrites=("serialise-conv",), limits=Limits(weight_bytes=conv.weight.numel()))
+    for _ in range(3):
+        assert convert(_Block(conv), {"x": x}, tmp_path / "conv.tflite", target) == {"serialise-conv": 1}
+        measured = run(tmp_path / "conv.tflite", [{"x": x.numpy()}], "y", DEFAULT_SIGNATURE)[0]
+        torch.testing.assert_close(torch.from_numpy(measured), _Block(conv)(x)["y"])
+    assert conv.weight.stride() == before

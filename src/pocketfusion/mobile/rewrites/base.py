@@ -58,3 +58,15 @@ def shared_copy(module: nn.Module) -> nn.Module:
 def view(weight: torch.Tensor) -> nn.Parameter:
     """A parameter that shares the memory of `weight`, a slice or reshape of another one."""
     return nn.Parameter(weight.detach(), requires_grad=False)
+
+
+def contiguous(module: nn.Module) -> nn.Module:
+    """Copies, in place, the parameters that are not contiguous, such as a slice along a weight's input channels.
+
+    litert-torch 0.10 copies such a weight and may free the copy before it is read: the file then holds garbage.
+    """
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if not parameter.is_contiguous():
+                setattr(child, name, view(parameter.contiguous()))
+    return module
