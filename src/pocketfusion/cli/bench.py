@@ -76,13 +76,14 @@ def _print(console: Console, rows: list[dict[str, Any]], runs: int) -> None:
     if len(rows) > 1:
         console.print("Bundles in turns, each in a process of its own; ratio: the first one's total to its own.")
     for row in rows:
-        scale = f"{row['guidance']} guidance {row['guidance_scale']:g}"
-        width, height = row["image_size"]
         times = row["seconds"]
+        width, height = row["image_size"]
         spans = (f"{name} {_ms(times[name]['min'])} to {_ms(times[name]['max'])}" for name in ("step", "total"))
+        console.print(f"{Path(row['path']).name} ({row['bundle']['name']}): {', '.join(spans)};")
         console.print(
-            f"{Path(row['path']).name} ({row['bundle']['name']}): {', '.join(spans)}; {width}×{height}, {row['num_inference_steps']} steps, {scale}, "
-            f"UNet batch {row['unet_batch']}, weights {_weights(row['bundle']['weights'])}, mode {row['mode']}."
+            f"  {width}×{height}, {row['num_inference_steps']} steps, {row['guidance']} guidance "
+            f"{row['guidance_scale']:g}, UNet batch {row['unet_batch']}, "
+            f"weights {_weights(row['bundle']['weights'])}, mode {row['mode']}."
         )
     about = rows[0]
     console.print(f"{about['cpu']}, {about['threads']} threads, {about['runtime']}, Python {about['python']}.")
