@@ -74,12 +74,10 @@ def candidates(
 def for_quality(options: Mapping[tuple[str, str], list[Choice]], noise: float) -> dict[tuple[str, str], Choice] | None:
     """The cheap choice whose noises sum to at most `noise`; None if the best one's do not."""
     chosen = {key: choices[0] for key, choices in options.items()}
-    total = sum(choice.noise for choice in chosen.values())
-    while total > noise:
+    while sum(choice.noise for choice in chosen.values()) > noise:
         better = _best_upgrade(options, chosen, by_size=False)
         if better is None:
             return None
-        total += better.noise - chosen[better.key].noise
         chosen[better.key] = better
     return chosen
 

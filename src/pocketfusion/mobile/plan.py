@@ -118,9 +118,21 @@ def plan(
     else:
         assert min_sqnr is not None
         plans = [_within(name, options[name], probes[name], target, min_sqnr) for name in NETWORKS]
-    listed = {one.name: NetworkRecipe.listing(one.forms) for one in plans}
+    listed = {one.name: NetworkRecipe.listing(_heard(one.forms, sensitivity)) for one in plans}
     recipe = WeightRecipe.model_validate({"model": sensitivity.model, "target": target, **listed})
     return Plan(recipe, sensitivity, plans)
+
+
+def _heard(forms: Mapping[str, Form], sensitivity: Sensitivity) -> dict[str, Form]:
+    """Without the layers that change nothing in any form: some, such as BERT's pooler, are in no exported network, and
+    a rule for them would match no layer."""
+    silent = {
+        layer.name
+        for layers in sensitivity.networks.values()
+        for layer in layers
+        if not any(effect.worst for effect in layer.effects.values())
+    }
+    return {name: form for name, form in forms.items() if name not in silent}
 
 
 def _check(forms: Sequence[str], min_sqnr: float | None, max_mb: float | None, samples: int) -> tuple[Form, ...]:
