@@ -9,12 +9,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pocketfusion.mobile.delegate.stack import GpuStack, choose, find_stacks  # noqa: E402
+from pocketfusion.mobile.delegate.stack import GpuStack, choose, find_stacks
 
 
 @pytest.fixture(scope="session")
 def fp32_stack() -> GpuStack:
-    stack = choose(find_stacks(), "fp32")
+    stack = choose(find_stacks()[::-1], "fp32")  # SwiftShader before lavapipe, which compiles for seconds
     if stack is None:
         pytest.skip("no Vulkan driver")
     return stack

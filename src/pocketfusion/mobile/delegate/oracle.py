@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from ai_edge_litert.schema_py_generated import BuiltinOperator
 
 from pocketfusion.mobile.delegate.child import Answer, Child
 from pocketfusion.mobile.delegate.graph import File, Graph
@@ -23,7 +24,7 @@ from pocketfusion.mobile.delegate.surgery import extract
 #: Largest error, relative to the largest value, that still counts as right.
 MAX_ERROR = {"fp32": 1e-3, "fp16": 0.03}
 
-_REFUSED = re.compile(r"operations are not supported by GPU delegate:\n(.*?)(?=\n\d+ operations will run|\Z)", re.S)
+_REFUSED = "operations are not supported by GPU delegate:\n"
 _WHY = re.compile(r"^(?:ERROR: |E\d{4} [^\]]*\] )(.+)$", re.M)
 _PREFIX = re.compile(r"^Failed to create \S+: [A-Z_]+: ")
 _NOISE = ("Following operations", "Restored original", "Failed to initialize kernel", "[./litert")
@@ -111,11 +112,12 @@ def verdict(answer: Answer) -> Verdict:
     if not answer.error:
         return Verdict()
     refused: dict[str, str] = {}
-    for block in _REFUSED.findall(answer.log):
+    for block in answer.log.split(_REFUSED)[1:]:
         for line in block.splitlines():
             kind, _, reason = line.partition(": ")
-            if kind.isupper() and kind.replace("_", "").isalnum():
-                refused.setdefault(kind, reason.strip() or "refused because of its neighbour")
+            if not hasattr(BuiltinOperator, kind):
+                break  # the list has ended
+            refused.setdefault(kind, reason.strip() or "refused because of its neighbour")
     if answer.ended:
         return Verdict(refused, answer.error)
     if refused:
