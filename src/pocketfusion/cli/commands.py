@@ -3,7 +3,7 @@
 # ruff: noqa: F401, I001
 from pocketfusion.cli import generate, info
 from pocketfusion.cli import data, train
-from pocketfusion.cli import profile, elastic, evolve, remove, architecture
+from pocketfusion.cli import profile, elastic, evolve, remove, prune, architecture
 from pocketfusion.cli import distill, distill_decoder, distill_guidance, distill_consistency
 from pocketfusion.cli import score, evaluate
 from pocketfusion.cli import quantize, export, check, bench

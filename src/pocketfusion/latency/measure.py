@@ -81,7 +81,9 @@ class PartJobs:
 
     def __init__(self, target: Target, *, base_only: bool):
         self.target = target
-        architectures = action_architectures(target.config)[: 2 if base_only else None]
+        architectures = action_architectures(target.config)
+        # a pruned network has parts of its own
+        architectures = architectures[:2] if base_only else [*architectures, target.architecture]
         self.parts = distinct_parts(target.config, architectures, target.text_length)
         self._unets: dict[int, nn.Module] = {}
 

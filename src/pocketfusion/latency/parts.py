@@ -108,10 +108,10 @@ def list_parts(config: Mapping[str, Any], architecture: Architecture, text_lengt
             shape += f"->{after[0]}x{after[1]}"
         return Part(f"{kind}:{shape}{extra}", kind, name, stage, (before, after), width, skip)
 
-    def resnet(name: BlockName, shape: Shape) -> Part:
+    def resnet(name: BlockName, block: Block, shape: Shape) -> Part:
         hidden = shape.out if name.number else shape.hidden
         level = (shape.level, shape.level)
-        extra = f",temb{temb},groups{groups}"
+        extra = f",temb{temb},groups{groups}" + (f",inner{block.inner_channels}" if block.inner_channels else "")
         return part("resnet", str(name), name.stage, level, (hidden, shape.out), extra, shape.skip)
 
     def attention(name: BlockName, block: Block, shape: Shape) -> Part:
@@ -119,6 +119,9 @@ def list_parts(config: Mapping[str, Any], architecture: Architecture, text_lengt
         extra += ",linear" if config.get("use_linear_projection") else ""
         extra += "" if block.self_attention else ",no-self"
         extra += "" if block.feed_forward == 1 else f",ff{block.feed_forward:g}"
+        for label in ("self_heads", "cross_heads", "feed_forward_units"):
+            if (left := getattr(block, label)) is not None:
+                extra += f",{label.replace('_', '-')}{left}"
         level = (shape.level, shape.level)
         return part("attention", str(name), name.stage, level, (shape.out, shape.out), extra)
 
@@ -129,7 +132,7 @@ def list_parts(config: Mapping[str, Any], architecture: Architecture, text_lengt
             name, level = f"{stage}.resnets.{layer.index}", (shape.level, shape.level)
             yield part("shortcut", name, stage, level, (shape.hidden, shape.out), "", shape.skip)
         for block in layer.resnets:
-            yield resnet(BlockName(stage, "resnets", layer.index, block.number), shape)
+            yield resnet(BlockName(stage, "resnets", layer.index, block.number), block, shape)
         for block in layer.attentions:
             yield attention(BlockName(stage, "attentions", layer.index, block.number), block, shape)
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from pocketfusion.errors import PocketfusionError
 
 Kind = Literal["resnets", "attentions"]
+#: Parts of a block whose units can be pruned.
+Part = Literal["inner_channels", "self_heads", "cross_heads", "feed_forward_units"]
 KIND_NAMES: dict[Kind, str] = {"attentions": "cross-attention", "resnets": "ResNet"}
 MID = "mid_block"
 MOST_BLOCKS = 7  #: of one kind in one layer
@@ -36,11 +38,26 @@ class Block(_Value):
     """One ResNet or cross-attention block; `number` 0 is the stock one, others are copies of it.
 
     A cross-attention block may lack its self-attention, and keep only a share of its feed-forward's inner width.
+    The last four say how many units pruning left, where it took any: of a ResNet the channels between its two
+    convolutions, of a cross-attention block heads and inner channels of the feed-forward.
     """
 
     number: int = Field(default=0, ge=0)
     self_attention: bool = True
     feed_forward: float = Field(default=1.0, gt=0, le=1)
+    inner_channels: int | None = Field(default=None, gt=0)
+    self_heads: int | None = Field(default=None, gt=0)
+    cross_heads: int | None = Field(default=None, gt=0)
+    feed_forward_units: int | None = Field(default=None, gt=0)
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, handler: Callable[[Block], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it lacks units of any part."""
+        return any(getattr(self, part) is not None for part in get_args(Part))
 
 
 class Layer(_Value):
@@ -173,11 +190,19 @@ class Architecture(_Value):
 
     def without_self_attention(self, name: str) -> Architecture:
         """That block keeps its text cross-attention and feed-forward (MobileDiffusion, section 3.1)."""
-        return self._update(name, self_attention=False)
+        return self._update(name, self_attention=False, self_heads=None)
 
     def narrow_feed_forward(self, name: str, share: float) -> Architecture:
         """That block's feed-forward keeps `share` of the stock inner width."""
-        return self._update(name, feed_forward=share)
+        return self._update(name, feed_forward=share, feed_forward_units=None)
+
+    def keep_units(self, name: str, part: Part, count: int) -> Architecture:
+        """That block keeps `count` units of a part; whether it has them is for `ElasticUNet` to say."""
+        if (part == "inner_channels") != (BlockName.parse(name).kind == "resnets"):
+            raise PocketfusionError(f"{name} has no {part.replace('_', ' ')} to prune")
+        return self._change(
+            name, lambda blocks, block: tuple(b.model_copy(update={part: count}) if b == block else b for b in blocks)
+        )
 
     def drop_layer(self, stage: str, index: int) -> Architecture:
         """Without that layer: its blocks and its skip. The other side must drop the partner; see `check_skips`."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from pocketfusion.models.architecture import Block, BlockName, Layer, Stage
 from pocketfusion.models.skips import Shape
+from pocketfusion.models.units import narrow
 
 
 class Shortcut(nn.Module):
@@ -57,7 +58,8 @@ class CrossAttentionOnly(nn.Module):
 
 def attention_block(stock: Any, block: Block) -> nn.Module:
     """`stock` (a Transformer2DModel) or, for a copy, its like, without what `block` lacks; sizes only, no weights."""
-    module: Any = copy.deepcopy(stock) if block.number or not block.self_attention or block.feed_forward < 1 else stock
+    changed = block.number or not block.self_attention or block.feed_forward < 1 or block.pruned
+    module: Any = copy.deepcopy(stock) if changed else stock
     for i, inner in enumerate(module.transformer_blocks):
         if block.feed_forward < 1:
             gate, out = inner.ff.net[0].proj, inner.ff.net[2]
@@ -67,6 +69,7 @@ def attention_block(stock: Any, block: Block) -> nn.Module:
             inner.ff.net[2] = nn.Linear(width, out.out_features, **like)
         if not block.self_attention:
             module.transformer_blocks[i] = CrossAttentionOnly(inner)
+    narrow(module, block)
     return module
 
 
@@ -77,19 +80,21 @@ def feed_forward_width(stock: int, share: float) -> int:
 
 def resnet_block(stock: ResnetBlock2D, block: Block, shape: Shape) -> nn.Module:
     """`stock`, or for a copy a block that takes the layer's output (and in an up layer its skip again)."""
-    if block.number == 0:
-        return stock
-    if shape.hidden == shape.out:
-        return copy.deepcopy(stock)
-    with torch.device(stock.conv1.weight.device):
-        return ResnetBlock2D(
-            in_channels=shape.out + shape.skip,
-            out_channels=shape.out,
-            temb_channels=stock.time_emb_proj.in_features,
-            groups=stock.norm1.num_groups,
-            eps=stock.norm1.eps,
-            dropout=stock.dropout.p,
-        )
+    module = stock
+    if block.number and shape.hidden != shape.out:
+        with torch.device(stock.conv1.weight.device):
+            module = ResnetBlock2D(
+                in_channels=shape.out + shape.skip,
+                out_channels=shape.out,
+                temb_channels=stock.time_emb_proj.in_features,
+                groups=stock.norm1.num_groups,
+                eps=stock.norm1.eps,
+                dropout=stock.dropout.p,
+            )
+    elif block.number or block.pruned:
+        module = copy.deepcopy(stock)
+    narrow(module, block)
+    return module
 
 
 class ElasticStage(nn.Module):

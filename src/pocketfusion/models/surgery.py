@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.architecture import Architecture, Block
 from pocketfusion.models.elastic_unet import ElasticUNet
+from pocketfusion.models.units import Units, block_units, narrow
 
 Weights = dict[str, torch.Tensor]
 
@@ -18,7 +22,7 @@ def with_architecture(unet: ElasticUNet, architecture: Architecture) -> ElasticU
 
     A block that `unet` lacks is a copy of the one before it in its layer. Where the copy's shape differs (of a ResNet
     that changes channels), what fits is copied and its last convolution begins at zero, so that it begins as the
-    identity. A narrowed feed-forward keeps its strongest inner channels.
+    identity. A narrowed feed-forward keeps its strongest inner channels, as any part with fewer units does.
     Raises PocketfusionError if the architecture cannot run on this base, or wants weights that are gone.
     """
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
@@ -34,6 +38,23 @@ def with_architecture(unet: ElasticUNet, architecture: Architecture) -> ElasticU
     if missing:
         raise PocketfusionError(f"the weight {missing[0]} is no longer in this UNet: begin from the base's weights")
     new.load_state_dict(values, assign=True)
+    return new.train(unet.training)
+
+
+def without_units(unet: ElasticUNet, kept: Mapping[tuple[str, Units], torch.Tensor]) -> ElasticUNet:
+    """`unet` with only the units `kept` (indices, ascending) of each named block's part; `unet` is untouched.
+
+    Equal to `unet` with zeros in the columns that read the other units.
+    """
+    architecture, values = unet.architecture, dict(unet.state_dict())
+    for (name, units), index in kept.items():
+        architecture = architecture.keep_units(name, units.part, units.width(len(index)))
+        for parameter in (*units.rows, units.columns):
+            values[f"{name}.{parameter}"] = units.cut(parameter, values[f"{name}.{parameter}"], index)
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        new = ElasticUNet(**{**config, "architecture": architecture.model_dump(mode="json")})
+    new.load_state_dict({name: value.detach().clone() for name, value in values.items()}, assign=True)
     return new.train(unet.training)
 
 
@@ -61,34 +82,37 @@ def _sources(old: Architecture, new: Architecture) -> dict[str, str]:
 
 def _block_weights(source: Weights, target: nn.Module) -> Weights:
     """Weights for the block `target`, from those of the block that it is or copies."""
-    if isinstance(target, ResnetBlock2D):
+    source = _narrowed(source, target)
+    if isinstance(target, ResnetBlock2D) and source["conv1.weight"].shape[1] != target.in_channels:
         return _resnet_copy(source, target)
-    values, kept = {}, {}
-    for name, like in target.state_dict().items():
-        if name not in source or like.numel() > source[name].numel():
-            continue  # cut away before: `with_architecture` says so
-        value = source[name]
-        if value.shape != like.shape:
-            inner = name[: name.index(".ff.net.")]
-            if inner not in kept:
-                width = target.state_dict()[f"{inner}.ff.net.2.weight"].shape[1]
-                kept[inner] = strongest_channels(_part(source, f"{inner}.ff.net"), width)
-            value = cut_feed_forward(name, value, kept[inner])
-        values[name] = value.clone()
-    return values
+    # what was cut away before is missing: `with_architecture` says so
+    wanted = target.state_dict()
+    return {name: source[name].clone() for name, like in wanted.items() if _fits(source, name, like)}
+
+
+def _narrowed(source: Weights, target: nn.Module) -> Weights:
+    """`source` with as many units of each part as `target` has, the strongest, where it has more."""
+    for units in block_units(target):
+        if units.columns not in source:
+            continue
+        there = replace(units, count=source[units.columns].shape[1] // units.size)
+        if there.count > units.count:
+            kept = there.strongest(source, units.count)
+            source = {name: there.cut(name, value, kept) for name, value in source.items()}
+    return source
 
 
 def _resnet_copy(source: Weights, target: ResnetBlock2D) -> Weights:
     """A ResNet for other channels in: what fits is copied, the rest is new, the last convolution is zero."""
-    if all(_fits(source, name, like) for name, like in target.state_dict().items()):
-        return {name: source[name].clone() for name in target.state_dict()}
     with torch.device("cpu"):
-        fresh = ResnetBlock2D(
+        made = ResnetBlock2D(
             in_channels=target.in_channels,
             out_channels=target.out_channels,
             temb_channels=target.time_emb_proj.in_features,
             groups=target.norm1.num_groups,
-        ).state_dict()
+        )
+    narrow(made, Block(inner_channels=target.conv1.out_channels))
+    fresh = made.state_dict()
     if "conv_shortcut.weight" in fresh:  # the hidden state comes first, then the skip: hand the first through
         width = target.out_channels
         fresh["conv_shortcut.weight"].zero_()[:, :width, 0, 0] = torch.eye(width)
@@ -101,18 +125,3 @@ def _resnet_copy(source: Weights, target: ResnetBlock2D) -> Weights:
     for name in ("conv2.weight", "conv2.bias"):
         values[name].zero_()
     return values
-
-
-def strongest_channels(feed_forward: Weights, count: int) -> torch.Tensor:
-    """Indices [count] of a GEGLU feed-forward's strongest inner channels, |w_value| |w_gate| |w_out|, ascending."""
-    value, gate = feed_forward["0.proj.weight"].float().chunk(2)
-    strength = value.norm(dim=1) * gate.norm(dim=1) * feed_forward["2.weight"].float().norm(dim=0)
-    return strength.topk(count).indices.sort().values
-
-
-def cut_feed_forward(name: str, value: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The part of a GEGLU feed-forward's parameter that belongs to the inner channels `kept`."""
-    if name.endswith("net.2.weight"):
-        return value[:, kept]
-    half = len(value) // 2
-    return value[torch.cat([kept, kept + half])]
