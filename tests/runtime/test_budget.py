@@ -35,7 +35,8 @@ def test_the_fastest_mode_that_fits(measured):
     needs = {mode: value / MB for mode, value in budget.needed(measured).items()}
     base = needs["sequential"] - 800
     assert needs["pipelined"] == pytest.approx(base + 1100, abs=1)
-    assert needs["resident"] == pytest.approx(base + 1300, abs=3)  # and the files
+    files = sum(measured.manifest.files[name].size for name in ("text_encoder", "unet", "decoder"))
+    assert needs["resident"] == pytest.approx(base + 1300 + files / MB, abs=1)
     for mode, need in needs.items():
         assert budget.choose_mode(measured, need + 5) == mode
         with pytest.raises(PocketfusionError, match=f"the mode {mode} needs about"):
@@ -75,7 +76,7 @@ from pocketfusion.runtime.memory import memory, peak_rss
 from pocketfusion.runtime.pipeline import Pipeline
 mode = sys.argv[1]
 need = needed(Bundle.open(embedded_bundle(), verify=False))[mode]
-pipeline = Pipeline.load(None, 1, memory_budget=need / 1e6 + 1)
+pipeline = Pipeline.load(None, 1, memory_budget=need / 1e6 + 8)
 assert pipeline.mode == mode, pipeline.mode
 for _ in range(3):
     pipeline.generate("a red apple", seed=0, num_inference_steps=2)
@@ -87,7 +88,7 @@ print(json.dumps({"need": need, "peak": peak_rss()}))
 def test_a_process_keeps_to_its_budget(mode):
     done = subprocess.run([sys.executable, "-c", CHILD, mode], capture_output=True, text=True, timeout=120)
     told = json.loads(done.stdout)
-    assert 0.75 * told["need"] < told["peak"] < told["need"] + MB, told
+    assert 0.7 * told["need"] < told["peak"] < told["need"] + 8 * MB, told
 
 
 def test_the_estimate_counts_packed_weights_by_their_form(tmp_path):
@@ -111,13 +112,12 @@ def test_the_estimate_counts_packed_weights_by_their_form(tmp_path):
         path = tmp_path / f"{kind}.tflite"
         path.write_bytes(worker.quantize().quantized_model)
         sizes[kind] = footprint.estimate(path)
-    megabytes = {kind: (size - footprint.OVERHEAD) / MB for kind, size in sizes.items()}
-    assert megabytes == pytest.approx({"float32": 8, "float16": 8, "int8": 12, "int8-dynamic": 5}, abs=0.1)
+    megabytes = {kind: (size / footprint.MARGIN - footprint.OVERHEAD) / MB for kind, size in sizes.items()}
+    assert megabytes == pytest.approx({"float32": 8, "float16": 8.5, "int8": 13, "int8-dynamic": 5}, abs=0.1)
 
 
-def test_the_estimate_of_the_embedded_bundle_lies_near_the_measured():
-    held = budget.held(Bundle.open(embedded_bundle(), verify=False))
-    # measured with mapped weights: docs/memory.md
-    assert {name: round(value / MB) for name, value in held.items()} == pytest.approx(
-        {"text_encoder": 105, "unet": 108, "decoder": 21}, rel=0.3
-    )
+def test_the_estimate_of_the_embedded_bundle_lies_near_what_is_measured():
+    bundle = Bundle.open(embedded_bundle(), verify=False)
+    for name, spec in bundle.manifest.networks:
+        measured = footprint.measure(bundle.file(name), spec)
+        assert footprint.estimate(bundle.file(name)) == pytest.approx(measured, rel=0.3, abs=8 * MB), name

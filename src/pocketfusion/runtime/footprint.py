@@ -1,22 +1,31 @@
-"""What a network will hold in memory, estimated from its file without loading it.
+"""What a network holds in memory: measured, or estimated from its file without loading it.
 
-The rule, for LiteRT's CPU path: every weight as XNNPACK packs it, plus the most that the graph's own tensors hold at
-once (an operation may write over an input of its size that nothing reads later), plus `OVERHEAD`. A packed weight has
-its own type, but float16 is packed as float32, and int8 behind a DEQUANTIZE is held twice as float32, unpacked and
-packed. docs/memory.md compares the rule with measurements.
+The estimate's rule, for LiteRT's CPU path with mapped weights: every weight as XNNPACK packs it, the most that the
+graph's own tensors hold at once (an operation may write over an input of its size that nothing reads later), LiteRT's
+structures, and a margin. A packed weight has its own type, but float16 is packed as float32, and int8 behind a
+DEQUANTIZE is held twice as float32, unpacked and packed; of both, pages of the file stay as well. docs/memory.md
+compares the rule with measurements.
 """
 
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.memory import memory
+from pocketfusion.runtime.networks import Network
+from pocketfusion.runtime.specs import Network as Spec
+
 #: LiteRT's own structures for a graph of some thousand operations, in bytes.
 OVERHEAD = 8_000_000
+MARGIN = 1.1
 _TYPES = schema.TensorType
 _BYTES = {_TYPES.FLOAT32: 4.0, _TYPES.FLOAT16: 2.0, _TYPES.INT32: 4.0, _TYPES.INT64: 8.0, _TYPES.INT4: 0.5}
 _DEQUANTIZE = schema.BuiltinOperator.DEQUANTIZE
@@ -31,7 +40,37 @@ def estimate(file: Path) -> int:
         graphs = [_Graph(model, model.Subgraphs(i), kinds) for i in range(model.SubgraphsLength())]
         total = max(graph.weights for graph in graphs) + max(graph.live for graph in graphs) + OVERHEAD
         del model, codes, graphs  # they hold views of the mapping
-    return round(total)
+    return round(MARGIN * total)
+
+
+def measure(file: Path, spec: Spec, num_threads: int = 1) -> int:
+    """The same, measured by loading and running the network in a process of its own; Linux only.
+
+    Raises PocketfusionError if the network cannot be run, for one because memory is short.
+    """
+    command = [sys.executable, "-m", __name__, str(file), spec.model_dump_json(), str(num_threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
+        raise PocketfusionError(f"the memory of {file} cannot be measured ({reason}): see if the machine has enough")
+    return int(done.stdout)
+
+
+def _measure_here(file: Path, spec: Spec, num_threads: int) -> int:
+    def held() -> int:
+        now = memory()
+        if now is None:
+            raise PocketfusionError("this system does not tell a process's memory")
+        return now.total
+
+    inputs = {t.name: np.ones(t.shape, t.dtype) for t in spec.inputs}
+    for _ in range(2):  # the first time also loads LiteRT's libraries
+        before = held()
+        network = Network(file, spec, num_threads, mapped=True)
+        network(**inputs)
+        after = held()
+        network.close()
+    return after - before
 
 
 class _Graph:
@@ -49,7 +88,7 @@ class _Graph:
         for op, ins, outs in zip(operators, inputs, outputs, strict=True):
             if kinds[op.OpcodeIndex()] == _DEQUANTIZE and ins[0] in constant:
                 half = tensors[ins[0]].Type() == _TYPES.FLOAT16
-                weights += size[outs[0]] * (1 if half else 2)
+                weights += size[outs[0]] * (1.125 if half else 2.25)  # of each 4 bytes: 4.5 or 9 bytes
                 unpacked |= {outs[0], ins[0]}
         weights += sum(size[t] for t in constant - unpacked)
         self.weights = weights
@@ -83,3 +122,7 @@ def _size(tensor: Any) -> float:
 def _has_data(model: Any, tensor: Any) -> bool:
     buffer = model.Buffers(tensor.Buffer())
     return bool(buffer.DataLength() or buffer.Size())  # the second one lies behind the flatbuffer, beyond 2 GB
+
+
+if __name__ == "__main__":
+    print(_measure_here(Path(sys.argv[1]), Spec.model_validate_json(sys.argv[2]), int(sys.argv[3])))
