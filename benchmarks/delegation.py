@@ -123,7 +123,9 @@ def main() -> None:
             for form, network, target in forms if unit is None or stressed else [("unit", unit, BEFORE), *forms]:
                 start = time.perf_counter()
                 proof = prove(name, network, samples, target, oracles, compile_only=form != "after" and not stressed)
-                print(f"{name:<72}{form:<7}{row(proof)}{time.perf_counter() - start:>7.0f} s", flush=True)
+                print(
+                    f"{name:<72}{form:<7}{row(proof)}{time.perf_counter() - start:>7.0f} s {proof.failure}", flush=True
+                )
                 rows.append({**asdict(proof), "form": form, "proved": proof.proved})
                 if args.json:
                     write_json(args.json, {"scale": args.scale, "rows": rows})

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile import specs
+from pocketfusion.mobile.unet_form import time_embedding_spec
 from pocketfusion.mobile.wrappers import wrap
 from tiny import tiny_pipeline
 
@@ -40,7 +41,7 @@ def test_embedding_outside_equals_inside(pipeline: Any, timestep: float) -> None
 
 
 def test_the_specs_say_how_to_compute_the_embedding(pipeline: Any) -> None:
-    spec = specs.time_embedding_spec(pipeline)
+    spec = time_embedding_spec(pipeline.unet)
     given = specs.samples(pipeline, 2, time_embedding="outside")["unet"]
     assert "timestep" not in given and given["timestep_embedding"].shape == (2, spec.dim)
     half = spec.dim // 2

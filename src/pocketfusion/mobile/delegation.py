@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
+from pocketfusion.mobile.delegate.faults import faults
 from pocketfusion.mobile.delegate.graph import Graph, load
 from pocketfusion.mobile.delegate.oracle import Oracle, Parity, parity
 from pocketfusion.mobile.delegate.rules import rejections
@@ -24,23 +25,28 @@ from pocketfusion.mobile.targets import Target
 class Proof:
     """One network in one form on the delegate.
 
-    `operations`: how many, and `refused`: how many of each kind the rules say fall off the GPU. `partitions`: pieces
-    on the GPU and on the CPU that it is cut into. `accepted`: the delegate's own verdict. `parity`: against PyTorch's
-    stock network by precision, where it was accepted. `rewrites`: how often each was applied.
+    `operations`: how many, and `refused`: how many of each kind the rules say fall off the GPU. `faulty`: how many it
+    is known to compute wrongly. `partitions`: pieces on the GPU and on the CPU that it is cut into. `accepted`: the
+    delegate's own verdict, and `failure` its words if it failed as a whole. `parity`: against PyTorch's stock network by precision, where it was accepted. `rewrites`:
+    how often each was applied.
     """
 
     name: str
     operations: int
     refused: dict[str, int]
+    faulty: int
     partitions: tuple[int, int]
     accepted: bool
+    failure: str = ""
     parity: dict[str, Parity] = field(default_factory=dict)
     rewrites: dict[str, int] = field(default_factory=dict)
 
     @property
     def proved(self) -> bool:
         """All on the GPU, and right in every precision that was tried."""
-        return self.accepted and not self.refused and all(one.right for one in self.parity.values())
+        return (
+            self.accepted and not self.refused and not self.faulty and all(one.right for one in self.parity.values())
+        )
 
 
 @torch.no_grad()
@@ -63,21 +69,23 @@ def prove(
         counts = convert(module, samples, file, target)
         (graph,) = load(file).graphs
         refused = {rejection.operation.index: rejection.operation.kind for rejection in rejections(graph)}
-        accepted, measured = True, {}
+        verdicts, measured = [], {}
         for precision, oracle in oracles.items():
             if compile_only:
-                accepted = accepted and oracle.compile(file, precision).accepted
+                verdicts.append(oracle.compile(file, precision))
                 continue
             verdict, outputs = oracle.run(file, inputs, precision, DEFAULT_SIGNATURE)
-            accepted = accepted and verdict.accepted
+            verdicts.append(verdict)
             if outputs is not None:
                 measured[precision] = parity(precision, oracle.stack.name, [(expected, outputs)])
     return Proof(
         name,
         len(graph.operations),
         dict(Counter(refused.values())),
+        len(faults(graph)),
         partitions(graph, set(refused)),
-        accepted,
+        all(verdict.accepted for verdict in verdicts),
+        "; ".join(verdict.failure for verdict in verdicts if verdict.failure),
         measured,
         counts,
     )

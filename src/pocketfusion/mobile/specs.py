@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.wrappers import StablePipeline, TimeEmbeddingAt
-from pocketfusion.runtime.specs import ImageSpec, LatentSpec, SchedulerSpec, TensorSpec, TimeEmbedding, TokenizerSpec
+from pocketfusion.runtime.specs import ImageSpec, LatentSpec, SchedulerSpec, TensorSpec, TokenizerSpec
 
 Samples = dict[str, torch.Tensor]
 
@@ -56,16 +56,6 @@ def scheduler_spec(pipeline: StablePipeline) -> SchedulerSpec:
         if config[key]:
             raise PocketfusionError(f"the folder's scheduler sets {key}, which the runtime does not know: turn it off")
     return SchedulerSpec(**{name: config[name] for name in SchedulerSpec.model_fields})
-
-
-def time_embedding_spec(pipeline: StablePipeline) -> TimeEmbedding:
-    """How the runtime computes the UNet's `timestep_embedding`."""
-    projection = pipeline.unet.time_proj
-    return TimeEmbedding(
-        dim=projection.num_channels,
-        flip_sin_to_cos=projection.flip_sin_to_cos,
-        downscale_freq_shift=projection.downscale_freq_shift,
-    )
 
 
 def samples(

@@ -1,9 +1,8 @@
-"""Attention in at most 4-D, batch 1, with Q scaled before QK^T and only a slice of the score matrix stored at a time.
+"""Attention in at most 4-D, with Q scaled before QK^T and only a slice of the score matrix stored at a time.
 
-Three separate projections and [1, batch * heads, tokens, width] tensors: OpenCL delegates multiply matrices at batch 1
-only ("Currently only batch = 1 supported for BATCHED_MATMUL", TensorFlow Lite's GPU delegate), and no delegate takes
-the 5-D tensors of fused projections. Unscaled scores overflow fp16, so Q is scaled first. The scores of all heads of
-SD-1.5's 64x64 attention are 268 MB in fp16: they are computed for as many queries at a time as the limits allow.
+Three separate projections and [batch * heads, tokens, width] tensors: no delegate takes the 5-D tensors of fused
+projections. Unscaled scores overflow fp16, so Q is scaled first. The scores of all heads of SD-1.5's 64x64 attention
+are 268 MB in fp16: they are computed for as many queries at a time as the limits allow.
 """
 
 from __future__ import annotations
@@ -47,19 +46,20 @@ def attend(
     """
     batch, queries, width = query.shape
     keys, size = key.shape[1], width // heads
-    # With a mask for each row of the batch, batch and heads stay apart.
-    lead = (batch, heads) if mask is not None and mask.shape[0] > 1 else (1, batch * heads)
-    q = (query * scale).reshape(batch, queries, heads, size).permute(0, 2, 1, 3).reshape(*lead, queries, size)
-    k = key.reshape(batch, keys, heads, size).permute(0, 2, 3, 1).reshape(*lead, size, keys)
-    v = value.reshape(batch, keys, heads, size).permute(0, 2, 1, 3).reshape(*lead, keys, size)
+    q = (query * scale).reshape(batch, queries, heads, size).permute(0, 2, 1, 3).reshape(-1, queries, size)
+    k = key.reshape(batch, keys, heads, size).permute(0, 2, 3, 1).reshape(-1, size, keys)
+    v = value.reshape(batch, keys, heads, size).permute(0, 2, 1, 3).reshape(-1, keys, size)
+    if mask is not None:
+        # of one row: for all heads; else repeated for each, by concatenation, as delegates refuse BROADCAST_TO
+        mask = mask[0] if mask.shape[0] == 1 else torch.cat([mask] * heads, 1).reshape(-1, *mask.shape[2:])
     rows = query_rows(batch * heads, queries, keys, limits)
     slices = []
     for start in range(0, queries, rows):
-        scores = q[:, :, start : start + rows] @ k
+        scores = q[:, start : start + rows] @ k
         if mask is not None:
-            scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, start : start + rows])
+            scores = scores + (mask if mask.shape[1] == 1 else mask[:, start : start + rows])
         slices.append(torch.softmax(scores, dim=-1) @ v)
-    y = slices[0] if len(slices) == 1 else torch.cat(slices, dim=2)
+    y = slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
     return y.reshape(batch, heads, queries, size).permute(0, 2, 1, 3).reshape(batch, queries, width)
 
 
@@ -148,7 +148,7 @@ def _apply(module: nn.Module, limits: Limits) -> int:
 ATTENTION = Rewrite(
     name="attention",
     reason="memory",
-    summary="4-D, batch 1, Q scaled before QK^T, scores stored for a slice of the queries at a time",
-    source="this project; TensorFlow Lite's GPU delegate for the batch, docs/mobile.md for the slices",
+    summary="at most 4-D, Q scaled before QK^T, scores stored for a slice of the queries at a time",
+    source="this project (docs/mobile.md)",
     apply=_apply,
 )
