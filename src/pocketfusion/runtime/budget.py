@@ -7,7 +7,7 @@ import math
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.footprint import estimate
 from pocketfusion.runtime.manifest import NETWORKS, Bundle
-from pocketfusion.runtime.memory import memory
+from pocketfusion.runtime.memory import memory, release
 from pocketfusion.runtime.residency import MODES, Mode
 
 MB = 10**6
@@ -26,7 +26,9 @@ def needed(bundle: Bundle) -> dict[Mode, int]:
 
     `resident` keeps packed weights in the heap, beside the pages of the networks' files.
     """
-    networks, now = held(bundle), memory()
+    networks = held(bundle)
+    release()  # what the estimate itself took
+    now = memory()
     base = BASE + (now.total if now else 0)
     files = sum(bundle.manifest.files[name].size for name in NETWORKS)
     return {

@@ -57,11 +57,11 @@ class Pipeline:
             raise PocketfusionError(f"the accelerator is {accelerator!r}: choose {' or '.join(ACCELERATORS)}")
         if mode is not None:
             check_mode(mode)
+        if memory_budget is not None:
+            mode = choose_mode(bundle, memory_budget, mode)
         self.accelerator = accelerator
         self.tokenizer = PromptTokenizer(bundle.file("tokenizer"), self.manifest.tokenizer)
         self.scheduler = DDIMScheduler(self.manifest.scheduler)
-        if memory_budget is not None:
-            mode = choose_mode(bundle, memory_budget, mode)
         self.mode: Mode = mode or "resident"
         self.trace = Trace(trace)
         self._networks = Residency(self.mode, self._load_network, self.trace)
