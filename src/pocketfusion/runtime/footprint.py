@@ -29,6 +29,14 @@ MARGIN = 1.1
 _TYPES = schema.TensorType
 _BYTES = {_TYPES.FLOAT32: 4.0, _TYPES.FLOAT16: 2.0, _TYPES.INT32: 4.0, _TYPES.INT64: 8.0, _TYPES.INT4: 0.5}
 _DEQUANTIZE = schema.BuiltinOperator.DEQUANTIZE
+#: Operations that may write over an input: what they read of it at a place is what they write there.
+_IN_PLACE = {
+    getattr(schema.BuiltinOperator, name)
+    for name in (
+        *("ADD", "SUB", "MUL", "DIV", "MINIMUM", "MAXIMUM", "SQUARE", "RSQRT", "SQRT", "ABS", "NEG", "EXP", "POW"),
+        *("LOGISTIC", "TANH", "GELU", "RELU", "SOFTMAX", "RESHAPE", "SQUARED_DIFFERENCE"),
+    )
+}
 
 
 def estimate(file: Path) -> int:
@@ -92,23 +100,24 @@ class _Graph:
                 unpacked |= {outs[0], ins[0]}
         weights += sum(size[t] for t in constant - unpacked)
         self.weights = weights
-        self.live = _most_live(graph, inputs, outputs, size, constant | unpacked)
+        in_place = [kinds[op.OpcodeIndex()] in _IN_PLACE for op in operators]
+        self.live = _most_live(graph, list(zip(inputs, outputs, in_place, strict=True)), size, constant | unpacked)
 
 
-def _most_live(
-    graph: Any, inputs: list[list[int]], outputs: list[list[int]], size: list[float], held: set[int]
-) -> float:
-    """The most bytes of tensors, those in `held` apart, that are alive at one operation."""
-    last = {t: i for i, ins in enumerate(inputs) for t in ins}
-    last |= {int(t): len(inputs) for t in graph.OutputsAsNumpy()}
+def _most_live(graph: Any, steps: list[tuple[list[int], list[int], bool]], size: list[float], held: set[int]) -> float:
+    """The most bytes of tensors, those in `held` apart, that are alive at one of the `steps`: inputs, outputs, and if
+    it may write over an input."""
+    last = {t: i for i, (ins, _, _) in enumerate(steps) for t in ins}
+    last |= {int(t): len(steps) for t in graph.OutputsAsNumpy()}
     alive = {int(t): size[int(t)] for t in graph.InputsAsNumpy()}
     now, most = sum(alive.values()), sum(alive.values())
-    for i, (ins, outs) in enumerate(zip(inputs, outputs, strict=True)):
+    for i, (ins, outs, in_place) in enumerate(steps):
         made = {t: size[t] for t in outs if t not in held}
         dying = [t for t in set(ins) if t in alive and last[t] == i]
         alive |= made
         now += sum(made.values())
-        most = max(most, now - max((size[t] for t in dying if size[t] in made.values()), default=0.0))
+        shared = max((size[t] for t in dying if size[t] in made.values()), default=0.0) if in_place else 0.0
+        most = max(most, now - shared)
         for t in dying + [t for t in made if t not in last]:
             now -= alive.pop(t)
     return most
