@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from unets import SD1, SD2, TWO_STAGES, inputs, run, stock_unet
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.latency.measure import PartJobs
+from pocketfusion.latency.modules import meta_unet, part_module
+from pocketfusion.latency.parts import list_parts
 from pocketfusion.mobile import gate, wrappers
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.models.architecture import Architecture, Block
@@ -199,3 +203,19 @@ def test_exported_it_computes_what_pytorch_does(tmp_path):
     arrays = {name: value.numpy() for name, value in nhwc.items()}
     (measured,) = gate.run(tmp_path / "unet.tflite", [arrays], "noise_pred", DEFAULT_SIGNATURE)
     assert gate.sqnr(run(pruned, given).permute(0, 2, 3, 1).numpy(), measured) >= 60
+
+
+def test_the_latency_table_knows_pruned_parts(elastic, config):
+    pruned = without_units(elastic, some(elastic, [RESNET, ATTENTION]))
+    before, after = (
+        {part.name: part for part in list_parts(pruned.config, architecture, 6)}
+        for architecture in (elastic.architecture, pruned.architecture)
+    )
+    assert {name for name, part in after.items() if part.key != before[name].key} == {RESNET, ATTENTION}
+    for name in (RESNET, ATTENTION):
+        module = part_module(meta_unet(pruned.config, pruned.architecture), after[name])
+        made, wanted = (sum(p.numel() for p in m.parameters()) for m in (module, pruned.block(name)))
+        assert made == wanted < sum(p.numel() for p in elastic.block(name).parameters())
+    target = SimpleNamespace(config=pruned.config, architecture=pruned.architecture, text_length=6)
+    assert after[RESNET].key in PartJobs(target, base_only=False).parts
+    assert after[RESNET].key not in PartJobs(target, base_only=True).parts

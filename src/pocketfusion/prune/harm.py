@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,9 @@ class Calls:
 
     def parts(self) -> Iterator[Calls]:
         """In batches."""
-        for index in torch.arange(len(self.z_t)).split(_BATCH):
-            values = {field.name: getattr(self, field.name) for field in fields(self)}
-            yield Calls(**{k: v[index] if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        for i in torch.arange(len(self.z_t)).split(_BATCH):
+            condition = None if self.condition is None else self.condition[i]
+            yield Calls(self.z_t[i], self.timesteps[i], self.states[i], self.null_states[i], condition, self.guided)
 
     def run(self, unet: nn.Module) -> torch.Tensor:
         """Predictions [N, R, C, h, w], R = 2 with guidance: of the empty prompt and of the prompt."""
@@ -69,28 +69,28 @@ def real_calls(system: Any, data: CaptionedImages, split: str, count: int, seed:
     Raises PocketfusionError if the data has no such split.
     """
     chosen = choose_sets(data, [split], count)[0]
-    order, unet, vae = chosen.indices, system.unet, system.vae
-    encode: Callable[[np.ndarray], torch.Tensor] = lambda part: (
-        vae.encode(  # noqa: E731
-            to_tensor(data.images[part]).to(vae.device)
-        ).latent_dist.mean
-    )
-    x = torch.cat([encode(part) for part in np.array_split(order, math.ceil(len(order) / _BATCH))]).cpu()
-    x = x * vae.config.scaling_factor
+    vae, device = system.vae, system.unet.device
+    batches = np.array_split(np.arange(len(chosen.indices)), math.ceil(len(chosen.indices) / _BATCH))
+
+    def encode(part: np.ndarray) -> torch.Tensor:
+        return vae.encode(to_tensor(data.images[chosen.indices[part]]).to(device)).latent_dist.mean
+
+    x = torch.cat([encode(part) for part in batches]) * vae.config.scaling_factor
     system.scheduler.set_timesteps(system.sampling.num_inference_steps if system.sampling else _STEPS)
-    times = system.scheduler.timesteps.cpu()
-    timesteps = times[torch.arange(len(x)) % len(times)]
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    states = torch.cat([system.text.encode([caption])[0] for caption in chosen.captions]).cpu()
+    times = system.scheduler.timesteps
+    timesteps = times[torch.arange(len(x)) % len(times)].to(device)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    states = torch.cat([system.text.encode([chosen.captions[i] for i in part])[0] for part in batches])
     condition = None
     if system.guidance == "embedded":
         scale = system.sampling.guidance_scale if system.sampling else 1.0
-        condition = guidance_embedding(torch.full((len(x),), scale), unet.config.time_cond_proj_dim)
+        scales = torch.full((len(x),), scale, device=device)
+        condition = guidance_embedding(scales, system.unet.config.time_cond_proj_dim)
     return Calls(
         z_t=system.scheduler.add_noise(x, noise, timesteps),
         timesteps=timesteps,
         states=states,
-        null_states=system.text.encode([""])[0].cpu().expand_as(states),
+        null_states=system.text.encode([""])[0].expand_as(states),
         condition=condition,
         guided=system.guidance == "classifier-free",
     )
@@ -143,18 +143,19 @@ def unit_harm(
     finished = 0
     for part in calls.parts():
         rows = len(part.z_t)
-        masks = {place: torch.ones(rows, place[1].count, requires_grad=True) for place in places}
+        device = part.z_t.device
+        masks = {place: torch.ones(rows, place[1].count, device=device, requires_grad=True) for place in places}
         with _masked(unet, masks, 2 if part.guided else 1), torch.enable_grad():
             made = part.run(unet)
             signals = [made, made[:, 1] - made[:, 0]] if part.guided else [made]
             for probe in range(probes):
-                total = torch.zeros(())
+                total = torch.zeros((), device=made.device)
                 for signal, scale in zip(signals, scales, strict=True):
                     signs = torch.randint(0, 2, signal.shape, generator=generator).to(signal) * 2 - 1
                     total = total + scale * (signs * signal).sum()
                 grads = torch.autograd.grad(total, list(masks.values()), retain_graph=probe + 1 < probes)
                 for place, grad in zip(masks, grads, strict=True):
-                    harm[place] += grad.square().sum(0) / probes
+                    harm[place] += grad.square().sum(0).cpu() / probes
         finished += rows
         done(finished, len(calls.z_t))
     return harm
