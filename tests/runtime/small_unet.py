@@ -14,6 +14,7 @@ from torch import nn
 from pocketfusion.artefact import sha256_file
 
 DIM = 16  #: of the timestep's embedding
+TIME = {"dim": DIM, "flip_sin_to_cos": True, "downscale_freq_shift": 0.0}
 
 
 class SmallUNet(nn.Module):
@@ -54,19 +55,23 @@ class Folded(SmallUNet):
 
 def make_bundles(tiny: Path, folder: Path) -> dict[str, Path]:
     """Bundles `plain` (batch 2), `single` (batch 1), `outside` (embedding computed by the runtime) and `folded`."""
-    time = {"dim": DIM, "flip_sin_to_cos": True, "downscale_freq_shift": 0.0}
 
     def tensors(batch: int, outside: bool) -> dict[str, list[int]]:
         t = {"timestep_embedding": [batch, DIM]} if outside else {"timestep": [batch]}
         return {"sample": [batch, 8, 8, 4], **t, "encoder_hidden_states": [batch, 32, 32]}
 
-    folded = {**tensors(2, True), "sample": [1, 8, 8, 4], "step_coefficients": [1, 3]}
     return {
         "plain": _make(tiny, folder / "plain", Plain(), tensors(2, False), "noise_pred", None),
         "single": _make(tiny, folder / "single", Plain(), tensors(1, False), "noise_pred", None),
-        "outside": _make(tiny, folder / "outside", OutsideTime(), tensors(2, True), "noise_pred", time),
-        "folded": _make(tiny, folder / "folded", Folded(), folded, "prev_sample", time),
+        "outside": _make(tiny, folder / "outside", OutsideTime(), tensors(2, True), "noise_pred", TIME),
+        "folded": make_folded(tiny, folder / "folded"),
     }
+
+
+def make_folded(tiny: Path, path: Path) -> Path:
+    """The bundle `folded`: guidance and the scheduler's step in the graph."""
+    inputs = {"sample": [1, 8, 8, 4], "timestep_embedding": [2, DIM], "encoder_hidden_states": [2, 32, 32]}
+    return _make(tiny, path, Folded(), {**inputs, "step_coefficients": [1, 3]}, "prev_sample", TIME)
 
 
 def _make(
