@@ -37,6 +37,15 @@ def test_a_feed_forward_narrows_by_steps_and_self_attention_goes_once():
     assert not [a for a in reductions(architecture, kinds) if a.block == block]
 
 
+def test_a_pruned_feed_forward_is_not_narrowed_by_shares():
+    block = "mid_block.attentions.0"
+    pruned = STOCK.keep_units(block, "feed_forward_units", 8)
+    assert {a.block for a in reductions(STOCK, ["narrow-feed-forward"])} - {block} == {
+        a.block for a in reductions(pruned, ["narrow-feed-forward"])
+    }
+    assert block in {a.block for a in reductions(pruned, ["remove"])}
+
+
 def test_copies_stop_when_a_layer_is_full():
     block = Action(kind="duplicate", block="mid_block.attentions.0")
     full = apply_all([block] * (MOST_BLOCKS - 1), STOCK)

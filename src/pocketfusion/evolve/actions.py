@@ -90,7 +90,8 @@ def reductions(architecture: Architecture, kinds: Collection[str]) -> list[Actio
         if at.kind == "attentions" and block.self_attention and "remove-self-attention" in kinds:
             found.append(Action(kind="remove-self-attention", block=name))
         narrower = [share for share in FEED_FORWARD_SHARES if share < block.feed_forward]
-        if at.kind == "attentions" and narrower and "narrow-feed-forward" in kinds:
+        whole = block.feed_forward_units is None  # a pruned one may have fewer than a share
+        if at.kind == "attentions" and narrower and whole and "narrow-feed-forward" in kinds:
             found.append(Action(kind="narrow-feed-forward", block=name, share=max(narrower)))
     return found
 
