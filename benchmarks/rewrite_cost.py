@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/rewrite_cost.py [--only REGEX] [--runs 15] [--json FILE]
 
-Protocol: LiteRT's CPU path (XNNPACK), one thread, fp32, batch 1; stock and rewritten forms of a case run in turns after
-one warm-up: median milliseconds with minimum and maximum, operations in the file, largest difference from PyTorch over
-the largest value.
+Protocol: LiteRT's CPU path (XNNPACK), one thread, fp32, batch 1; stock and rewritten forms of a case run in turns
+after one warm-up: median milliseconds with minimum and maximum, operations in the file, largest difference from
+PyTorch over the largest value.
 """
 
 from __future__ import annotations
@@ -144,6 +144,22 @@ def cases() -> dict[str, Callable[[], tuple[torch.Tensor, list[Form]]]]:
             ("8 along inputs", lambda m: SerialConv(m, 8)),
             ("8 along outputs", lambda m: SerialConv(m, 8, "outputs")),
         ),
+        **{
+            f"serialise-conv {size}": lambda conv=conv, side=side: case(
+                OnPictures,
+                conv,
+                (1, side, side, conv.in_channels),
+                *(
+                    (f"{count} along {along}", lambda m, count=count, along=along: SerialConv(m, count, along))
+                    for count, along in ((4, "outputs"), (16, "outputs"), (4, "inputs"))
+                ),
+            )
+            for size, conv, side in (
+                ("1280->1280@16x16", nn.Conv2d(1280, 1280, 3, padding=1), 16),
+                ("640->640@32x32", nn.Conv2d(640, 640, 3, padding=1), 32),
+                ("320->320@64x64", nn.Conv2d(320, 320, 3, padding=1), 64),
+            )
+        },
         "masks, CLIP's embeddings and a layer": lambda: case(
             OnIds,
             _CLIP,

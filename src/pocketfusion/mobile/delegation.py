@@ -27,8 +27,8 @@ class Proof:
 
     `operations`: how many, and `refused`: how many of each kind the rules say fall off the GPU. `faulty`: how many it
     is known to compute wrongly. `partitions`: pieces on the GPU and on the CPU that it is cut into. `accepted`: the
-    delegate's own verdict, and `failure` its words if it failed as a whole. `parity`: against PyTorch's stock network by precision, where it was accepted. `rewrites`:
-    how often each was applied.
+    delegate's own verdict, and `failure` its words if it failed as a whole. `parity`: against PyTorch's stock network
+    by precision, where it was accepted. `rewrites`: how often each was applied.
     """
 
     name: str

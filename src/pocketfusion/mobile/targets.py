@@ -22,6 +22,8 @@ class Limits(BaseModel):
     attention_score_bytes: int | None = None
     #: Largest weight of one matrix product or convolution, in bytes.
     weight_bytes: int | None = None
+    #: A core's second-level cache, in bytes: half of it should hold what a convolution's inner loop reads over again.
+    cache_bytes: int | None = None
 
     @property
     def bytes_per_value(self) -> int:
@@ -44,7 +46,8 @@ _BUFFER = 128 << 20
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target(name="litert-cpu", rewrites=("group-norm", "silu-nhwc"), limits=Limits()),
+        # 512 KiB: what phones' big cores have at least, and half of what servers' have.
+        Target(name="litert-cpu", rewrites=("group-norm", "silu-nhwc"), limits=Limits(cache_bytes=512 << 10)),
         Target(
             name="litert-gpu",
             rewrites=("masks", "attention", "geglu", "group-norm", "layer-norm", "silu-nhwc"),

@@ -198,6 +198,17 @@ def test_papers_example_is_split_in_two() -> None:
     assert [part.in_channels for part in changed[0].parts] == [960, 960]
 
 
+def test_split_for_a_cache() -> None:
+    """16 output channels of 3x3x640 weights are 360 KiB in float32: more than half of 512 KiB."""
+    with torch.device("meta"):
+        wide, narrow = nn.Conv2d(640, 64, 3), nn.Conv2d(320, 64, 3)
+        odd = nn.Conv2d(1000, 64, 3)
+    limits = Limits(cache_bytes=512 << 10)
+    assert [parts_needed(one, limits) for one in (wide, narrow, odd)] == [2, 1, 3]
+    assert [part.in_channels for part in SerialConv(wide, 2).parts] == [320, 320]
+    assert [part.in_channels for part in SerialConv(odd, 3).parts] == [352, 352, 296]
+
+
 @pytest.mark.parametrize("size", [None, (10, 14), (9, 13), (10, 13)])
 def test_upsample(size: tuple[int, int] | None) -> None:
     arguments = {} if size is None else {"output_size": size}

@@ -7,6 +7,10 @@ TensorFlow Lite's GPU delegate explains all three numbers: it computes a 3x3 con
 36 * ceil(C / 4). That is 17,280 for 1920 channels, above Adreno's 16,384, and 8,640 for half of them. Along the output
 channels the input stays whole, until the parts fall under 32 * 4 channels, where Adreno does without Winograd: eight
 parts of 80. (`IsRecommendedForWinograd4x4To6x6` and `WinogradFromNode` in gpu/common/selectors.)
+
+On CPUs the same split is faster: XNNPACK reads the weights of 16 output channels, 16 * 9 * C values, again for every
+few pixels. From about 640 input channels they fall out of a core's second-level cache, and a convolution takes twice
+as long as its parts (docs/mobile.md).
 """
 
 from __future__ import annotations
@@ -22,6 +26,10 @@ from pocketfusion.mobile.targets import Limits
 
 #: Values of a transformed tile in Winograd's F(4x4, 3x3), and the channels of a texel.
 _WINOGRAD, _TEXEL = 36, 4
+#: Output channels of XNNPACK's inner loop, and the bytes of its float32 weights.
+_TILE, _VALUE = 16, 4
+#: Parts of the input channels are a multiple of this, which vector units and texels like.
+_ALIGNED = 32
 
 
 def parts_needed(conv: nn.Conv2d, limits: Limits) -> int:
@@ -33,7 +41,10 @@ def parts_needed(conv: nn.Conv2d, limits: Limits) -> int:
         parts = max(parts, math.ceil(conv.in_channels / largest))
     if limits.weight_bytes is not None:
         parts = max(parts, math.ceil(conv.weight.numel() * limits.bytes_per_value / limits.weight_bytes))
-    return parts
+    if limits.cache_bytes is not None:
+        inner = conv.weight[0].numel() * _TILE * _VALUE
+        parts = max(parts, math.ceil(inner / (limits.cache_bytes / 2)))
+    return min(parts, conv.in_channels)
 
 
 class SerialConv(nn.Module):
@@ -42,11 +53,15 @@ class SerialConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, count: int, along: Literal["inputs", "outputs"] = "inputs"):
         super().__init__()
         self.along = along
-        weights = conv.weight.chunk(count, dim=1 if along == "inputs" else 0)
+        axis, channels = (1, conv.in_channels) if along == "inputs" else (0, conv.out_channels)
+        size = math.ceil(channels / count)
+        if channels >= count * _ALIGNED:
+            size = math.ceil(size / _ALIGNED) * _ALIGNED
+        weights = conv.weight.split(size, dim=axis)
         self.channels = [weight.shape[1] for weight in weights]
         biases: list[torch.Tensor | None] = [None] * len(weights)
         if conv.bias is not None:
-            biases = [conv.bias, *biases[1:]] if along == "inputs" else list(conv.bias.chunk(count))
+            biases = [conv.bias, *biases[1:]] if along == "inputs" else list(conv.bias.split(size))
         self.parts = nn.ModuleList(_part(conv, w, b) for w, b in zip(weights, biases, strict=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
