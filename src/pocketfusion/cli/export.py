@@ -42,6 +42,9 @@ def export_command(
     decoder_tile: Annotated[
         int | None, typer.Option(help="Decode in overlapping tiles of so many latents a side: less memory.")
     ] = None,
+    gate_steps: Annotated[
+        int, typer.Option(help="Sampling steps, for each of two prompts, that the result is compared on.")
+    ] = 5,
     steps: Annotated[
         int | None, typer.Option(help="The bundle's default number of steps.", show_default="sampling.json's, else 25")
     ] = None,
@@ -85,6 +88,7 @@ def export_command(
             two_calls=two_calls,
             scheduler_step=scheduler_step,
             decoder_tile=decoder_tile,
+            gate_steps=gate_steps,
             num_inference_steps=steps,
             guidance_scale=guidance,
             name=name,

@@ -11,7 +11,8 @@ from torch import nn
 
 from pocketfusion.artefact import atomic_file, check_writable_parent
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.flatbuffer import module_chains, read, rename, write
+from pocketfusion.mobile.flatbuffer import drop_unused, module_chains, read, rename, write
+from pocketfusion.mobile.placeholders import fill, without_convolutions
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.rewrites.base import contiguous
 from pocketfusion.mobile.targets import TARGETS, Target
@@ -29,8 +30,8 @@ def convert(
     """Writes `module`, rewritten for `target`, as fp32 LiteRT at `path`, atomically; returns the rewrites' counts.
 
     `samples`: sample inputs by name. Shapes and types are fixed to theirs; inputs and the module's outputs (a dict)
-    keep their names; tensors are named after their modules (`flatbuffer.rename`). The weights are not copied before
-    litert-torch does, so a full-size UNet peaks at 2.3 times its fp32 weights (docs/export.md).
+    keep their names; tensors are named after their modules (`flatbuffer.rename`). Nothing is copied that need not be
+    (`placeholders`), so that a full-size UNet converts in little more memory than it takes (docs/export.md).
     Raises PocketfusionError if the network holds an operation that litert-torch cannot lower.
     """
     with quiet():
@@ -39,6 +40,8 @@ def convert(
         litert_torch.config.show_progress = False
         converter = litert_torch.Converter()
         rewritten, counts = rewrite(module, target)
+        chains = module_chains(rewritten)
+        convolutions = without_convolutions(rewritten)
         converter.add_signature(DEFAULT_SIGNATURE, contiguous(rewritten), sample_kwargs=dict(samples))
         try:
             model = converter.convert()
@@ -56,6 +59,8 @@ def convert(
             model.export(str(raw))
             del model, converter
             contents = read(raw)
-            rename(contents, module_chains(rewritten))
+            rename(contents, chains)
+            fill(contents, convolutions)
+            drop_unused(contents)
             write(contents, partial)
     return counts

@@ -114,7 +114,9 @@ def export(
     work = out.absolute().parent / f".{out.name}.work"
     with _disk_errors(out), _kept_until_whole(work), atomic_folder(out, overwrite=overwrite) as partial:
         stage()
-        reference = reference_runs(pipeline, plain, spec.max_length, defaults.guidance_scale, guidance)
+        reference = reference_runs(
+            pipeline, plain, spec.max_length, defaults.guidance_scale, guidance, settings.gate_steps
+        )
         if settings.decoder_tile:
             reference = tiled(reference, plain["decoder"], settings.decoder_tile)
         rows: dict[str, NetworkReport] = {}

@@ -14,6 +14,7 @@ import numpy as np
 from pocketfusion.artefact import check_writable_parent, sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash
+from pocketfusion.mobile.inputs import STEPS
 from pocketfusion.mobile.lora import check_lora
 from pocketfusion.mobile.pack import FORMS
 from pocketfusion.mobile.targets import TargetName
@@ -23,6 +24,9 @@ from pocketfusion.models.sampling import Sampling
 from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, Defaults
 from pocketfusion.runtime.tiles import check_tile
 
+#: Settings that change nothing in the float32 networks.
+_NOT_IN_THE_GRAPH = ("weights", "recipe", "num_inference_steps", "guidance_scale", "gate_steps")
+
 
 @dataclass(frozen=True)
 class ExportSettings:
@@ -30,7 +34,8 @@ class ExportSettings:
 
     `weights`: per network a form of all its weights, float32 where not given; `recipe`, a weight recipe's file, gives
     each layer's instead. `two_calls`: classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM
-    step in the UNet's graph. `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and
+    step in the UNet's graph. `gate_steps`: sampling steps, for each of two prompts, that the gate compares.
+    `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and
     width of the pictures in pixels, the folder's where None.
     """
 
@@ -45,6 +50,7 @@ class ExportSettings:
     size: tuple[int, int] | None = None
     lora: Path | None = None
     lora_scale: float = 1.0
+    gate_steps: int = STEPS
 
     def check(self, folder: Path, out: Path, overwrite: bool) -> None:
         """Raises PocketfusionError for whatever can be refused before anything is loaded."""
@@ -56,6 +62,8 @@ class ExportSettings:
                 )
         if self.num_inference_steps is not None and not 1 <= self.num_inference_steps <= 1000:
             raise PocketfusionError(f"--steps is {self.num_inference_steps}: choose 1 to 1000")
+        if not 1 <= self.gate_steps <= 50:
+            raise PocketfusionError(f"--gate-steps is {self.gate_steps}: choose 1 to 50")
         if self.guidance_scale is not None and not np.isfinite(self.guidance_scale):
             raise PocketfusionError(f"--guidance is {self.guidance_scale}: choose a finite number, such as 4")
         if self.recipe is not None and any(kind != "float32" for kind in self.weights.values()):
@@ -120,8 +128,7 @@ class ExportSettings:
 
     def conversion_key(self, folder: Path, network: str) -> str:
         """Names the converted network: another folder, adapter, form or version gives another key."""
-        # what is not in the float32 graph is left out
-        said = {k: v for k, v in asdict(self).items() if k not in ("weights", "recipe", "num_inference_steps")}
+        said = {k: v for k, v in asdict(self).items() if k not in _NOT_IN_THE_GRAPH}
         said["lora"] = None if self.lora is None else sha256_file(self.lora)
         made_by = [version(package) for package in ("litert-torch", "torch", "diffusers", "pocketfusion")]
         parts = [folder_hash(folder), network, json.dumps(said, sort_keys=True, default=str), *made_by]

@@ -7,6 +7,7 @@ gigabytes can be packed anew in little memory.
 
 from __future__ import annotations
 
+import importlib
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -105,47 +106,85 @@ def _packed(model: Any, weights: int) -> memoryview:
     return memoryview(builder.Bytes)[builder.Head() :]
 
 
-def module_chains(module: nn.Module) -> dict[str, tuple[str, bool]]:
-    """litert-torch's names of `module`'s submodules (classes and attributes of those that are called): their paths,
-    and whether they hold a weight of their own.
+#: litert-torch's name of a module: its path, and the shape of the weight that it holds itself.
+Chains = Mapping[str, tuple[str, "tuple[int, ...] | None"]]
+
+
+def module_chains(module: nn.Module) -> Chains:
+    """litert-torch's names of `module`'s submodules: the classes and attributes of those that are called.
 
     A wrapper's own attribute is left out: paths are diffusers' (`down_blocks.0.attentions.0`).
     """
-    from torch import nn  # here, so that reading files needs no torch
-
+    containers = importlib.import_module("torch.nn")  # torch is not needed to read files
     root = f"{type(module).__module__}.{type(module).__qualname__}"
-    chains = {root: ("", False)}
+    chains: dict[str, tuple[str, tuple[int, ...] | None]] = {root: ("", None)}
     for path, child in module.named_modules():
         parts, parent, links = path.split(".") if path else [], module, [root]
         for part in parts:
             parent = parent.get_submodule(part)
-            if not isinstance(parent, (nn.ModuleList, nn.ModuleDict)):
+            if not isinstance(parent, (containers.ModuleList, containers.ModuleDict)):
                 links.append(f"{type(parent).__module__}.{type(parent).__qualname__}_{part}")
-        if parts and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            weighted = any(parameter.ndim > 1 for parameter in child.parameters(recurse=False))
-            short = ".".join(parts[1:] if parts[0] in ("unet", "text_encoder") else parts)
-            chains["/".join(links)] = short, weighted
+        if parts and not isinstance(child, (containers.ModuleList, containers.ModuleDict)):
+            shapes = [tuple(parameter.shape) for parameter in child.parameters(recurse=False) if parameter.ndim > 1]
+            chains["/".join(links)] = short_path(path), shapes[0] if shapes else None
     return chains
 
 
-def rename(model: Any, chains: Mapping[str, tuple[str, bool]]) -> None:
+def short_path(path: str) -> str:
+    """A submodule's path in a wrapper without the wrapper's own attribute."""
+    first, _, rest = path.partition(".")
+    return rest if first in ("unet", "text_encoder") and rest else path
+
+
+def rename(model: Any, chains: Chains) -> None:
     """Names every tensor `PATH#N`: the module that it comes from (empty if none), its index.
 
-    litert-torch's own names are whole chains of classes, over a megabyte for a UNet. An operation that several were
-    fused or merged into has a list of them: its own weight layer comes last. Signatures' names stay.
+    litert-torch's own names are whole chains of classes, over a megabyte for a UNet, and a list of them where several
+    operations were fused or merged. Of an operation with a weight, the layer is the last in the list whose weight has
+    that size; a weight that several share (equal placeholders) keeps no name. Signatures' names stay.
     """
     for graph in model.subgraphs:
+        named = [_found(_text(tensor.name or b""), chains) for tensor in graph.tensors]
+        paths = [found[0][0] if found else "" for found in named]
+        taken: set[str] = set()
+        for operator in graph.operators:
+            if operation_name(model, operator) not in WEIGHT_OPERATIONS:
+                continue
+            weight, output = int(operator.inputs[1]), int(operator.outputs[0])
+            size = _size(graph.tensors[weight].shape)
+            candidates = [*reversed(named[output]), *reversed(named[weight])]
+            fitting = [path for path, shape in candidates if shape is not None and _size(shape) == size]
+            layer = next((path for path in fitting if path not in taken), None)
+            if layer is not None:
+                taken.add(layer)
+                paths[weight] = paths[output] = layer
         for index, tensor in enumerate(graph.tensors):
-            found = [_lookup(chain, chains) for chain in _text(tensor.name or b"").split(";")]
-            known = [one for one in found if one[0]] or [("", False)]
-            path = next((path for path, weighted in reversed(known) if weighted), known[0][0])
-            tensor.name = f"{path}#{index}"
+            tensor.name = f"{paths[index]}#{index}"
 
 
-def _lookup(chain: str, chains: Mapping[str, tuple[str, bool]]) -> tuple[str, bool]:
-    while chain and chain not in chains:
-        chain = chain.rpartition("/")[0]
-    return chains.get(chain, ("", False))
+def _found(name: str, chains: Chains) -> list[tuple[str, tuple[int, ...] | None]]:
+    """The modules in a tensor's name."""
+    found = []
+    for chain in name.split(";"):
+        while chain and chain not in chains:
+            chain = chain.rpartition("/")[0]
+        if chain and chains[chain][0]:
+            found.append(chains[chain])
+    return found
+
+
+def _size(shape: Any) -> list[int]:
+    """A weight's extents in no order: files and modules lay them out differently."""
+    return sorted(int(extent) for extent in shape if extent != 1)
+
+
+def drop_unused(model: Any) -> None:
+    """Empties the buffers that no tensor and no metadata refers to any more."""
+    used = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
+    used |= {entry.buffer for entry in model.metadata or []}
+    for index, buffer in enumerate(model.buffers):
+        if index not in used:
+            buffer.data = None
 
 
 def module_of(name: str) -> str:
@@ -181,8 +220,7 @@ def weights(model: Any) -> Iterator[Weight]:
             if data is not None and len(data) and tensor.type == schema.TensorType.FLOAT32:
                 seen.add(index)
                 values = np.asarray(data).view(np.float32).reshape(tensor.shape)
-                # The graph's own output is named after the signature: the weight's name tells the module then.
-                names = [_text(graph.tensors[i].name) for i in (operator.outputs[0], index)]
+                names = [_text(graph.tensors[i].name) for i in (index, operator.outputs[0])]
                 module = next(filter(None, map(module_of, names)), names[0])
                 yield Weight(name, module, int(index), values)
 

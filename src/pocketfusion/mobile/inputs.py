@@ -20,7 +20,7 @@ PROMPTS = (
     "a dog left of a tree on a yellow background",
     "a castle at night",
 )
-_STEPS = 5
+STEPS = 5  #: of each sampling
 _SEEDS = (0, 1)
 
 
@@ -58,6 +58,7 @@ def reference_runs(
     max_length: int,
     guidance_scale: float,
     guidance: Guidance = "classifier-free",
+    steps: int = STEPS,
 ) -> GateInputs:
     """Runs the PyTorch networks: every prompt, then a short guided DDIM sampling per seed, each with its own prompt.
 
@@ -83,7 +84,7 @@ def reference_runs(
         rows.append((True, 1.0 if guidance_scale != 1 else 2.0))
     for seed in _SEEDS:
         index = 1 + seed
-        scheduler.set_timesteps(_STEPS)
+        scheduler.set_timesteps(steps)
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(1, height, width, config.in_channels, generator=generator)
         for t in scheduler.timesteps:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
 from pocketfusion.artefact import atomic_file
-from pocketfusion.mobile.flatbuffer import Weight, read, weights, write
+from pocketfusion.mobile.flatbuffer import Weight, drop_unused, read, weights, write
 
 #: How a layer's weight is stored and computed with. `float16` and `int8` are unpacked to float32 when the file is
 #: loaded; the dynamic forms go straight into the operation: CPUs round activations to 8 bits as they come and compute
@@ -69,7 +69,7 @@ def pack(source: Path, target: Path, choose: Callable[[Weight], Form], *, unpack
         chosen[weight.module] = form
         if form != "float32":
             (_round if unpacked else _store)(model, weight, form)
-    _drop_unused(model)
+    drop_unused(model)
     with atomic_file(target) as partial:
         write(model, partial)
     return chosen
@@ -148,12 +148,3 @@ def _dequantize(model: Any) -> int:
     code.version = 1
     model.operatorCodes.append(code)
     return len(model.operatorCodes) - 1
-
-
-def _drop_unused(model: Any) -> None:
-    """Empties the buffers that no tensor and no metadata refers to any more."""
-    used = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
-    used |= {entry.buffer for entry in model.metadata or []}
-    for index, buffer in enumerate(model.buffers):
-        if index not in used:
-            buffer.data = None
