@@ -20,6 +20,9 @@ SMALL = {
     "--guidance 3,4.5,6 --sets test_combo,test_concept --samples 2000": "--guidance 2 --samples 64 --sets train",
     "distill-steps": "distill-steps --train-steps 1",
     "--teacher-steps 16 --steps 4": "--teacher-steps 8 --steps 4 --train-steps 1",
+    "--min-sqnr 28": "--min-sqnr 15 --samples 1 --forms int8,float16",
+    "check phone.bundle": "check phone.bundle --static",
+    "--runs 5": "--runs 1",
 }
 
 
@@ -73,6 +76,9 @@ def test_every_command_runs(cli, tiny_recipe, tmp_path, monkeypatch):
         "distill-guidance",
         "distill-consistency",
         "architecture",
+        "quantize",
+        "check",
+        "bench",
     ],
 )
 def test_the_readme_names_every_command(command):
