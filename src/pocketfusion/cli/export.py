@@ -31,6 +31,10 @@ def export_command(
     size: Annotated[
         str | None, typer.Option(help="Pictures' HEIGHTxWIDTH in pixels.", show_default="the model's")
     ] = None,
+    rewrites: Annotated[
+        str,
+        typer.Option(help="Rewrites beside the target's own, such as attention,serialise-conv.", show_default=False),
+    ] = "",
     lora: Annotated[Path | None, typer.Option(help="LoRA adapter (safetensors) to merge into the weights.")] = None,
     lora_scale: Annotated[float, typer.Option(help="How much of the adapter.")] = 1.0,
     two_calls: Annotated[
@@ -83,6 +87,7 @@ def export_command(
             recipe=recipe,
             target=target.value,
             size=None if size is None else _parse_size(size),
+            rewrites=tuple(name.strip() for name in rewrites.split(",") if name.strip()),
             lora=lora,
             lora_scale=lora_scale,
             two_calls=two_calls,

@@ -30,7 +30,6 @@ from pocketfusion.mobile.lora import merge_lora
 from pocketfusion.mobile.measure import NetworkReport, measure, run_file
 from pocketfusion.mobile.pack import Form, pack
 from pocketfusion.mobile.quantize import coarsest, quantize
-from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
 from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
@@ -203,7 +202,7 @@ def _kept_until_whole(work: Path) -> Iterator[None]:
 
 
 def _convert_network(module: nn.Module, samples: specs.Samples, file: Path, settings: ExportSettings) -> None:
-    convert(module, samples, file, TARGETS[settings.target])
+    convert(module, samples, file, settings.device)
 
 
 def _as_the_device_computes(exact: Path, file: Path, chosen: dict[str, Form], settings: ExportSettings) -> Path:

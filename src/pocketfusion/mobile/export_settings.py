@@ -17,7 +17,8 @@ from pocketfusion.folder import check_folder, folder_hash
 from pocketfusion.mobile.inputs import STEPS
 from pocketfusion.mobile.lora import check_lora
 from pocketfusion.mobile.pack import FORMS
-from pocketfusion.mobile.targets import TargetName
+from pocketfusion.mobile.rewrites import PASSES
+from pocketfusion.mobile.targets import TARGETS, Target, TargetName
 from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
 from pocketfusion.mobile.wrappers import StablePipeline
 from pocketfusion.models.sampling import Sampling
@@ -33,7 +34,7 @@ class ExportSettings:
     """How a folder is exported; the command's options by their names.
 
     `weights`: per network a form of all its weights, float32 where not given; `recipe`, a weight recipe's file, gives
-    each layer's instead. `two_calls`: classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM
+    each layer's instead. `rewrites`: passes beside the target's own (`mobile.rewrites.PASSES`). `two_calls`: classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM
     step in the UNet's graph. `gate_steps`: sampling steps, for each of two prompts, that the gate compares.
     `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and
     width of the pictures in pixels, the folder's where None.
@@ -44,6 +45,7 @@ class ExportSettings:
     target: TargetName = "litert-cpu"
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    rewrites: tuple[str, ...] = ()
     two_calls: bool = False
     scheduler_step: bool = False
     decoder_tile: int | None = None
@@ -62,6 +64,9 @@ class ExportSettings:
                 )
         if self.num_inference_steps is not None and not 1 <= self.num_inference_steps <= 1000:
             raise PocketfusionError(f"--steps is {self.num_inference_steps}: choose 1 to 1000")
+        unknown = [name for name in self.rewrites if name not in PASSES]
+        if unknown:
+            raise PocketfusionError(f"--rewrites has {unknown[0]!r}: choose among {', '.join(PASSES)}")
         if not 1 <= self.gate_steps <= 50:
             raise PocketfusionError(f"--gate-steps is {self.gate_steps}: choose 1 to 50")
         if self.guidance_scale is not None and not np.isfinite(self.guidance_scale):
@@ -78,6 +83,12 @@ class ExportSettings:
             )
         if self.lora is not None:
             check_lora(self.lora, self.lora_scale)
+
+    @property
+    def device(self) -> Target:
+        """The target with the rewrites asked for."""
+        target = TARGETS[self.target]
+        return target.model_copy(update={"rewrites": (*target.rewrites, *self.rewrites)})
 
     def kinds(self) -> dict[str, str | NetworkRecipe]:
         """How the weights of each network are stored; raises PocketfusionError if the recipe is damaged."""

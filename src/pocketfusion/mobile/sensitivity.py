@@ -82,7 +82,8 @@ class Probe:
         """`wrapped`: the network as exported, which `network`, with diffusers' names, is a part of."""
         calls = reference.inputs[name]
         rows = len(calls) * len(next(iter(calls[0].values()))) // reference.rows if name == "unet" else len(calls)
-        keep = np.unique(np.linspace(0, rows - 1, min(samples, rows)).round().astype(int))
+        count = max(samples, 2) if name == "text_encoder" else samples  # two prompts tell what depends on them
+        keep = np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(int))
         merged = {key: np.concatenate([call[key] for call in calls]) for key in calls[0]}
         step = reference.rows if name == "unet" else 1
         index = (keep[:, None] * step + np.arange(step)).reshape(-1)
@@ -124,6 +125,8 @@ class Probe:
         def count(name: str) -> Callable[..., None]:
             def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
                 weight = module.weight
+                if isinstance(module, nn.Embedding) and bool((inputs[0] == inputs[0][:1]).all()):
+                    return  # the same for every prompt, such as positions: a constant in the exported graph
                 each = 0 if isinstance(module, nn.Embedding) else weight[0].numel()
                 found[name] = weight.shape[0], output.numel() // self._batch * each
 

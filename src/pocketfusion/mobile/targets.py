@@ -46,8 +46,13 @@ _BUFFER = 128 << 20
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        # 512 KiB: what phones' big cores have at least, and half of what servers' have.
-        Target(name="litert-cpu", rewrites=("group-norm", "silu-nhwc"), limits=Limits(cache_bytes=512 << 10)),
+        # 512 KiB: what phones' big cores have at least, and half of what servers' have. The scores' limit holds where
+        # `attention` is asked for.
+        Target(
+            name="litert-cpu",
+            rewrites=("group-norm", "silu-nhwc"),
+            limits=Limits(cache_bytes=512 << 10, attention_score_bytes=_BUFFER // 2),
+        ),
         Target(
             name="litert-gpu",
             rewrites=("masks", "attention", "geglu", "group-norm", "layer-norm", "silu-nhwc"),
