@@ -32,8 +32,7 @@ def export_command(
         str | None, typer.Option(help="Pictures' HEIGHTxWIDTH in pixels.", show_default="the model's")
     ] = None,
     rewrites: Annotated[
-        str,
-        typer.Option(help="Rewrites beside the target's own, such as attention,serialise-conv.", show_default=False),
+        str, typer.Option(help="Rewrites beside the target's own: attention,serialise-conv.", show_default=False)
     ] = "",
     lora: Annotated[Path | None, typer.Option(help="LoRA adapter (safetensors) to merge into the weights.")] = None,
     lora_scale: Annotated[float, typer.Option(help="How much of the adapter.")] = 1.0,

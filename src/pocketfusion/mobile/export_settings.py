@@ -34,10 +34,10 @@ class ExportSettings:
     """How a folder is exported; the command's options by their names.
 
     `weights`: per network a form of all its weights, float32 where not given; `recipe`, a weight recipe's file, gives
-    each layer's instead. `rewrites`: passes beside the target's own (`mobile.rewrites.PASSES`). `two_calls`: classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM
-    step in the UNet's graph. `gate_steps`: sampling steps, for each of two prompts, that the gate compares.
-    `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and
-    width of the pictures in pixels, the folder's where None.
+    each layer's instead. `rewrites`: passes beside the target's own (`mobile.rewrites.PASSES`). `two_calls`:
+    classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM step in the UNet's graph.
+    `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and width of the pictures in
+    pixels, the folder's where None. `gate_steps`: sampling steps, for each of two prompts, that the gate compares.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
