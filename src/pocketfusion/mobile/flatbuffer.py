@@ -146,18 +146,29 @@ def rename(model: Any, chains: Chains) -> None:
     for graph in model.subgraphs:
         named = [_found(_text(tensor.name or b""), chains) for tensor in graph.tensors]
         paths = [found[0][0] if found else "" for found in named]
-        taken: set[str] = set()
+        sized = {path: _size(shape) for path, shape in chains.values() if shape is not None}
+        left = []
         for operator in graph.operators:
             if operation_name(model, operator) not in WEIGHT_OPERATIONS:
                 continue
             weight, output = int(operator.inputs[1]), int(operator.outputs[0])
             size = _size(graph.tensors[weight].shape)
-            candidates = [*reversed(named[output]), *reversed(named[weight])]
-            fitting = [path for path, shape in candidates if shape is not None and _size(shape) == size]
-            layer = next((path for path in fitting if path not in taken), None)
-            if layer is not None:
-                taken.add(layer)
+            candidates = [path for path, _ in (*reversed(named[output]), *reversed(named[weight]))]
+            layer = next((path for path in candidates if sized.get(path) == size), None)
+            if layer is None:
+                left.append((weight, output, size))
+            else:
+                del sized[layer]
                 paths[weight] = paths[output] = layer
+        for weight, output, size in left:  # named after its parent or a neighbour: the one layer there that is missing
+            parents = [path for path, _ in (*named[output], *named[weight])]
+            parents += [path.rpartition(".")[0] for path in parents]
+            for parent in parents:
+                missing = [path for path, one in sized.items() if one == size and path.startswith(f"{parent}.")]
+                if len(missing) == 1:
+                    del sized[missing[0]]
+                    paths[weight] = paths[output] = missing[0]
+                    break
         for index, tensor in enumerate(graph.tensors):
             tensor.name = f"{paths[index]}#{index}"
 

@@ -23,6 +23,8 @@ from pocketfusion.mobile.rewrites.base import view
 
 #: Placeholders' values differ by 1 / _STEPS, exactly representable in float32.
 _STEPS = 4096
+#: Smaller weights stay: they cost no memory, and a scale before them, as in front of a decoder, is folded into them.
+_LARGE = 4096
 
 
 class ConvolutionWeight:
@@ -48,7 +50,7 @@ def without_convolutions(module: nn.Module) -> dict[tuple[tuple[int, ...], int],
     counts: Counter[tuple[int, ...]] = Counter()
     layers = []
     for path, child in module.named_modules():
-        if type(child) is nn.Conv2d and child.groups == 1:
+        if type(child) is nn.Conv2d and child.groups == 1 and child.weight.numel() >= _LARGE:
             shape = tuple(child.weight.shape)
             taken[shape, counts[shape]] = path, child.weight
             layers.append((child, counts[shape]))
