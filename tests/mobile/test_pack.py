@@ -146,3 +146,36 @@ def test_weights_behind_the_flatbuffer_compute_the_same(
     pack(outside, tmp_path / "again.tflite", lambda weight: "int8")
     pack(exact, tmp_path / "direct.tflite", lambda weight: "int8")
     assert (tmp_path / "again.tflite").read_bytes() == (tmp_path / "direct.tflite").read_bytes()
+
+
+class _Alike(nn.Module):
+    """Convolutions of one shape, some without bias, and one merged with a residual's shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv1 = nn.Conv2d(24, 24, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(24, 24, 3, padding=1, bias=False)
+        self.conv_shortcut = nn.Conv2d(24, 24, 1)
+        self.conv_out = nn.Conv2d(24, 24, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = x.permute(0, 3, 1, 2)
+        y = self.conv2(torch.tanh(self.conv1(x))) + self.conv_shortcut(x)
+        return {"y": self.conv_out(torch.tanh(y)).permute(0, 2, 3, 1)}
+
+
+def test_convolutions_get_their_own_weights_back(tmp_path: Path) -> None:
+    """They are converted with placeholders, which the converter merges where they are alike."""
+    module, path = _Alike().eval(), tmp_path / "alike.tflite"
+    convert(module, {"x": torch.zeros(1, 5, 5, 24)}, path)
+    found = {weight.module: weight.values for weight in weights(read(path))}
+    assert set(found) == {"conv1", "conv2", "conv_shortcut", "conv_out"}
+    for name, values in found.items():
+        exact = module.get_submodule(name).weight.detach().permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(values, exact)
+    x = np.random.default_rng(0).standard_normal((1, 5, 5, 24)).astype(np.float32)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x))["y"].numpy()
+    assert gate.sqnr(expected, gate.run(path, [{"x": x}], "y", DEFAULT_SIGNATURE)[0]) > 110
+    assert module.conv1.weight.std() > 0  # the module keeps its own
