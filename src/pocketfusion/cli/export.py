@@ -62,7 +62,7 @@ def export_command(
     from pocketfusion.cli.extras import require, require_compress
 
     require_compress()
-    require("litert_torch", "ai_edge_quantizer")
+    require("litert_torch")
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from pocketfusion.artefact import check_writable_parent, write_json
