@@ -50,7 +50,7 @@ def profile_command(
     from pocketfusion.errors import PocketfusionError
 
     require_compress()
-    require("litert_torch", "ai_edge_quantizer", "matplotlib")
+    require("litert_torch", "matplotlib")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
