@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ def export(
                 network, _label(kinds[network], chosen), forms, seen, plain[network], pipeline, measured, reference,
                 embeds, call,
             )  # fmt: skip
-            if seen != file:
+            if seen != file:  # what was measured is not what ships
+                rows[network] = replace(rows[network], size=file.stat().st_size)
                 seen.unlink()
             if network == "text_encoder":
                 embeds = measured
