@@ -46,6 +46,8 @@ def attend(
     """
     batch, queries, width = query.shape
     keys, size = key.shape[1], width // heads
+    if keys == 1:  # its softmax is 1, which the converter makes x / x of, and the delegate refuses that
+        return torch.cat([value] * queries, dim=1)
     q = (query * scale).reshape(batch, queries, heads, size).permute(0, 2, 1, 3).reshape(-1, queries, size)
     k = key.reshape(batch, keys, heads, size).permute(0, 2, 3, 1).reshape(-1, size, keys)
     v = value.reshape(batch, keys, heads, size).permute(0, 2, 1, 3).reshape(-1, keys, size)
@@ -58,9 +60,10 @@ def attend(
         scores = q[:, start : start + rows] @ k
         if mask is not None:
             scores = scores + (mask if mask.shape[1] == 1 else mask[:, start : start + rows])
-        slices.append(torch.softmax(scores, dim=-1) @ v)
-    y = slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
-    return y.reshape(batch, heads, queries, size).permute(0, 2, 1, 3).reshape(batch, queries, width)
+        y = (torch.softmax(scores, dim=-1) @ v).reshape(batch, heads, -1, size)
+        # in its final layout: products that share `v` and are joined at once, the converter would make one again
+        slices.append(y.permute(0, 2, 1, 3).reshape(batch, -1, width))
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
 
 
 class UNetAttention(nn.Module):
