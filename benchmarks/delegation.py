@@ -2,7 +2,7 @@
 networks in topology at reduced width, before and after the rewrites of `litert-gpu`.
 
 Usage: python benchmarks/delegation.py [blocks] [networks] [--only REGEX] [--precisions fp32,fp16]
-           [--scale S] [--json FILE]
+           [--forms unit,before,after] [--scale S] [--json FILE]
 
 Protocol: random weights that keep the scale of what passes, batch 1; a block's input is noise of std 2 with 1 % of the
 channels at std 40, the networks' are unit latents. Converted by the exporter, run on the GPU delegate (GPU only) of a
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", choices=("blocks", "networks"), default=["blocks", "networks"])
     parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX")
     parser.add_argument("--precisions", default="fp32,fp16")
+    parser.add_argument("--forms", default="unit,before,after")
     parser.add_argument("--scale", type=float, default=1.0, help="of the residual stream")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -121,6 +122,8 @@ def main() -> None:
             unit = unit_norms(module)
             forms = [("before", module, BEFORE), ("after", module, TARGETS["litert-gpu"])]
             for form, network, target in forms if unit is None or stressed else [("unit", unit, BEFORE), *forms]:
+                if form not in args.forms.split(","):
+                    continue
                 start = time.perf_counter()
                 proof = prove(name, network, samples, target, oracles, compile_only=form != "after" and not stressed)
                 print(

@@ -36,43 +36,51 @@ def fp16(fp16_stack: GpuStack) -> Iterator[Oracle]:
         yield oracle
 
 
-class _Layer(nn.Module):
-    """A level of SD's UNet in miniature: ResNet, transformer, upsampler."""
+class _Level(nn.Module):
+    """A level of SD's UNet in miniature: ResNet, upsampler, and between them the transformer if there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, transformer: bool) -> None:
         super().__init__()
         self.resnet = ResnetBlock2D(in_channels=16, out_channels=16, temb_channels=8, groups=4)
-        self.attention = Transformer2DModel(2, 8, in_channels=16, cross_attention_dim=12, norm_num_groups=4)
+        self.attention = (
+            Transformer2DModel(2, 8, in_channels=16, cross_attention_dim=12, norm_num_groups=4)
+            if transformer
+            else None
+        )
         self.upsample = Upsample2D(16, use_conv=True)
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, temb: torch.Tensor, states: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         y = self.resnet(nchw(x), temb)
-        y = self.attention(y, encoder_hidden_states=states, return_dict=False)[0]
+        if self.attention is not None:
+            y = self.attention(y, encoder_hidden_states=states, return_dict=False)[0]
         return {"y": nhwc(self.upsample(y))}
 
 
-SAMPLES = {"x": torch.randn(1, 8, 8, 16), "temb": torch.randn(1, 8), "states": torch.randn(1, 7, 12)}
+def samples(transformer: bool) -> dict[str, torch.Tensor]:
+    given = {"x": torch.randn(1, 8, 8, 16), "temb": torch.randn(1, 8)}
+    return given | {"states": torch.randn(1, 7, 12)} if transformer else given
 
 
-def test_a_layer_before_and_after(fp32: Oracle) -> None:
-    layer = _Layer().eval()  # with fresh norms: their weights of one leave a BROADCAST_TO
-    before = prove("layer", layer, SAMPLES, STOCK, {"fp32": fp32})
+def test_a_level_before_and_after(fp32: Oracle) -> None:
+    level = _Level(transformer=False).eval()  # with fresh norms: their weights of one leave a BROADCAST_TO
+    before = prove("level", level, samples(False), STOCK, {"fp32": fp32})
     assert not before.accepted and not before.proved and not before.parity
     assert before.refused["BROADCAST_TO"] >= 2 and before.partitions[0] > 1 and before.partitions[1] >= 1
-    after = prove("layer", layer, SAMPLES, GPU, {"fp32": fp32})
+    after = prove("level", level, samples(False), GPU, {"fp32": fp32})
     assert after.proved and after.partitions == (1, 0)
-    assert after.parity["fp32"].max_error < 1e-5
-    assert after.rewrites["attention"] == 2 and after.rewrites["group-norm"] == 3
+    assert after.parity["fp32"].max_error < 1e-5 and after.rewrites["group-norm"] == 2
 
 
 def test_every_pass_is_taken(fp32: Oracle) -> None:
     """Also those that `litert-gpu` does without."""
-    names = ("upsample", "padding", "gelu", "linear-to-conv", "serialise-conv", "serialise-matmul")
-    limits = GPU.limits.model_copy(update={"weight_bytes": 1000, "attention_score_bytes": 2048})
+    names = ("upsample", "gelu", "linear-to-conv", "serialise-conv", "serialise-matmul")
+    limits = GPU.limits.model_copy(update={"weight_bytes": 1500, "attention_score_bytes": 8192})
     target = GPU.model_copy(update={"rewrites": (*GPU.rewrites, *names), "limits": limits})
-    proof = prove("layer", with_weights(_Layer()), SAMPLES, target, {"fp32": fp32})
+    proof = prove("level", with_weights(_Level(transformer=True)), samples(True), target, {"fp32": fp32})
     assert proof.proved and proof.parity["fp32"].max_error < 1e-5
-    assert all(proof.rewrites[name] for name in names if name != "padding")
+    assert all(proof.rewrites[name] for name in (*names, "attention", "geglu", "layer-norm"))
 
 
 class _Text(nn.Module):
@@ -99,11 +107,11 @@ class _Text(nn.Module):
 def test_text_layers_with_large_activations(fp32: Oracle, fp16: Oracle) -> None:
     """A residual stream of std 1000: squared in fp16, it is infinite."""
     text = with_weights(_Text(), scale=1000.0)
-    samples = {"input_ids": torch.randint(0, 40, (1, 12)).int()}
+    ids = {"input_ids": torch.randint(0, 40, (1, 12)).int()}
     oracles = {"fp32": fp32, "fp16": fp16}
-    after = prove("text", text, samples, GPU, oracles)
+    after = prove("text", text, ids, GPU, oracles)
     assert after.proved and after.parity["fp32"].max_error < 1e-5
-    before = prove("text", text, samples, STOCK, oracles)
+    before = prove("text", text, ids, STOCK, oracles)
     assert before.accepted and before.parity["fp32"].right and not before.parity["fp16"].right
 
 

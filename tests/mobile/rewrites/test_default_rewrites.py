@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
+from pocketfusion.mobile.delegate.graph import load
 from pocketfusion.mobile.flatbuffer import operations
 from pocketfusion.mobile.gate import run
 from pocketfusion.mobile.rewrites import rewrite
@@ -94,3 +97,24 @@ def test_slices_of_a_weight_convert(tmp_path: Path) -> None:
         measured = run(tmp_path / "conv.tflite", [{"x": x.numpy()}], "y", DEFAULT_SIGNATURE)[0]
         torch.testing.assert_close(torch.from_numpy(measured), _Block(conv)(x)["y"])
     assert conv.weight.stride() == before
+
+
+class _Tokens(nn.Module):
+    """An attention on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(16, heads=2, dim_head=8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.attention(x)}
+
+
+def test_slices_of_scores_stay_apart_in_the_file(tmp_path: Path) -> None:
+    """The converter joins products that share a factor: that would store all scores at once again."""
+    limits = Limits(float16=True, attention_score_bytes=2 * 32 * 64 * 2)
+    target = Target(name="litert-gpu", rewrites=("attention",), limits=limits)
+    convert(_Tokens(), {"x": torch.randn(1, 64, 16)}, tmp_path / "attention.tflite", target)
+    (graph,) = load(tmp_path / "attention.tflite").graphs
+    sizes = [tensor.shape for operation in graph.operations for tensor in operation.outputs]
+    assert (2, 32, 64) in sizes and max(math.prod(size) for size in sizes) == 2 * 32 * 64
