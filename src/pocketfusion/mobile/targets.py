@@ -55,7 +55,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="litert-gpu",
-            # linear-to-conv: an 8-bit FULLY_CONNECTED that an addition follows does not compile, a CONV_2D does
+            # linear-to-conv: some 8-bit FULLY_CONNECTED fail to compile ("Unable to parse bc coord"), CONV_2D do not
             rewrites=("masks", "attention", "geglu", "linear-to-conv", "group-norm", "layer-norm", "silu-nhwc"),
             # 16,384: CL_DEVICE_IMAGE2D_MAX_HEIGHT as Adreno's drivers report it.
             limits=Limits(float16=True, image2d=16384, attention_score_bytes=_BUFFER, weight_bytes=_BUFFER),
