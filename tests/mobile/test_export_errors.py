@@ -146,7 +146,9 @@ def test_full_disk(tiny_folder: Path, tmp_path: Path, fast_conversion: None, mon
     refused(tiny_folder, tmp_path / "out", "disk of .* is full")
 
 
-def test_kill_leaves_nothing_under_the_final_name(tiny_folder: Path, tmp_path: Path, fast_conversion: None) -> None:
+def test_a_killed_export_leaves_no_bundle_and_goes_on_where_it_was(
+    tiny_folder: Path, tmp_path: Path, fast_conversion: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     code = f"from pocketfusion.mobile.export import export; export({str(tiny_folder)!r}, {str(out)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -158,8 +160,39 @@ def test_kill_leaves_nothing_under_the_final_name(tiny_folder: Path, tmp_path: P
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    export(tiny_folder, out)  # a second run starts clean
-    assert (out / "bundle.json").is_file() and not partial.exists()
+    converted: list[str] = []
+    convert = module._convert_network
+
+    def recording(network: object, samples: object, file: Path, settings: object) -> None:
+        converted.append(file.name.partition("-")[0])
+        convert(network, samples, file, settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_convert_network", recording)
+    export(tiny_folder, out)
+    assert (out / "bundle.json").is_file() and not partial.exists() and not (tmp_path / ".out.work").exists()
+    assert "text_encoder" not in converted  # it was kept
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"size": (60, 64)}, r"--size has 60 pixels: this model's pictures are multiples of \d+"),
+        ({"decoder_tile": 9}, "the decoder's tile is 9 latents and the picture has 8x8"),
+        ({"decoder_tile": 0}, "the decoder's tile is 0 latents"),
+        ({"rewrites": ("flatten",)}, "--rewrites has 'flatten': choose among .*linear-to-conv"),
+        ({"gate_steps": 0}, "--gate-steps is 0"),
+        ({"lora": Path("nowhere.safetensors")}, "there is no LoRA at nowhere.safetensors"),
+        ({"recipe": Path("nowhere.yaml")}, "nowhere.yaml cannot be read"),
+        ({"recipe": Path("nowhere.yaml"), "weights": {"unet": "int8"}}, "--recipe and --weights both"),
+    ],
+)
+def test_settings_of_device_bundles(tiny_folder: Path, tmp_path: Path, settings: dict, match: str) -> None:
+    refused(tiny_folder, tmp_path / "out", match, **settings)
+
+
+def test_a_recipe_for_another_target(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("format: pocketfusion-weights\ntarget: litert-gpu\n")
+    refused(tiny_folder, tmp_path / "out", "was made for litert-gpu", recipe=tmp_path / "r.yaml")
 
 
 def test_command(tiny_folder: Path, tmp_path: Path, fast_conversion: None) -> None:
