@@ -1,7 +1,7 @@
 """Packed quantisation: the weights of a float32 `.tflite` file rewritten in smaller forms, layer by layer.
 
 Done on the flatbuffer itself because the stock quantizer returns empty tensors for files over 2 GB, which a
-full-size UNet is before it is packed. On smaller files both give the same bytes (tests/mobile/test_pack.py).
+full-size UNet is before it is packed. On smaller files both give the same bytes (tests/mobile/test_packed_weights.py).
 What the forms mean to each runtime is told in docs/quantization.md; `simulate` computes the same in PyTorch.
 """
 
