@@ -157,8 +157,9 @@ def test_a_lost_scale_or_prompt_writes_nothing(
     monkeypatch.setattr(gate, "run", original)
     real = measure.run_file
 
-    def deaf(file: Path, network: str, reference: Any, embeds: Any = None) -> Any:
-        return real(file, network, reference, None if embeds is None else embeds[:1].repeat(len(embeds), 0))
+    def deaf(*arguments: Any) -> Any:
+        *others, embeds = inspect.signature(real).bind(*arguments).args
+        return real(*others, None if embeds is None else embeds[:1].repeat(len(embeds), 0))
 
     monkeypatch.setattr(measure, "run_file", deaf)
     refused(made["embedded"][0], tmp_path / "b", r"follow the prompt 0\.000 times")
