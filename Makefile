@@ -16,7 +16,7 @@ demo: .venv-demo/ready
 
 # Two workers with a thread each: most tests start processes of their own and wait for them.
 test: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -m slow

@@ -4,38 +4,63 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+#: Minutes in one test: begun first, so that no worker is left alone with it at the end.
+LONGEST = "test_readme.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)`: the folder that `make` fills, once for all of xdist's workers. Read only."""
+    from filelock import FileLock
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def shared(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / f"once-{name}", root / f"once-{name}.done"
+        with FileLock(root / f"once-{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(once: Callable) -> Path:
     """A tiny random model folder. Read only: a test that alters it copies it first."""
     from tiny import make_tiny_folder
 
-    return make_tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+    return once("tiny", lambda root: make_tiny_folder(root / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_folder: Path, once: Callable) -> Path:
     """The tiny folder's fp32 bundle, made by the real exporter. Read only, as above."""
     from pocketfusion.mobile.export import export
 
-    out = tmp_path_factory.mktemp("bundle") / "tiny"
-    export(tiny_folder, out, name="tiny")
-    return out
+    return once("bundle", lambda root: export(tiny_folder, root / "tiny", name="tiny")) / "tiny"
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_data(once: Callable) -> Path:
     """A packed data set of 72 captioned 64-px squares and discs in all splits. Read only."""
     from shapes import make_shapes
 
-    return make_shapes(tmp_path_factory.mktemp("shapes") / "data")
+    return once("shapes", lambda root: make_shapes(root / "data")) / "data"
 
 
 @pytest.fixture(scope="session")
@@ -53,20 +78,21 @@ def tiny_recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def cli():
     """Runs `pocketfusion ARGS` in a process of its own and returns it, with its output as text."""
+    from command import run_command
 
     def run(*arguments: object, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pocketfusion", *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, **environment}
-        )
+        return run_command([str(argument) for argument in arguments], timeout, environment)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, tiny_data: Path, cli) -> Path:
+def trained(once: Callable, tiny_recipe: Path, tiny_data: Path, cli) -> Path:
     """What the training commands make of the tiny recipe, once: folders autoencoder, judge and base. Read only."""
-    root = tmp_path_factory.mktemp("trained")
+    return once("trained", lambda root: _train(root, tiny_recipe, tiny_data, cli))
+
+
+def _train(root: Path, tiny_recipe: Path, tiny_data: Path, cli: Callable) -> None:
     for command, out, more in (
         ("train-autoencoder", "autoencoder", ()),
         ("train-judge", "judge", ()),
@@ -75,4 +101,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, tiny_da
         done = cli(command, tiny_recipe, "--data", tiny_data, "--out", root / out, *more)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "finished" in done.stdout and "UNEXPECTED" not in done.stdout + done.stderr
-    return root

@@ -42,7 +42,7 @@ def test_the_readme_has_commands():
     assert "make demo" in README.read_text() and "make test" in README.read_text()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_every_command_runs(cli, tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "emoji").mkdir(parents=True)
