@@ -50,7 +50,7 @@ def _child(arguments: list[str], directory: str, environment: dict[str, str], ou
     os.environ.update(environment)
     sys.argv = ["pocketfusion", *arguments]
     # as a fresh interpreter would have them: the fork server's were made before the files above were
-    sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     from pocketfusion.cli import main
 
     code: object = 0
