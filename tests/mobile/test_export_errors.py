@@ -181,6 +181,11 @@ def test_a_killed_export_leaves_no_bundle_and_goes_on_where_it_was(
         ({"decoder_tile": 0}, "the decoder's tile is 0 latents"),
         ({"rewrites": ("flatten",)}, "--rewrites has 'flatten': choose among .*linear-to-conv"),
         ({"gate_steps": 0}, "--gate-steps is 0"),
+        (
+            {"gpu_fp32": ("unit",), "target": "litert-gpu"},
+            "--gpu-fp32 has 'unit': choose among text_encoder, unet, dec",
+        ),
+        ({"gpu_fp32": ("unet",)}, "--gpu-fp32 is 'unet' and the target litert-cpu: it is of litert-gpu"),
         ({"lora": Path("nowhere.safetensors")}, "there is no LoRA at nowhere.safetensors"),
         ({"recipe": Path("nowhere.yaml")}, "nowhere.yaml cannot be read"),
         ({"recipe": Path("nowhere.yaml"), "weights": {"unet": "int8"}}, "--recipe and --weights both"),

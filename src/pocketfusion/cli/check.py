@@ -10,6 +10,7 @@ import typer
 
 from pocketfusion.cli import app
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.manifest import NETWORKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +115,14 @@ def _row(graph: GraphCheck, report: Report) -> list[str]:
 
 
 def _details(graph: GraphCheck, console: Console) -> None:
-    lines = [f"  {_WRONG}: {p.precision} on {p.stack}" for p in graph.parities if not p.right]
+    wrong = [p for p in graph.parities if not p.right]
+    lines = [
+        f"  {_WRONG}: {p.precision} on {p.stack}"
+        + ("" if graph.counts(p) else "; the bundle asks for this network in fp32")
+        for p in wrong
+    ]
+    if [p.precision for p in wrong if graph.counts(p)] == ["fp16"] and graph.network in NETWORKS:
+        lines.append(f"  cure: a rewrite of what is at fault, or `export --gpu-fp32 {graph.network}`")
     groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     for one in graph.refused:
         place = f"#{one.index} {one.module or 'module unknown'}: {one.tensors}"

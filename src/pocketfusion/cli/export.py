@@ -45,6 +45,9 @@ def export_command(
     decoder_tile: Annotated[
         int | None, typer.Option(help="Decode in overlapping tiles of so many latents a side: less memory.")
     ] = None,
+    gpu_fp32: Annotated[
+        str, typer.Option(help="Networks that need fp32 on the GPU: text_encoder.", show_default=False)
+    ] = "",
     gate_steps: Annotated[
         int, typer.Option(help="Sampling steps, for each of two prompts, that the result is compared on.")
     ] = 5,
@@ -86,12 +89,13 @@ def export_command(
             recipe=recipe,
             target=target.value,
             size=None if size is None else _parse_size(size),
-            rewrites=tuple(name.strip() for name in rewrites.split(",") if name.strip()),
+            rewrites=_names(rewrites),
             lora=lora,
             lora_scale=lora_scale,
             two_calls=two_calls,
             scheduler_step=scheduler_step,
             decoder_tile=decoder_tile,
+            gpu_fp32=_names(gpu_fp32),
             gate_steps=gate_steps,
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -102,6 +106,10 @@ def export_command(
     _print(report, console)
     if json_file:
         write_json(json_file, report.as_dict())
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _parse_size(text: str) -> tuple[int, int]:

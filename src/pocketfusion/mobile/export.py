@@ -157,7 +157,7 @@ def export(
             created_by=f"pocketfusion {__version__}",
             target=settings.target,
             files={key: _file(path, partial) for key, path in files.items()},
-            networks=Networks(**{n: _network(inputs[n], networks[n], row) for n, row in rows.items()}),
+            networks=Networks(**{n: _network(inputs[n], networks[n], row, settings) for n, row in rows.items()}),
             tokenizer=spec,
             latents=specs.latent_spec(pipeline),
             image=specs.image_spec(pipeline),
@@ -223,7 +223,7 @@ def _label(kind: str | NetworkRecipe, chosen: dict[str, Form]) -> str:
 
 
 @torch.no_grad()
-def _network(inputs: specs.Samples, module: nn.Module, row: NetworkReport) -> Network:
+def _network(inputs: specs.Samples, module: nn.Module, row: NetworkReport, settings: ExportSettings) -> Network:
     return Network(
         inputs=specs.tensor_specs(inputs),
         outputs=specs.tensor_specs(module(**inputs)),
@@ -232,6 +232,7 @@ def _network(inputs: specs.Samples, module: nn.Module, row: NetworkReport) -> Ne
         weights=row.weights,  # type: ignore[arg-type]  # one of the forms, or mixed
         sqnr_db=row.sqnr_db,
         guidance_delta=row.guidance_delta,
+        gpu_precision="fp32" if row.name in settings.gpu_fp32 else None,
     )
 
 

@@ -26,7 +26,7 @@ from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, Defaults
 from pocketfusion.runtime.tiles import check_tile
 
 #: Settings that change nothing in the float32 networks.
-_NOT_IN_THE_GRAPH = ("weights", "recipe", "num_inference_steps", "guidance_scale", "gate_steps")
+_NOT_IN_THE_GRAPH = ("weights", "recipe", "num_inference_steps", "guidance_scale", "gate_steps", "gpu_fp32")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class ExportSettings:
     each layer's instead. `rewrites`: passes beside the target's own (`mobile.rewrites.PASSES`). `two_calls`:
     classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM step in the UNet's graph.
     `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and width of the pictures in
-    pixels, the folder's where None. `gate_steps`: sampling steps, for each of two prompts, that the gate compares.
+    pixels, the folder's where None. `gpu_fp32`: networks that need fp32 on the GPU, for the manifest
+    (`check` says which). `gate_steps`: sampling steps, for each of two prompts, that the gate compares.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class ExportSettings:
     lora: Path | None = None
     lora_scale: float = 1.0
     gate_steps: int = STEPS
+    gpu_fp32: tuple[str, ...] = ()
 
     def check(self, folder: Path, out: Path, overwrite: bool) -> None:
         """Raises PocketfusionError for whatever can be refused before anything is loaded."""
@@ -67,6 +69,11 @@ class ExportSettings:
         unknown = [name for name in self.rewrites if name not in PASSES]
         if unknown:
             raise PocketfusionError(f"--rewrites has {unknown[0]!r}: choose among {', '.join(PASSES)}")
+        for network in self.gpu_fp32:
+            if network not in NETWORKS:
+                raise PocketfusionError(f"--gpu-fp32 has {network!r}: choose among {', '.join(NETWORKS)}")
+            if self.target != "litert-gpu":
+                raise PocketfusionError(f"--gpu-fp32 is {network!r} and the target {self.target}: it is of litert-gpu")
         if not 1 <= self.gate_steps <= 50:
             raise PocketfusionError(f"--gate-steps is {self.gate_steps}: choose 1 to 50")
         if self.guidance_scale is not None and not np.isfinite(self.guidance_scale):

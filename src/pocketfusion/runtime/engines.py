@@ -14,7 +14,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Environment, HardwareAccelerator, Options
+from ai_edge_litert.compiled_model import (
+    CompiledModel,
+    CpuOptions,
+    Environment,
+    GpuOptions,
+    HardwareAccelerator,
+    Options,
+)
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from pocketfusion.runtime.specs import Network
@@ -122,9 +129,9 @@ def cpu_options(num_threads: int, packed: Path) -> Options:
     return Options(HardwareAccelerator.CPU, cpu_options=cpu)
 
 
-def gpu_options() -> Options:
-    """Options of `Compiled` for the GPU alone."""
-    return Options(HardwareAccelerator.GPU)
+def gpu_options(spec: Network) -> Options:
+    """Options of `Compiled` for the GPU alone, in the precision that the network asks for."""
+    return Options(HardwareAccelerator.GPU, gpu_options=GpuOptions(enforce_f32=spec.gpu_precision == "fp32"))
 
 
 @cache

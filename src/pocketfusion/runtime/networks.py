@@ -67,7 +67,7 @@ class Network:
                     )
                 self._engine: Engine
                 if accelerator == "gpu":
-                    self._engine = Compiled(path, spec, signature, gpu_options())
+                    self._engine = Compiled(path, spec, signature, gpu_options(spec))
                 elif self._packed is not None:
                     packed = Path(f"/proc/self/fd/{self._packed.fileno()}")
                     self._engine = Compiled(path, spec, signature, cpu_options(num_threads, packed))

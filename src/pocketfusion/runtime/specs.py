@@ -47,7 +47,8 @@ class Network(Strict):
     PyTorch; `guidance_delta` (UNet only) is std(conditional - unconditional), exported over original, and with
     embedded guidance the same of two guidance scales if that is further from 1. `weights` `int8` and `float16` are
     computed in float32, the `-dynamic` ones by integer kernels with activations rounded on the fly (CPU), `mixed` is a
-    choice for each layer. `resident_bytes` is the memory that the network holds once loaded and run, as measured at
+    choice for each layer. `gpu_precision` is what the GPU has to compute in: fp16, its fast one, unless it says fp32.
+    `resident_bytes` is the memory that the network holds once loaded and run, as measured at
     export on the CPU.
     """
 
@@ -59,6 +60,7 @@ class Network(Strict):
     sqnr_db: float | None = None
     guidance_delta: float | None = None
     resident_bytes: Positive | None = None
+    gpu_precision: Literal["fp32"] | None = None
 
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, None if the network has none."""

@@ -14,7 +14,7 @@ from pocketfusion.mobile.delegate.child import Answer, Child
 from pocketfusion.mobile.delegate.graph import load
 from pocketfusion.mobile.delegate.locate import locate
 from pocketfusion.mobile.delegate.oracle import Oracle, parity, verdict
-from pocketfusion.mobile.delegate.stack import choose, find_stacks
+from pocketfusion.mobile.delegate.stack import GpuStack, choose, find_stacks
 from pocketfusion.mobile.delegate.surgery import SIGNATURE, extract, float_weights, key
 
 LOG = """INFO: something
@@ -186,3 +186,39 @@ def test_numbers_on_the_gpu_equal_numpy(fp32_stack, tmp_path):
         _, measured = oracle.run(tmp_path / "m.tflite", {"x0": x}, "fp32", SIGNATURE)
     assert measured is not None
     np.testing.assert_allclose(measured["y0"], x.mean((1, 2), keepdims=True), atol=1e-6)
+
+
+def test_a_wrong_number_that_harms_nobody_is_not_at_fault(tmp_path):
+    """y = x + mean(x), the mean next to nothing: off by many times itself it changes no result, off by 1 all."""
+    b = ModelBuilder()
+    x, y, z = b.tensor("x", (1, 4, 4, 8)), b.tensor("m.0#0", (1, 1, 1, 8)), b.tensor("m.1#1", (1, 4, 4, 8))
+    b.operation("MEAN", [x, b.tensor("a", dtype="int32", values=[1, 2])], [y], keepDims=True)
+    b.operation("ADD", [x, y], [z])
+    b.build(["x"], [z], tmp_path / "m.tflite")
+    file = load(tmp_path / "m.tflite")
+    graph = file.graphs[0]
+    values = np.random.default_rng(0).standard_normal((1, 4, 4, 8)).astype(np.float32)
+    mean = key(graph.operations[0].outputs[0])
+
+    class Off:
+        """A GPU whose mean is off by `error`, and a CPU."""
+
+        stack = GpuStack("made-up", "none", (), ("fp16",))
+        folder = tmp_path
+        error = 0.0
+
+        def reference(self, path, inputs, signature):
+            return oracle.reference(path, inputs, signature)
+
+        def run(self, path, inputs, precision, signature):
+            outputs = oracle.reference(path, inputs, signature).outputs
+            return verdict(Answer({}, "", "", False)), {k: v + self.error * (k == mean) for k, v in outputs.items()}
+
+    with Oracle(Off.stack, timeout=60) as oracle:
+        off = Off()
+        probe = number_probe(off, file, graph, "fp16", {"x": values - values.mean((1, 2), keepdims=True)})
+        assert probe(0, 1) == probe(1, 2) == ""
+        off.error = 1e-3
+        assert probe(0, 1) == ""
+        off.error = 1.0
+        assert probe(0, 1).startswith("the results are off by ") and probe(1, 2) == ""

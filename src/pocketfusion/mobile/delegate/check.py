@@ -31,7 +31,8 @@ class GraphCheck:
     `refused`: the operations that the delegate does not take, and those that it takes but computes wrongly (`faults`).
     `verdict`: "gpu", "static" (no GPU stack was asked), "refused" or "failed". `failure`: why the graph failed as a
     whole; `culprit`: the shortest run of operations that fails alone, for that or for wrong numbers. `inputs`:
-    "recorded" or "seeded". `notes`: what was left out, and why.
+    "recorded" or "seeded". `notes`: what was left out, and why. `precision`: what the bundle's manifest says that the
+    GPU computes this network in; wrong numbers in fp16 do not count against one in fp32.
     """
 
     network: str
@@ -45,10 +46,15 @@ class GraphCheck:
     ranges: Ranges | None
     inputs: str
     notes: tuple[str, ...]
+    precision: str = "fp16"
+
+    def counts(self, parity: Parity) -> bool:
+        """Whether the comparison is in a precision that the network is used in: fp32 is everywhere."""
+        return parity.precision in ("fp32", self.precision)
 
     @property
     def passed(self) -> bool:
-        return not self.refused and not self.failure and all(one.right for one in self.parities)
+        return not self.refused and not self.failure and all(one.right for one in self.parities if self.counts(one))
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def check(
 
     Raises PocketfusionError for what is neither, a damaged file, custom operations or an unknown stack.
     """
-    files, recorded = _files(path), dict[str, samples.Inputs]()
+    files, recorded, needs = _files(path), dict[str, samples.Inputs](), _precisions(path)
     progress("looking for GPU stacks")
     stacks = () if static else find_stacks()
     chosen = {p: found for p in precisions if (found := None if static else choose(stacks, p, stack))}
@@ -97,7 +103,7 @@ def check(
     graphs = []
     for name, file in files.items():
         for graph in file.graphs:
-            one = _Check(name, file, graph, recorded.get(name), threads, timeout, progress)
+            one = _Check(name, file, graph, recorded.get(name), needs.get(name, "fp16"), threads, timeout, progress)
             graphs.append(one.run(chosen) if not static else one.static(()))
     return Report(path, tuple(dict.fromkeys(chosen.values())), tuple(graphs))
 
@@ -109,6 +115,14 @@ def _files(path: Path) -> dict[str, File]:
     return {name: load(bundle.file(name)) for name in NETWORKS}
 
 
+def _precisions(path: Path) -> dict[str, str]:
+    """What the manifest of a bundle asks for, by network; nothing for a lone file."""
+    if not path.is_dir():
+        return {}
+    networks = Bundle.open(path, verify=False).manifest.networks
+    return {name: getattr(networks, name).gpu_precision or "fp16" for name in NETWORKS}
+
+
 class _Check:
     """One graph's check."""
 
@@ -118,11 +132,13 @@ class _Check:
         file: File,
         graph: Graph,
         inputs: samples.Inputs | None,
+        precision: str,
         threads: int,
         timeout: float,
         progress: Progress,
     ) -> None:
         self.name, self.file, self.graph, self.threads, self.timeout = name, file, graph, threads, timeout
+        self.precision = precision
         self.inputs, self.source = (inputs, "recorded") if inputs else (samples.seeded(graph), "seeded")
         self.title = name if len(file.graphs) == 1 else f"{name} {graph.name}"
         self.progress = lambda stage: progress(f"{self.title}: {stage}")
@@ -169,6 +185,7 @@ class _Check:
             ranges,
             self.source,
             tuple(self.notes),
+            self.precision,
         )
 
     def _alone(self, folder: Path) -> tuple[Path, str]:
@@ -213,13 +230,22 @@ class _Check:
                 return verdict, None
             pairs.append((expected.outputs, measured))
         found = parity(precision, oracle.stack.name, pairs)
-        if not found.right:
-            probe = bisect.number_probe(oracle, self.file, self.graph, precision, self._named())
+        if not found.right and precision in ("fp32", self.precision):
+            probe = bisect.number_probe(oracle, *self._in_float(reference), precision, self._named())
             self.progress("looking for the operations at fault")
             self.wrong = [one for one in locate.wrong(self.graph) if probe(one.index, one.index + 1)]
             if not self.wrong:
                 self._bisect(probe)
         return verdict, found
+
+    def _in_float(self, reference: Path) -> tuple[File, Graph]:
+        """File and graph whose parts a CPU computes without rounding activations, operation by operation the same."""
+        if reference == self.file.path or len(self.file.graphs) > 1:
+            return self.file, self.graph
+        file = load(reference)
+        (graph,) = file.graphs
+        same = [op.kind for op in graph.operations] == [op.kind for op in self.graph.operations]
+        return (file, graph) if same else (self.file, self.graph)
 
     def _named(self) -> dict[str, Any]:
         """The first inputs by the graph's own names."""
