@@ -148,17 +148,17 @@ def test_later_keys_are_read_and_left_out_where_they_say_nothing(bundle, edit):
     plain = Bundle.open(bundle).manifest.contents()
     assert plain == json.loads((bundle / "bundle.json").read_text())
     assert {"target", "time_embedding", "guidance"}.isdisjoint(plain)
-    assert all("resident_bytes" not in network for network in plain["networks"].values())
+    assert all("gpu_precision" not in network for network in plain["networks"].values())
 
     def change(manifest):
         manifest.update(target="litert-gpu", time_embedding=EMBEDDING)
         unet_input(manifest, "timestep", name="timestep_embedding", shape=[2, 16])
         unet_input(manifest, "step_coefficients", name="step_coefficients", shape=[1, 3])
-        manifest["networks"]["unet"].update(weights="int8-dynamic", resident_bytes=123)
+        manifest["networks"]["unet"].update(weights="int8-dynamic", gpu_precision="fp32")
 
     edit(change)
     manifest = Bundle.open(bundle).manifest
-    assert manifest.target == "litert-gpu" and manifest.networks.unet.resident_bytes == 123
+    assert manifest.target == "litert-gpu" and manifest.networks.unet.gpu_precision == "fp32"
     assert manifest.time_embedding.dim == 16
     assert manifest.contents() == json.loads((bundle / "bundle.json").read_text())
 
@@ -168,7 +168,7 @@ def test_later_keys_are_read_and_left_out_where_they_say_nothing(bundle, edit):
     [
         (lambda m: m.update(target="tpu"), "target"),
         (lambda m: m["networks"]["unet"].update(weights="int3"), "networks.unet.weights"),
-        (lambda m: m["networks"]["unet"].update(resident_bytes=0), "networks.unet.resident_bytes"),
+        (lambda m: m["networks"]["unet"].update(gpu_precision="int8"), "networks.unet.gpu_precision"),
         (lambda m: m.update(time_embedding=EMBEDDING), "timestep_embedding go together"),
         (lambda m: unet_input(m, "timestep", name="timestep_embedding", shape=[2, 16]), "go together"),
         (

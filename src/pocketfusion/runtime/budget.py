@@ -16,9 +16,8 @@ BASE = 40 * MB
 
 
 def held(bundle: Bundle) -> dict[str, int]:
-    """Bytes that each network holds with mapped weights: as measured at export, or else estimated from its file."""
-    measured = {name: spec.resident_bytes for name, spec in bundle.manifest.networks}
-    return {name: measured[name] or estimate(bundle.file(name)) for name in NETWORKS}
+    """Bytes that each network holds with mapped weights, estimated from its file."""
+    return {name: estimate(bundle.file(name)) for name in NETWORKS}
 
 
 def needed(bundle: Bundle) -> dict[Mode, int]:

@@ -48,8 +48,6 @@ class Network(Strict):
     embedded guidance the same of two guidance scales if that is further from 1. `weights` `int8` and `float16` are
     computed in float32, the `-dynamic` ones by integer kernels with activations rounded on the fly (CPU), `mixed` is a
     choice for each layer. `gpu_precision` is what the GPU has to compute in: fp16, its fast one, unless it says fp32.
-    `resident_bytes` is the memory that the network holds once loaded and run, as measured at
-    export on the CPU.
     """
 
     inputs: list[TensorSpec]
@@ -59,7 +57,6 @@ class Network(Strict):
     weights: Weights
     sqnr_db: float | None = None
     guidance_delta: float | None = None
-    resident_bytes: Positive | None = None
     gpu_precision: Literal["fp32"] | None = None
 
     def input(self, name: str) -> TensorSpec | None:
