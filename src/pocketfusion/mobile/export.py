@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -27,7 +26,7 @@ from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.inputs import reference_runs, tiled
 from pocketfusion.mobile.licences import copy_licences
 from pocketfusion.mobile.lora import merge_lora
-from pocketfusion.mobile.measure import NetworkReport, measure, run_file
+from pocketfusion.mobile.measure import Described, NetworkReport, describe, measure, run_file
 from pocketfusion.mobile.pack import Form, pack
 from pocketfusion.mobile.quantize import coarsest, quantize
 from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
@@ -118,6 +117,8 @@ def export(
         )
         if settings.decoder_tile:
             reference = tiled(reference, plain["decoder"], settings.decoder_tile)
+        one = specs.samples(pipeline, batch=1)
+        described = {n: describe(networks[n], inputs[n], plain[n], one[n]) for n in NETWORKS}
         rows: dict[str, NetworkReport] = {}
         forms: dict[str, Form] = {}
         embeds: np.ndarray | None = None
@@ -126,6 +127,7 @@ def export(
             exact = work / f"{network}-{settings.conversion_key(folder, network)}.tflite"
             if not exact.is_file():
                 _convert_network(networks[network], inputs[network], exact, settings)
+            plain[network].to("meta")  # only its file is looked at from here on: the memory is LiteRT's
             stage()
             file = partial / f"{network}.tflite"
             chosen = quantize(exact, file, kinds[network], settings.target)
@@ -135,8 +137,8 @@ def export(
             call = form if network == "unet" else None
             measured = run_file(seen, network, reference, call, pipeline.unet)
             rows[network] = measure(
-                network, _label(kinds[network], chosen), forms, seen, plain[network], pipeline, measured, reference,
-                embeds, call,
+                network, _label(kinds[network], chosen), forms, seen, described[network], pipeline.unet, measured,
+                reference, embeds, call,
             )  # fmt: skip
             if seen != file:  # what was measured is not what ships
                 rows[network] = replace(rows[network], size=file.stat().st_size)
@@ -157,7 +159,7 @@ def export(
             created_by=f"pocketfusion {__version__}",
             target=settings.target,
             files={key: _file(path, partial) for key, path in files.items()},
-            networks=Networks(**{n: _network(inputs[n], networks[n], row, settings) for n, row in rows.items()}),
+            networks=Networks(**{n: _network(described[n], row, settings) for n, row in rows.items()}),
             tokenizer=spec,
             latents=specs.latent_spec(pipeline),
             image=specs.image_spec(pipeline),
@@ -222,11 +224,10 @@ def _label(kind: str | NetworkRecipe, chosen: dict[str, Form]) -> str:
     return next(iter(chosen.values()), "float32") if len(set(chosen.values())) < 2 else "mixed"
 
 
-@torch.no_grad()
-def _network(inputs: specs.Samples, module: nn.Module, row: NetworkReport, settings: ExportSettings) -> Network:
+def _network(described: Described, row: NetworkReport, settings: ExportSettings) -> Network:
     return Network(
-        inputs=specs.tensor_specs(inputs),
-        outputs=specs.tensor_specs(module(**inputs)),
+        inputs=described.inputs,
+        outputs=described.outputs,
         parameters=row.parameters,
         macs=row.macs,
         weights=row.weights,  # type: ignore[arg-type]  # one of the forms, or mixed

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from pocketfusion.mobile import gate, specs
@@ -15,7 +16,7 @@ from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
 from pocketfusion.mobile.inputs import GateInputs
 from pocketfusion.mobile.pack import FORMS, Form
 from pocketfusion.mobile.unet_form import UNetForm, joined
-from pocketfusion.mobile.wrappers import StablePipeline
+from pocketfusion.runtime.specs import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,27 @@ class NetworkReport:
     padding_sqnr_db: float | None = None
     chain_sqnr_db: float | None = None
     guidance_delta: float | None = None
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of a network before it is converted: its tensors and sizes."""
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    parameters: int
+    macs: int
+
+
+@torch.no_grad()
+def describe(module: nn.Module, inputs: specs.Samples, plain: nn.Module, one: specs.Samples) -> Described:
+    """Of `module`, that is converted with `inputs`; the multiply-adds are of the `plain` one on `one` sample."""
+    return Described(
+        specs.tensor_specs(inputs),
+        specs.tensor_specs(module(**inputs)),
+        sum(p.numel() for p in plain.parameters()),
+        specs.multiply_adds(plain, one),
+    )
 
 
 def run_file(
@@ -66,8 +88,8 @@ def measure(
     label: str,
     forms: Mapping[str, Form],
     file: Path,
-    module: nn.Module,
-    pipeline: StablePipeline,
+    described: Described,
+    unet: Any,
     measured: np.ndarray,
     reference: GateInputs,
     embeds: np.ndarray | None,
@@ -91,7 +113,7 @@ def measure(
         sqnr = gate.sqnr(expected, measured)
     gate.check_sqnr(network.replace("_", " "), kind, sqnr)
     if network == "unet":
-        fed = run_file(file, network, reference, form, pipeline.unet, embeds)
+        fed = run_file(file, network, reference, form, unet, embeds)
         chain = gate.sqnr(expected, fed)
         delta = gate.guidance_delta(reference.by_step(expected), reference.by_step(fed))
         if delta is not None:
@@ -101,8 +123,8 @@ def measure(
         name=network,
         weights=label,
         size=file.stat().st_size,
-        parameters=sum(p.numel() for p in module.parameters()),
-        macs=specs.multiply_adds(module, specs.samples(pipeline, batch=1)[network]),
+        parameters=described.parameters,
+        macs=described.macs,
         sqnr_db=round(sqnr, 2),
         padding_sqnr_db=None if padding is None else round(padding, 2),
         chain_sqnr_db=None if chain is None else round(chain, 2),

@@ -102,6 +102,22 @@ def weighted(kind: str, form: str, version: int = 3, dequantize: int | None = No
     return build
 
 
+def rows(shape: tuple[int, ...], dtype: str, keep: bool = False) -> Case:
+    """A linear layer [..., 8] -> [rows, 16], or [..., 16] with `keepNumDims`."""
+
+    def build(path: Path) -> None:
+        b = ModelBuilder()
+        x, values = b.tensor("x", shape), np.random.default_rng(1).integers(-7, 8, (16, 8))
+        scales = None if dtype == "float32" else np.linspace(0.01, 0.02, 16)
+        w = b.tensor("w", dtype=dtype, values=values, scales=scales)
+        y = b.tensor("y", (*shape[:-1], 16) if keep else (int(np.prod(shape[:-1])), 16))
+        bias = b.tensor("b", values=np.ones(16, np.float32))
+        b.operation("FULLY_CONNECTED", [x, w, bias], [y], version=5, keepNumDims=keep)
+        b.build([x], [y], path)
+
+    return build
+
+
 def folded(kind: str, constants: Sequence[tuple[Any, str]] = (), **options: Any) -> Case:
     """An operation on constants only, whose result multiplies an input [2, 3, 4]."""
 
@@ -355,6 +371,11 @@ def _cases() -> dict[str, Case]:
         cases[f"FULLY_CONNECTED {len(shape)}-D"] = apply(
             "FULLY_CONNECTED", [shape], (*shape[:-1], 5), linear, keepNumDims=True, version=5
         )
+    for form in ("int8", "int4", "float32"):
+        for shape in ((1, 8, 8), (1, 9, 8), (2, 16, 8), (32, 1, 8), (1, 1, 32, 8), (1, 32, 1, 8), (2, 2, 8, 8)):
+            cases[f"FULLY_CONNECTED {form} of {shape} as rows"] = rows(shape, form)
+        for shape in ((1, 9, 8), (2, 3, 8), (2, 16, 8), (1, 2, 16, 8), (2, 2, 3, 8), (9, 8), (32, 8)):
+            cases[f"FULLY_CONNECTED {form} of {shape}"] = rows(shape, form, keep=True)
     cases["SELECT_V2"] = _select
     cases["PRELU"] = apply("PRELU", [NHWC], NHWC, [(np.full((1, 1, 4), 0.2), "float32")])
     pool = {"strideH": 2, "strideW": 2, "filterHeight": 2, "filterWidth": 2, "padding": 1}

@@ -267,9 +267,7 @@ class _Check:
             kinds = ", ".join(dict.fromkeys(op.kind for op in found.operations[:6]))
             where = " of " + module if (module := locate.module(self.graph, last)) else ""
             run = f"operation {first.index}" if first is last else f"operations {first.index} to {last.index}"
-            # seen with 8-bit linear layers before an elementwise operation; as convolutions they compile
-            cure = "; cure: rewrite `linear-to-conv`" if "FULLY_CONNECTED" in kinds else ""
-            self.culprit = f"{run} ({kinds}){where}: {found.failure}{cure}"
+            self.culprit = f"{run} ({kinds}){where}: {found.failure}"
 
 
 def _free_memory() -> int | None:

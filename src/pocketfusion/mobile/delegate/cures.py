@@ -12,7 +12,7 @@ INT8_ADVICE = "weights `int8-dynamic` or `float16`"
 _FAULTS = {
     "BATCH_MATMUL": "rewrite `attention`, or give both factors the same batch",
     "SOFTMAX": "reshape it to 2 dimensions",
-    "FULLY_CONNECTED": "reshape it to 2 dimensions",
+    "FULLY_CONNECTED": "reshape its input to 2 dimensions, or rewrite `linear-to-conv`",
     "PAD": "rewrite `padding`",
     "PADV2": "rewrite `padding`",
     "EMBEDDING_LOOKUP": "one scale per row, or weights `float32`",
@@ -29,6 +29,8 @@ def cure(graph: Graph, operation: Operation, reason: str) -> str:
     if kind == "DEQUANTIZE" or "Shape mismatch" in reason:
         linear = any(r.kind == "FULLY_CONNECTED" for t in operation.outputs for r in graph.consumers.get(t.index, []))
         return f"{INT8_ADVICE}, or rewrite `linear-to-conv`" if linear and operation.version <= 3 else INT8_ADVICE
+    if kind == "FULLY_CONNECTED" and "BATCH axis" in reason:
+        return "rewrite `linear-to-conv`, or weights `float16`"
     if kind == "EMBEDDING_LOOKUP":
         return "weights `float32` or `int8-dynamic` for this table"
     if kind in ("CONV_2D", "DEPTHWISE_CONV_2D") and "version" in reason:

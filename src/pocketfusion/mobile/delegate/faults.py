@@ -103,6 +103,15 @@ def _form(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "scalar"
 
 
+def _integer_rows(graph: Graph, operation: Operation) -> Iterator[str]:
+    """The same meeting of dimensions as `rules._integer_linear`, where the shader compiles."""
+    if operation.kind != "FULLY_CONNECTED" or operation.given[1].dtype not in ("int8", "int4"):
+        return
+    x, rows = operation.given[0], operation.outputs[0]
+    if len(rows.shape) == 2 and any(n > 1 for n in x.shape[1:-1]):
+        yield f"{operation.given[1].dtype} weights, and {_form(x)} is taken for {rows.shape[0]} rows"
+
+
 _RULES: tuple[Callable[[Graph, Operation], Iterator[str]], ...] = (
     _constants,
     _matmul,
@@ -110,4 +119,5 @@ _RULES: tuple[Callable[[Graph, Operation], Iterator[str]], ...] = (
     _padding,
     _embedding,
     _axes,
+    _integer_rows,
 )

@@ -45,6 +45,8 @@ _TAKES_SAME = frozenset({"ADD", "MUL"})
 _FOLDS = frozenset({"ADD", "DEQUANTIZE"})
 #: Where integer weights may come through a DEQUANTIZE; elsewhere the delegate mistakes their shape.
 _TAKES_DEQUANTIZED = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D"})
+#: Up to so many rows a linear layer of integer weights is another shader, which has not its fault.
+ROWS = 8
 _SIGN_BIT = 5  # schema.ActivationFunctionType.SIGN_BIT
 _REFLECT = 0  # schema.MirrorPadMode.REFLECT
 
@@ -146,6 +148,17 @@ def _shapes(graph: Graph, operation: Operation) -> Iterator[str]:
         yield "Only support 1D indices"
 
 
+def _integer_linear(graph: Graph, operation: Operation) -> Iterator[str]:
+    """A layer of integer weights that takes [1, ..., K] for rows: the delegate's shader does not compile."""
+    if operation.kind != "FULLY_CONNECTED":
+        return
+    x, weights, rows = operation.given[0], operation.given[1], operation.outputs[0]
+    if not (weights.constant and weights.dtype in ("int8", "int4")) or len(rows.shape) != 2 or len(x.shape) < 3:
+        return
+    if x.shape[0] == 1 and rows.shape[0] > ROWS:
+        yield f"Unable to parse bc coord for BATCH axis: {weights.dtype} weights, and {x} taken for rows"
+
+
 _RULES: tuple[Rule, ...] = (
     _known,
     _rank,
@@ -155,4 +168,5 @@ _RULES: tuple[Rule, ...] = (
     _pairs,
     _settings,
     _shapes,
+    _integer_linear,
 )
