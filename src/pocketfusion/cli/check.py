@@ -15,7 +15,7 @@ from pocketfusion.runtime.manifest import NETWORKS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pocketfusion.mobile.delegate.check import GraphCheck, Report
+    from pocketfusion.mobile.delegate.report import GraphCheck, Report
 
 #: Rows of a table's lists that are printed; all are in the JSON.
 _ROWS = 12
