@@ -22,6 +22,8 @@ class Limits(BaseModel):
     attention_score_bytes: int | None = None
     #: Largest weight of one matrix product or convolution, in bytes.
     weight_bytes: int | None = None
+    #: Products that one sum of a convolution may add up; a device that sums in half precision loses more with each.
+    sum_terms: int | None = None
     #: A core's second-level cache, in bytes: half of it should hold what a convolution's inner loop reads over again.
     cache_bytes: int | None = None
 
@@ -55,10 +57,16 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="litert-gpu",
-            # linear-to-conv: some 8-bit FULLY_CONNECTED fail to compile ("Unable to parse bc coord"), CONV_2D do not
-            rewrites=("masks", "attention", "geglu", "linear-to-conv", "group-norm", "layer-norm", "silu-nhwc"),
-            # 16,384: CL_DEVICE_IMAGE2D_MAX_HEIGHT as Adreno's drivers report it.
-            limits=Limits(float16=True, image2d=16384, attention_score_bytes=_BUFFER, weight_bytes=_BUFFER),
+            # linear-to-conv: 8-bit FULLY_CONNECTED that turn dimensions into rows fail to compile, CONV_2D do not
+            rewrites=(
+                *("masks", "attention", "geglu", "linear-to-conv", "serialise-conv"),
+                *("group-norm", "layer-norm", "silu-nhwc"),
+            ),
+            # 16,384: CL_DEVICE_IMAGE2D_MAX_HEIGHT as Adreno's drivers report it. 5,760: 640 channels of 3x3, which
+            # leave an error of 2.4 % in fp16 on activations with outliers, where 1,280 leave 3.7 % (docs/mobile.md).
+            limits=Limits(
+                float16=True, image2d=16384, attention_score_bytes=_BUFFER, weight_bytes=_BUFFER, sum_terms=5760
+            ),
         ),
     )
 }
