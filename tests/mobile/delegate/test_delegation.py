@@ -73,11 +73,13 @@ def test_a_level_before_and_after(fp32: Oracle) -> None:
     assert after.parity["fp32"].max_error < 1e-5 and after.rewrites["group-norm"] == 2
 
 
-def test_every_pass_is_taken(fp32: Oracle) -> None:
-    """Also those that `litert-gpu` does without."""
-    names = ("upsample", "gelu", "linear-to-conv", "serialise-conv", "serialise-matmul")
+@pytest.mark.parametrize("upsampling", ["upsample", "subpixel-upsample"])
+def test_every_pass_is_taken(fp32: Oracle, upsampling: str) -> None:
+    """Also those that `litert-gpu` does without; of two for upsamplers, each in its turn."""
+    names = ("gelu", "linear-to-conv", "serialise-conv", "serialise-matmul", upsampling)
     limits = GPU.limits.model_copy(update={"weight_bytes": 1500, "attention_score_bytes": 8192})
-    target = GPU.model_copy(update={"rewrites": (*GPU.rewrites, *names), "limits": limits})
+    others = [name for name in GPU.rewrites if name != "subpixel-upsample"]
+    target = GPU.model_copy(update={"rewrites": (*others, *names), "limits": limits})
     proof = prove("level", with_weights(_Level(transformer=True)), samples(True), target, {"fp32": fp32})
     assert proof.proved and proof.parity["fp32"].max_error < 1e-5
     assert all(proof.rewrites[name] for name in (*names, "attention", "geglu", "layer-norm"))

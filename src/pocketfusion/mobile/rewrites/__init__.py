@@ -18,7 +18,7 @@ from pocketfusion.mobile.rewrites.gelu import GELU
 from pocketfusion.mobile.rewrites.linear import GEGLU_SPLIT, LINEAR_TO_CONV, SERIALISE_MATMUL
 from pocketfusion.mobile.rewrites.masks import MASKS
 from pocketfusion.mobile.rewrites.norms import GROUP_NORM, LAYER_NORM
-from pocketfusion.mobile.rewrites.sampling import PADDING, UPSAMPLE
+from pocketfusion.mobile.rewrites.sampling import PADDING, SUBPIXEL, UPSAMPLE
 from pocketfusion.mobile.rewrites.silu import SILU_NHWC
 from pocketfusion.mobile.targets import TARGETS, Target
 
@@ -30,6 +30,7 @@ PASSES: dict[str, Rewrite] = {
     for one in (
         MASKS,
         ATTENTION,
+        SUBPIXEL,
         UPSAMPLE,
         GEGLU_SPLIT,
         GELU,

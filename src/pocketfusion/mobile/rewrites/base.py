@@ -20,7 +20,7 @@ class Rewrite:
     """One pass. Called with a module and a device's limits, it replaces submodules in place and returns how many.
 
     A replacement stands at the original's path and gives the same numbers to 1e-5 of their scale in float32. Its
-    parameters are the original's or views of them, so that they may also lie on `meta`.
+    parameters are the original's or views of them (`subpixel-upsample` has sums of them), and may also lie on `meta`.
     """
 
     name: str
