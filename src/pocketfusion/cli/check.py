@@ -84,7 +84,7 @@ def _print(report: Report, static: bool, console: Console) -> None:
         console.print(f"static verdict, by the rules alone ({why})", style="yellow")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("network", no_wrap=True)
-    for title in ("on GPU", "rejected", "FP32 dB/error", "FP16 dB/error", "at risk"):
+    for title in ("on GPU", "rejected", "FP32 dB/error", "FP16 dB/error", "risks"):
         table.add_column(title, justify="right", no_wrap=True)
     for graph in report.graphs:
         table.add_row(*_row(graph, report))
