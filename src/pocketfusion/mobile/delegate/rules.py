@@ -45,8 +45,8 @@ _TAKES_SAME = frozenset({"ADD", "MUL"})
 _FOLDS = frozenset({"ADD", "DEQUANTIZE"})
 #: Where integer weights may come through a DEQUANTIZE; elsewhere the delegate mistakes their shape.
 _TAKES_DEQUANTIZED = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D"})
-#: Up to so many rows a linear layer of integer weights is another shader, which has not its fault.
-ROWS = 8
+#: Up to so many rows a linear layer of integer weights is another shader, which compiles and is wrong (`faults`).
+_ROWS = 8
 _SIGN_BIT = 5  # schema.ActivationFunctionType.SIGN_BIT
 _REFLECT = 0  # schema.MirrorPadMode.REFLECT
 
@@ -155,7 +155,7 @@ def _integer_linear(graph: Graph, operation: Operation) -> Iterator[str]:
     x, weights, rows = operation.given[0], operation.given[1], operation.outputs[0]
     if not (weights.constant and weights.dtype in ("int8", "int4")) or len(rows.shape) != 2 or len(x.shape) < 3:
         return
-    if x.shape[0] == 1 and rows.shape[0] > ROWS:
+    if x.shape[0] == 1 and rows.shape[0] > _ROWS:
         yield f"Unable to parse bc coord for BATCH axis: {weights.dtype} weights, and {x} taken for rows"
 
 
