@@ -19,7 +19,7 @@ from pocketfusion.data.emoji.captions import captions_for, may_flip
 from pocketfusion.data.emoji.concepts import Drawing, iter_drawings, load_concepts, name_index
 from pocketfusion.data.emoji.packages import DEFAULT_STYLES, STYLES, fetch_packages, lock_hash
 from pocketfusion.data.emoji.render import render_on
-from pocketfusion.data.emoji.scenes import render_scene, sample_scene
+from pocketfusion.data.emoji.scenes import render_scene, sample_scene, scene_may_flip
 from pocketfusion.data.emoji.split import assign_split, frozen_groups
 from pocketfusion.data.packed import FORMAT, VERSION
 from pocketfusion.errors import PocketfusionError
@@ -131,7 +131,7 @@ def plan(settings: EmojiSettings, node_modules: Path) -> list[_Job]:
             "family": STYLES[scene.style].family,
             "label": scene.caption,
             "captions": [scene.caption],
-            "flip": False,
+            "flip": scene_may_flip(scene, shown),
             "licence": STYLES[scene.style].spdx,
             "scene": scene.as_dict(),
         }

@@ -13,7 +13,7 @@ from hashlib import sha256
 import numpy as np
 from PIL import Image
 
-from pocketfusion.data.emoji.captions import with_article
+from pocketfusion.data.emoji.captions import may_flip, with_article
 from pocketfusion.data.emoji.concepts import Drawing
 from pocketfusion.data.emoji.packages import STYLES
 from pocketfusion.data.emoji.render import place
@@ -86,6 +86,11 @@ def sample_scene(drawings: list[Drawing], rng: random.Random) -> tuple[Scene, li
         relation=rng.choice(("left of", "above")) if kind == "relation" else None,
     )
     return scene, shown
+
+
+def scene_may_flip(scene: Scene, shown: list[Drawing]) -> bool:
+    """Whether the mirrored scene still fits its caption: no sides are named and every drawing may be mirrored."""
+    return scene.relation != "left of" and all(may_flip(drawing.concept) for drawing in shown)
 
 
 def render_scene(scene: Scene, shown: list[Drawing], size: int) -> np.ndarray:
