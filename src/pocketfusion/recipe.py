@@ -42,12 +42,33 @@ class DataSettings(_Settings):
     flip: bool = True
 
 
+class PictureLossSettings(_Settings):
+    """How a drawn picture is compared with the wanted one: weights of the terms of `train.picture_losses`.
+
+    `feature_start`: the share of training after which the feature distance counts.
+    """
+
+    mse_weight: float = Field(default=1.0, ge=0)
+    l1_weight: float = Field(default=0.0, ge=0)
+    gradient_weight: float = Field(default=0.0, ge=0)
+    feature_weight: float = Field(default=0.0, ge=0)
+    feature_start: float = Field(default=0.0, ge=0, lt=1)
+
+
 class AutoencoderSettings(_Settings):
-    """`config` goes to diffusers' AutoencoderKL unchanged; losses are means over pixels or latent elements."""
+    """`config` goes to diffusers' AutoencoderKL unchanged; losses are means over pixels or latent elements.
+
+    `crop_size`: train on random crops of that many pixels until `crop_until` of the steps, then on whole pictures.
+    `whiten`: give every latent channel mean 0 and deviation 1 on the training pictures, inside the two 1x1
+    convolutions beside the latents; else one `scaling_factor` does for all channels.
+    """
 
     config: dict[str, Any]
-    l1_weight: float = Field(default=0.1, ge=0)
+    loss: PictureLossSettings = PictureLossSettings(l1_weight=0.1)
     kl_weight: float = Field(default=1e-4, ge=0)
+    crop_size: int | None = Field(default=None, ge=8)
+    crop_until: float = Field(default=1.0, ge=0, le=1)
+    whiten: bool = False
     train: TrainSettings
 
 
@@ -186,7 +207,7 @@ class DecoderDistillSettings(_Settings):
 
 
 class JudgeSettings(_Settings):
-    """The image-text judge: `widths` of its image tower's stages and the shared embedding size."""
+    """An image-text judge: `widths` of its image tower's stages and the shared embedding size."""
 
     widths: tuple[int, ...] = (32, 64, 128, 192)
     embed_dim: int = Field(default=128, gt=0)
@@ -201,7 +222,7 @@ class TextSettings(_Settings):
 
 
 class Recipe(_Settings):
-    """One model from data to weights."""
+    """One model from data to weights. `loss_judge` gives losses their features; `judge`, another network, scores."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     data: DataSettings
@@ -209,6 +230,7 @@ class Recipe(_Settings):
     autoencoder: AutoencoderSettings
     teacher: TeacherSettings
     judge: JudgeSettings
+    loss_judge: JudgeSettings | None = None
     elastic: ElasticSettings | None = None
     recovery: RecoverySettings | None = None
     decoder: DecoderDistillSettings | None = None

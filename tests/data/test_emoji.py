@@ -15,7 +15,7 @@ from pocketfusion.data.emoji.captions import captions_for, may_flip, with_articl
 from pocketfusion.data.emoji.concepts import Concept, Drawing, iter_drawings, load_concepts, name_index, plain_hex
 from pocketfusion.data.emoji.packages import DEFAULT_STYLES, STYLES, fetch_packages
 from pocketfusion.data.emoji.render import render_on
-from pocketfusion.data.emoji.scenes import BACKGROUNDS, Scene, render_scene, sample_scene
+from pocketfusion.data.emoji.scenes import BACKGROUNDS, Scene, render_scene, sample_scene, scene_may_flip
 from pocketfusion.data.emoji.split import assign_split, frozen_groups
 from pocketfusion.errors import PocketfusionError
 
@@ -106,6 +106,22 @@ def test_captions_say_label_and_style():
 )
 def test_flip_only_where_the_caption_allows(label, group, fits):
     assert may_flip(concept(label, (), group)) is fits
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "relation", "fits"),
+    [
+        ("background", ["dog face"], None, True),
+        ("count", ["dog face", "dog face"], None, True),
+        ("relation", ["dog face", "red apple"], "above", True),
+        ("relation", ["dog face", "red apple"], "left of", False),
+        ("relation", ["dog face", "clock"], "above", False),
+        ("background", ["right arrow"], None, False),
+    ],
+)
+def test_scenes_are_mirrored_where_caption_and_drawings_allow(kind, labels, relation, fits):
+    scene = Scene(kind, "noto", "blue", tuple(labels), relation)
+    assert scene_may_flip(scene, [drawing(label) for label in labels]) is fits
 
 
 def test_rendering_flips_places_and_composites_exactly():

@@ -27,6 +27,9 @@ OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", sh
 RunOpt = Annotated[Path | None, typer.Option("--run", help="Checkpoints, log, previews. Default: OUT.run")]
 MinutesOpt = Annotated[float | None, typer.Option("--max-minutes", help="Stop after MIN; run again to go on.")]
 InitOpt = Annotated[Path | None, typer.Option("--init", help="Begin with the weights of this folder.")]
+LossJudgeOpt = Annotated[
+    Path | None, typer.Option("--loss-judge", help="Judge trained --for-losses, if a loss wants its features.")
+]
 CacheOpt = Annotated[Path | None, typer.Option("--cache", help="Latents and prompt states. Default: RUN/cache")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that came from other inputs.")]
 
@@ -77,13 +80,14 @@ def train_autoencoder_command(
     run: RunOpt = None,
     max_minutes: MinutesOpt = None,
     init: InitOpt = None,
+    loss_judge: LossJudgeOpt = None,
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Train the autoencoder (SD's AutoencoderKL) on the pictures."""
     loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
     from pocketfusion.train.autoencoder import train_autoencoder
 
-    report(train_autoencoder(loaded, images, stage, init), out)
+    report(train_autoencoder(loaded, images, stage, init, loss_judge), out)
 
 
 @app.command("train-teacher")
@@ -114,10 +118,13 @@ def train_judge_command(
     out: OutOpt,
     run: RunOpt = None,
     max_minutes: MinutesOpt = None,
+    for_losses: Annotated[
+        bool, typer.Option("--for-losses", help="Train the recipe's loss_judge: features for losses, never scores.")
+    ] = False,
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Train the judge: the image-text model that scores pictures."""
     loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
     from pocketfusion.train.judge import train_judge
 
-    report(train_judge(loaded, images, stage), out)
+    report(train_judge(loaded, images, stage, for_losses=for_losses), out)

@@ -53,7 +53,9 @@ class JudgeModel(ModelMixin, ConfigMixin):
         text_width: int = 384,
         embed_dim: int = 128,
         text: dict | None = None,
+        for_losses: bool = False,
     ):
+        """`for_losses`: its features are trained against, so it must never score."""
         super().__init__()
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1, stride=2)
         self.blocks = nn.ModuleList(_Block(a, b) for a, b in zip(widths, widths[1:], strict=False))
@@ -62,11 +64,16 @@ class JudgeModel(ModelMixin, ConfigMixin):
         self.text_head = nn.Sequential(nn.Linear(text_width, 256), nn.GELU(), nn.Linear(256, embed_dim))
         self.log_scale = nn.Parameter(torch.tensor(2.66))  # CLIP's 1/0.07
 
+    def maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """[B, 3, S, S] in [-1, 1] → the stem's and every block's output [B, C, h, w]; S may differ from training."""
+        found = [F.silu(self.stem(pixels))]
+        for block in self.blocks:
+            found.append(block(found[-1]))
+        return found
+
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, S, S] in [-1, 1] → [B, F]: mean and maximum over positions, what the Fréchet distance uses."""
-        x = F.silu(self.stem(pixels))
-        for block in self.blocks:
-            x = block(x)
+        x = self.maps(pixels)[-1]
         return self.feature_norm(torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1))
 
     def embed_images(self, features: torch.Tensor) -> torch.Tensor:
@@ -126,8 +133,11 @@ class Judge:
         return np.concatenate(parts)
 
 
-def load_judge(path: Path) -> Judge:
-    """Loads a judge folder; raises PocketfusionError if it is not one or is damaged."""
+def load_judge(path: Path, *, for_losses: bool = False) -> Judge:
+    """Loads a judge folder; raises PocketfusionError if it is not one, is damaged, or was trained for the other use.
+
+    What a model was trained against must not score it: a judge `for_losses` only gives features.
+    """
     if not (path / "config.json").is_file():
         raise PocketfusionError(f"there is no judge at {path}: train one with 'pocketfusion train-judge'")
     try:
@@ -138,4 +148,10 @@ def load_judge(path: Path) -> Judge:
         raise
     except Exception as error:
         raise PocketfusionError(f"the judge {path} is damaged ({str(error).splitlines()[0][:120]})") from None
+    if model.config.for_losses != for_losses:
+        raise PocketfusionError(
+            f"{path} was trained to give losses their features and must not score: name the recipe's other judge"
+            if model.config.for_losses
+            else f"{path} is the judge that scores and must not be trained against: train one with --for-losses"
+        )
     return Judge(model, load_text_encoder(TextSettings.model_validate(model.config.text or {})))

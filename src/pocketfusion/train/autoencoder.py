@@ -10,14 +10,15 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import Provenance, read_provenance
+from pocketfusion.folder import Provenance, folder_hash, read_provenance
+from pocketfusion.models.judge import JudgeModel, load_judge
 from pocketfusion.recipe import Recipe
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.loop import TrainResult
+from pocketfusion.train.picture_losses import PictureLoss
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.stage import finished_result, run_stage
 
@@ -41,11 +42,22 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class AutoencoderTask:
-    """Mean squared error + `l1_weight` × absolute error + `kl_weight` × KL to the unit Gaussian per latent element."""
+    """`PictureLoss` of the reconstruction + `kl_weight` × KL to the unit Gaussian per latent element.
 
-    def __init__(self, recipe: Recipe, data: CaptionedImages, model: AutoencoderKL):
+    On random crops until `crop_until` of the steps (fully convolutional networks learn as much from them, several
+    times faster), then on whole pictures, on which group norms and attention see what they will be used on.
+    """
+
+    def __init__(self, recipe: Recipe, data: CaptionedImages, model: AutoencoderKL, judge: JudgeModel | None = None):
         settings = recipe.autoencoder
         self.settings, self.data, self.model = settings, data, model
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+        crop = settings.crop_size
+        if crop is not None and (crop % self.factor or crop > data.size):
+            raise PocketfusionError(
+                f"autoencoder.crop_size {crop} does not fit: give a multiple of {self.factor} up to {data.size}"
+            )
+        self.picture_loss = PictureLoss(settings.loss, judge)
         train = [(data.indices(["train"]), 1 - recipe.data.scene_share)]
         if "train_scene" in data.splits and recipe.data.scene_share:
             train.append((data.indices(["train_scene"]), recipe.data.scene_share))
@@ -56,22 +68,32 @@ class AutoencoderTask:
     def to(self, device: torch.device) -> None:
         """Pictures are moved batch by batch."""
         self.device = device
+        self.picture_loss.to(device)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        """See the class."""
+    def pictures(self, batch: Batch) -> torch.Tensor:
+        """The batch's pictures [B, 3, H, W], mirrored at random; crops begin at multiples of the latents' factor."""
         pixels = to_tensor(self.data.images[batch.indices])
         if self.flip:  # every mirrored drawing is a good picture when no caption is involved
             mirrored = batch.rand() < 0.5
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-        pixels = pixels.to(self.device)
-        height, width = (side // 2 ** (len(self.model.config.block_out_channels) - 1) for side in pixels.shape[2:])
+        crop = self.settings.crop_size
+        if crop is None or batch.step >= self.settings.crop_until * self.settings.train.steps:
+            return pixels
+        places = (pixels.shape[-1] - crop) // self.factor + 1
+        corners = zip(pixels, batch.randint(places) * self.factor, batch.randint(places) * self.factor, strict=True)
+        return torch.stack([picture[:, y : y + crop, x : x + crop] for picture, x, y in corners])
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """See the class."""
+        pixels = self.pictures(batch).to(self.device)
+        height, width = (side // self.factor for side in pixels.shape[2:])
         noise = batch.randn(self.model.config.latent_channels, height, width).to(self.device)
         # encode and decode are reached through forward() so that accelerate's wrappers see the call
         posterior, image = model(pixels, noise)
-        mse, l1 = F.mse_loss(image, pixels), F.l1_loss(image, pixels)
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        loss = mse + self.settings.l1_weight * l1 + self.settings.kl_weight * kl
-        return loss, {"mse": mse.item(), "kl": kl.item()}
+        loss, logged = self.picture_loss(image, pixels, batch.step / self.settings.train.steps)
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return loss + self.settings.kl_weight * kl, {**logged, "kl": kl.item()}
 
     @torch.no_grad()
     def reconstruct(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,24 +142,52 @@ class TrainableAutoencoder(nn.Module):
 
 
 @torch.no_grad()
-def latent_std(vae: AutoencoderKL, data: CaptionedImages, samples: int = 1024) -> float:
-    """Standard deviation of the training latents: SD's `scaling_factor` is its inverse."""
+def latent_statistics(vae: AutoencoderKL, data: CaptionedImages, samples: int = 1024) -> tuple[torch.Tensor, ...]:
+    """Means [C] and standard deviations [C] of the training latents' channels, and the deviation of all, scalar."""
     indices = data.indices(["train"])
     chosen = indices[:: max(1, len(indices) // samples)]
     device = next(vae.parameters()).device
-    pixels = [to_tensor(data.images[part]).to(device) for part in np.array_split(chosen, min(32, len(chosen)))]
-    return torch.cat([vae.encode(x).latent_dist.mean for x in pixels]).float().std().item()
+    pixels = [to_tensor(data.images[part]).to(device) for part in np.array_split(chosen, -(-len(chosen) // 32))]
+    means = torch.cat([vae.encode(x).latent_dist.mean for x in pixels]).double().cpu()
+    return means.mean((0, 2, 3)).float(), means.std((0, 2, 3)).float(), means.std().float()
 
 
-def train_autoencoder(recipe: Recipe, data: CaptionedImages, stage: StageRun, init: Path | None = None) -> Provenance:
+@torch.no_grad()
+def fold_whitening(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Gives the latents' channels mean 0 and deviation 1, in place: z' = (z - mean) / std; pictures stay the same.
+
+    A diffusion starts from N(0, 1) and adds the same noise to every channel, so channels should be alike; SD's one
+    `scaling_factor` leaves them as uneven as they are. `quant_conv` gives means and log-variances, so its rows become
+    W / std, (b - mean) / std and W, b - 2 log std; `post_quant_conv` takes the inverse. Exact, and stock diffusers.
+    """
+    before, after = vae.quant_conv, vae.post_quant_conv
+    if before is None or after is None:
+        raise PocketfusionError("autoencoder.whiten needs use_quant_conv and use_post_quant_conv in its config")
+    mean, std = (values.to(before.weight) for values in (mean, std))
+    channels = len(mean)
+    before.weight[:channels] /= std[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean) / std
+    before.bias[channels:] -= 2 * std.log()
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= std[None, :, None, None]
+
+
+def train_autoencoder(
+    recipe: Recipe,
+    data: CaptionedImages,
+    stage: StageRun,
+    init: Path | None = None,
+    loss_judge: Path | None = None,
+) -> Provenance:
     """Trains the recipe's autoencoder and writes a folder with diffusers' `config.json` and fp32 safetensors.
 
-    `init` continues from an autoencoder folder's weights. Raises PocketfusionError as `train` does.
+    `init` continues from an autoencoder folder's weights; `loss_judge` is a judge folder for the feature distance.
+    Raises PocketfusionError as `train` does, and if the losses and the judge do not fit.
     """
     identity = {
         "stage": "train-autoencoder",
         "settings": recipe.autoencoder.model_dump(mode="json") | {"data": recipe.data.model_dump(mode="json")},
-        "parents": {},
+        "parents": {"loss_judge": folder_hash(loss_judge)} if loss_judge else {},
         "data": {"name": data.name, "fingerprint": data.fingerprint},
     }
     samples_before = 0
@@ -155,10 +205,14 @@ def train_autoencoder(recipe: Recipe, data: CaptionedImages, stage: StageRun, in
         )
     except (TypeError, ValueError, OSError) as error:
         raise PocketfusionError(f"the autoencoder cannot be made ({str(error).splitlines()[0]})") from None
-    task = AutoencoderTask(recipe, data, TrainableAutoencoder(vae))  # type: ignore[arg-type]
+    judge = load_judge(loss_judge, for_losses=True).model if loss_judge else None
+    task = AutoencoderTask(recipe, data, TrainableAutoencoder(vae), judge)  # type: ignore[arg-type]
 
     def write(folder: Path, result: TrainResult) -> dict:
-        factor = 1 / latent_std(vae, data)
+        mean, std, overall = latent_statistics(vae, data)
+        if recipe.autoencoder.whiten:
+            fold_whitening(vae, mean, std)
+        factor = 1.0 if recipe.autoencoder.whiten else 1 / overall.item()
         vae.register_to_config(scaling_factor=round(factor, 5))
         vae.save_pretrained(folder, safe_serialization=True)
         results: dict[str, float] = {"latent_scaling_factor": round(factor, 5)}

@@ -15,7 +15,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance
 from pocketfusion.models.judge import Judge, JudgeModel, pool_states
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
-from pocketfusion.recipe import Recipe
+from pocketfusion.recipe import JudgeSettings, Recipe
 from pocketfusion.train.autoencoder import to_tensor
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.cache import CaptionTable
@@ -23,7 +23,7 @@ from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.stage import finished_result, run_stage
 
-MAX_SHIFT = 6  # pixels of 64; position augmentation, since generated pictures are never placed exactly
+MAX_SHIFT = 6 / 64  # of the side; position augmentation, since generated pictures are never placed exactly
 
 
 def contrastive_loss(
@@ -38,8 +38,9 @@ def contrastive_loss(
 class JudgeTask:
     """Pictures (shifted, mirrored where the caption allows, slightly blurred or noisy) against their captions."""
 
-    def __init__(self, recipe: Recipe, data: CaptionedImages, model: JudgeModel, text: TextEncoder):
-        settings = recipe.judge
+    def __init__(
+        self, recipe: Recipe, settings: JudgeSettings, data: CaptionedImages, model: JudgeModel, text: TextEncoder
+    ):
         self.settings, self.data, self.model, self.text = settings, data, model, text
         pools = [(data.indices(["train"]), 1 - recipe.data.scene_share)]
         if "train_scene" in data.splits:
@@ -65,9 +66,10 @@ class JudgeTask:
 
     def augment(self, pixels: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Whole-pixel shift on a white margin, and a little noise for a half of the pictures."""
-        padded = F.pad(pixels, [MAX_SHIFT] * 4, value=1.0)
-        dx, dy = batch.randint(2 * MAX_SHIFT + 1), batch.randint(2 * MAX_SHIFT + 1)
         size = pixels.shape[-1]
+        reach = round(MAX_SHIFT * size)
+        padded = F.pad(pixels, [reach] * 4, value=1.0)
+        dx, dy = batch.randint(2 * reach + 1), batch.randint(2 * reach + 1)
         shifted = torch.stack([x[:, j : j + size, i : i + size] for x, i, j in zip(padded, dx, dy, strict=True)])
         strength = 0.1 * (batch.rand() - 0.5).clamp_min(0)[:, None, None, None]
         return shifted + strength * batch.randn(*pixels.shape[1:])
@@ -109,30 +111,41 @@ class JudgeTask:
         return Image.fromarray(np.uint8(np.clip(similarity, 0, 1) * 255)).resize((480, 480), Image.Resampling.NEAREST)
 
 
-def train_judge(recipe: Recipe, data: CaptionedImages, stage: StageRun) -> Provenance:
-    """Trains the recipe's judge and writes its folder; one process only, since a batch is its own set of negatives."""
+def train_judge(
+    recipe: Recipe, data: CaptionedImages, stage: StageRun, *, for_losses: bool = False
+) -> Provenance:
+    """Trains the recipe's `judge`, or with `for_losses` its `loss_judge`, and writes its folder.
+
+    One process only, since a batch is its own set of negatives. Raises PocketfusionError as `train` does, and if the
+    recipe has no such section.
+    """
     import os
+
+    settings = recipe.loss_judge if for_losses else recipe.judge
+    if settings is None:
+        raise PocketfusionError(f"the recipe {recipe.name} has no section 'loss_judge': see recipes/emoji128.yaml")
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise PocketfusionError("train-judge runs in one process (its negatives are the batch): do not launch several")
     identity = {
-        "stage": "train-judge",
-        "settings": recipe.judge.model_dump(mode="json") | {"data": recipe.data.model_dump(mode="json")},
+        "stage": "train-loss-judge" if for_losses else "train-judge",
+        "settings": settings.model_dump(mode="json") | {"data": recipe.data.model_dump(mode="json")},
         "parents": {},
         "data": {"name": data.name, "fingerprint": data.fingerprint},
     }
     if (finished := finished_result(stage, identity)) is not None:
         return finished
     text = load_text_encoder(recipe.text)
-    torch.manual_seed(recipe.judge.train.seed)
+    torch.manual_seed(settings.train.seed)
     model = JudgeModel(
         image_size=data.size,
-        widths=recipe.judge.widths,
+        widths=settings.widths,
         text_width=text.width,
-        embed_dim=recipe.judge.embed_dim,
+        embed_dim=settings.embed_dim,
         text=recipe.text.model_dump(),
+        for_losses=for_losses,
     )
-    task = JudgeTask(recipe, data, model, text)
+    task = JudgeTask(recipe, settings, data, model, text)
 
     def write(folder: Path, result: TrainResult) -> dict:
         model.half().save_pretrained(folder, safe_serialization=True)
@@ -144,4 +157,4 @@ def train_judge(recipe: Recipe, data: CaptionedImages, stage: StageRun) -> Prove
                 results |= {f"{split}_top1": round(top1, 4), f"{split}_top5": round(top5, 4)}
         return results
 
-    return run_stage(stage, task, recipe.judge.train, identity, write)
+    return run_stage(stage, task, settings.train, identity, write)
