@@ -13,6 +13,7 @@ from rich.progress import track
 
 from pocketfusion.artefact import atomic_file
 from pocketfusion.data.packed import CaptionedImages
+from pocketfusion.models.judge import pool_states
 from pocketfusion.models.text_encoder import TextEncoder
 from pocketfusion.train.autoencoder import to_tensor
 
@@ -66,6 +67,17 @@ def cache_prompts(text: TextEncoder, text_hash: str, captions: Sequence[str], fo
 
     shape = (len(captions), text.max_length, text.width)
     return _cached(folder / f"prompts-{key}.npy", shape, blocks, "encoding captions")
+
+
+def cache_pooled(text: TextEncoder, text_hash: str, captions: Sequence[str], folder: Path) -> np.ndarray:
+    """Mean token state of each caption, what a judge reads: fp16 [M, width]."""
+    key = _key("pooled", text_hash, str(text.max_length), *captions)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for states, mask in text.iter_encoded(captions):
+            yield pool_states(torch.from_numpy(states).float(), torch.from_numpy(mask)).half().numpy()
+
+    return _cached(folder / f"pooled-{key}.npy", (len(captions), text.width), blocks, "encoding captions")
 
 
 class CaptionTable:

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance
-from pocketfusion.models.judge import Judge, JudgeModel, pool_states
+from pocketfusion.models.judge import Judge, JudgeModel
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import JudgeSettings, Recipe
 from pocketfusion.train.autoencoder import to_tensor
 from pocketfusion.train.batch import Batch, BatchPlan
-from pocketfusion.train.cache import CaptionTable
+from pocketfusion.train.cache import CaptionTable, cache_pooled
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.stage import finished_result, run_stage
@@ -52,17 +52,16 @@ class JudgeTask:
         self.pooled = torch.empty(0)
         self.device = torch.device("cpu")
 
-    def to(self, device: torch.device) -> None:
-        """Pools the training captions' token states once."""
-        self.device = device
+    def prepare(self, cache: Path) -> None:
+        """Pools the training captions' token states; later runs find them."""
         needed = np.unique(np.concatenate([self.captions.choices[i] for i in np.concatenate(self.plan.pools)]))
         texts = [self.captions.captions[i] for i in needed]
-        pooled = [
-            pool_states(torch.from_numpy(states).float(), torch.from_numpy(mask))
-            for states, mask in self.text.iter_encoded(texts)
-        ]
         self.pooled = torch.zeros(len(self.captions.captions), self.text.width)
-        self.pooled[needed] = torch.cat(pooled)
+        self.pooled[needed] = torch.from_numpy(cache_pooled(self.text, self.text.fingerprint, texts, cache)).float()
+
+    def to(self, device: torch.device) -> None:
+        """Pictures and pooled states are moved batch by batch."""
+        self.device = device
 
     def augment(self, pixels: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Whole-pixel shift on a white margin, and a little noise for a half of the pictures."""
@@ -111,9 +110,7 @@ class JudgeTask:
         return Image.fromarray(np.uint8(np.clip(similarity, 0, 1) * 255)).resize((480, 480), Image.Resampling.NEAREST)
 
 
-def train_judge(
-    recipe: Recipe, data: CaptionedImages, stage: StageRun, *, for_losses: bool = False
-) -> Provenance:
+def train_judge(recipe: Recipe, data: CaptionedImages, stage: StageRun, *, for_losses: bool = False) -> Provenance:
     """Trains the recipe's `judge`, or with `for_losses` its `loss_judge`, and writes its folder.
 
     One process only, since a batch is its own set of negatives. Raises PocketfusionError as `train` does, and if the
@@ -146,6 +143,7 @@ def train_judge(
         for_losses=for_losses,
     )
     task = JudgeTask(recipe, settings, data, model, text)
+    task.prepare(stage.run / "cache")
 
     def write(folder: Path, result: TrainResult) -> dict:
         model.half().save_pretrained(folder, safe_serialization=True)
