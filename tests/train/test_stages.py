@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_folder, folder_hash, load_pipeline, read_provenance
+from pocketfusion.folder import check_folder, folder_hash, load_pipeline, read_provenance, write_provenance
 from pocketfusion.models.judge import load_judge
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import TextSettings, load_recipe
 from pocketfusion.train.judge import contrastive_loss
+from pocketfusion.train.log import read_log
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.sample import noise_batch, sample_images, sample_latents
 from pocketfusion.train.teacher import train_teacher
@@ -121,6 +122,29 @@ def test_continuing_from_a_folder_adds_up_the_samples(trained, tiny_recipe, tiny
         load_recipe(tiny_recipe), open_dataset(tiny_data, 64), trained / "autoencoder", stage, init=trained / "base"
     )
     assert done.samples_seen == 48 and done.parents["init"] == folder_hash(trained / "base")
+
+
+def test_an_unfinished_result_goes_on_at_its_step_without_its_run_folder(trained, tiny_recipe, tiny_data, tmp_path):
+    recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+    shutil.copytree(trained / "base", tmp_path / "base")
+    before = read_provenance(trained / "base")
+    write_provenance(tmp_path / "base", before.model_copy(update={"finished": False, "samples_seen": 16}))
+    stage = StageRun.at(tmp_path / "base")
+    done = train_teacher(recipe, data, trained / "autoencoder", stage)
+    assert done.finished and done.samples_seen == 24
+    log = [line["step"] for line in read_log(stage.run) if "loss" in line]
+    assert log == [5, 6]  # not from the beginning
+    ours, theirs = (
+        UNet2DConditionModel.from_pretrained(path / "base", subfolder="unet") for path in (tmp_path, trained)
+    )
+    moved = max((a - b).abs().max().item() for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert 0 < moved < 0.01  # two small steps from its own weights, where another beginning is far away
+
+    write_provenance(tmp_path / "base", before.model_copy(update={"finished": False, "samples_seen": 16, "seed": 5}))
+    other = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"prompt_dropout": 0.5})})
+    stage = StageRun.at(tmp_path / "base", tmp_path / "again.run", overwrite=True)
+    train_teacher(other, data, trained / "autoencoder", stage)
+    assert [line["step"] for line in read_log(stage.run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_two_processes_train_the_same_teacher(trained, tiny_recipe, tiny_data, tmp_path):

@@ -271,4 +271,7 @@ def distill_decoder(
             "teacher_parameters": sizes[0],
         }
 
-    return run_stage(stage, task, settings.train, made_by, write)
+    def reopen(folder: Path) -> nn.Module:
+        return DecoderNetwork(load_vae(folder / "vae"))
+
+    return run_stage(stage, task, settings.train, made_by, write, reopen)

@@ -223,4 +223,7 @@ def train_autoencoder(
         task.preview(vae).save(folder / "reconstructions.png")
         return {k: v for k, v in results.items() if math.isfinite(v)}
 
-    return run_stage(stage, task, recipe.autoencoder.train, identity, write, samples_before)
+    def reopen(folder: Path) -> nn.Module:
+        return TrainableAutoencoder(AutoencoderKL.from_pretrained(folder))
+
+    return run_stage(stage, task, recipe.autoencoder.train, identity, write, reopen, samples_before)

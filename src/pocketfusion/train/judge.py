@@ -155,4 +155,4 @@ def train_judge(recipe: Recipe, data: CaptionedImages, stage: StageRun, *, for_l
                 results |= {f"{split}_top1": round(top1, 4), f"{split}_top5": round(top5, 4)}
         return results
 
-    return run_stage(stage, task, settings.train, identity, write)
+    return run_stage(stage, task, settings.train, identity, write, JudgeModel.from_pretrained)

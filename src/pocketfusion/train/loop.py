@@ -86,9 +86,10 @@ def train(
     *,
     fingerprint: dict,
     max_minutes: float | None = None,
+    first_step: int = 0,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainResult:
-    """Trains `task.model` in the run folder `run`, from its newest checkpoint if it has one.
+    """Trains `task.model` in the run folder `run`, from its newest checkpoint if it has one, else from `first_step`.
 
     `fingerprint` (settings and input hashes) must equal the one the run was begun with. Stops after `max_minutes`
     with a checkpoint. The samples and random numbers of a step depend on the seed and the step alone.
@@ -121,7 +122,7 @@ def train(
     ema = [p.detach().clone() for p in raw.parameters()]
     parameters = list(raw.parameters())
     checkpoint = latest_checkpoint(run / "checkpoints")
-    step = load_checkpoint(checkpoint, raw, ema, optimizer) if checkpoint else 0
+    step = load_checkpoint(checkpoint, raw, ema, optimizer) if checkpoint else first_step
     model, prepared = accelerator.prepare(raw, optimizer)
     if settings.compile:
         model = torch.compile(model)

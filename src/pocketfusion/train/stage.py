@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, machine, read_provenance, write_provenance
 from pocketfusion.recipe import TrainSettings
+from pocketfusion.train.checkpoint import latest_checkpoint
 from pocketfusion.train.loop import Task, TrainResult, train
 from pocketfusion.train.place import StageRun
 
@@ -24,11 +27,23 @@ def finished_result(stage: StageRun, identity: dict[str, Any]) -> Provenance | N
     if not stage.out.exists():
         return None
     before = read_provenance(stage.out)
-    if before is not None and all(getattr(before, name) == value for name, value in identity.items()):
+    if before is not None and _same_inputs(before, identity):
         return before if before.finished else None
     if not stage.overwrite:
         raise PocketfusionError(f"{stage.out} exists and came from other inputs: choose another --out or --overwrite")
     return None
+
+
+def _same_inputs(provenance: Provenance, identity: dict[str, Any]) -> bool:
+    return all(getattr(provenance, name) == value for name, value in identity.items())
+
+
+def _steps_in(stage: StageRun, identity: dict[str, Any], batch_size: int, samples_before: int) -> int:
+    """Steps that `stage.out` holds, if it is unfinished and its run folder has no checkpoint; else 0."""
+    before = read_provenance(stage.out)
+    if before is None or before.finished or not _same_inputs(before, identity):
+        return 0
+    return 0 if latest_checkpoint(stage.run / "checkpoints") else (before.samples_seen - samples_before) // batch_size
 
 
 def run_stage(
@@ -37,10 +52,19 @@ def run_stage(
     settings: TrainSettings,
     identity: dict[str, Any],
     write: Callable[[Path, TrainResult], dict[str, Any]],
+    reopen: Callable[[Path], nn.Module],
     samples_before: int = 0,
 ) -> Provenance:
-    """Trains and writes the result folder atomically; `write` fills it and returns the results for its provenance."""
-    result = train(task, settings, stage.run, fingerprint=identity, max_minutes=stage.max_minutes)
+    """Trains and writes the result folder atomically; `write` fills it and returns the results for its provenance.
+
+    An unfinished result goes on from its run folder's checkpoint or, where that is lost (another machine), from the
+    result's own weights at its own step: `reopen` makes `task.model`'s like of a result folder. AdamW's moments and
+    the rounding of the weights are then lost, the schedule and the samples are not.
+    """
+    first = _steps_in(stage, identity, settings.batch_size, samples_before)
+    if first:
+        task.model.load_state_dict(reopen(stage.out).float().state_dict())
+    result = train(task, settings, stage.run, fingerprint=identity, max_minutes=stage.max_minutes, first_step=first)
     provenance = Provenance(
         **identity,
         seed=settings.seed,

@@ -95,7 +95,7 @@ def train_on(
         return {}
 
     before = read_provenance(start.folder)
-    return run_stage(stage, task, settings, made_by, write, before.samples_seen if before else 0)
+    return run_stage(stage, task, settings, made_by, write, load_elastic, before.samples_seen if before else 0)
 
 
 def identity(

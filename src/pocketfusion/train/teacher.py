@@ -238,4 +238,8 @@ def train_teacher(
         return {"autoencoder": {"samples_seen": made.samples_seen, **made.results}} if made else {}
 
     samples_before = before.samples_seen if before else 0
-    return run_stage(stage, task, recipe.teacher.train, identity, write, samples_before)
+
+    def reopen(folder: Path) -> nn.Module:
+        return UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+
+    return run_stage(stage, task, recipe.teacher.train, identity, write, reopen, samples_before)
