@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, replaced, report
+from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, replaced, report
 from pocketfusion.errors import PocketfusionError
 
 FolderArg = Annotated[Path, typer.Argument(help="Model folder to train on from: the student.", show_default=False)]
@@ -42,9 +42,10 @@ def to_v_command(
     max_minutes: MinutesOpt = None,
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Fine-tune an ε-prediction model to v-prediction, which few steps need."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.distill.to_v import to_v
     from pocketfusion.folder import check_folder
 
@@ -74,9 +75,10 @@ def distill_steps_command(
     max_minutes: MinutesOpt = None,
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Train a student to draw in N steps what its teacher draws in 2N or more (CFG-aware step distillation)."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.distill.run_steps import distill_progressively, distill_steps
     from pocketfusion.folder import check_folder
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from pocketfusion.cli import app
 from pocketfusion.cli.distill import parse_range
 from pocketfusion.cli.elastic import FolderArg, RecipeOpt
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, replaced, report
+from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, replaced, report
 from pocketfusion.errors import PocketfusionError
 
 
@@ -56,6 +56,7 @@ def distill_consistency_command(
     max_minutes: MinutesOpt = None,
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Train a student to draw in 4, 2 or 1 steps (consistency distillation in phases)."""
     scales = parse_range(guidance_range) if guidance_range else None
@@ -63,7 +64,7 @@ def distill_consistency_command(
         raise PocketfusionError("--fold folds in one guidance scale: leave out every other guidance option")
     if mode is Mode.folded and scales:
         raise PocketfusionError("a folded guidance is one scale and --guidance-range are many: give one of them")
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.distill.run_consistency import cautions, distill_consistency
 
     settings = loaded.consistency

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, report
+from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, report
 from pocketfusion.errors import PocketfusionError
 
 
@@ -50,11 +50,12 @@ def distill_decoder_command(
     max_minutes: MinutesOpt = None,
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Distil a smaller decoder from captions: sampled latents, the teacher's pictures as targets (SnapFusion)."""
     if ratio is not None and not 0 < ratio < 1:
         raise PocketfusionError(f"--ratio {ratio:g} is not between 0 and 1: give the share of channels to remove")
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     settings = loaded.decoder
     if settings is None:
         raise PocketfusionError(f"the recipe {loaded.name} has no section 'decoder': see recipes/emoji64.yaml")

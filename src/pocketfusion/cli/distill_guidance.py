@@ -9,7 +9,7 @@ import typer
 
 from pocketfusion.cli import app
 from pocketfusion.cli.elastic import FolderArg, RecipeOpt
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, report
+from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, report
 from pocketfusion.errors import PocketfusionError
 
 
@@ -42,12 +42,13 @@ def distill_guidance_command(
     max_minutes: MinutesOpt = None,
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Distil classifier-free guidance into the UNet: one call a step, the scale an input of it or folded in."""
     scales = parse_range(guidance_range)
     if fixed is not None and scales is not None:
         raise PocketfusionError("--fixed folds in one scale and --guidance-range learns many: give one of them")
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.distill.guidance import distill_guidance
 
     report(distill_guidance(loaded, images, folder, stage, teacher, fixed, scales, steps, cache), out)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, begin, report
+from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, report
 
 FolderArg = Annotated[Path, typer.Argument(help="Model folder to train on from.", show_default=False)]
 RecipeOpt = Annotated[Path, typer.Option("--recipe", help="Recipe of that model.", show_default=False)]
@@ -24,9 +24,10 @@ def train_elastic_command(
     max_minutes: MinutesOpt = None,
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Train the UNet with random blocks left out (SnapFusion's robust training), so that it can be evolved."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.folder import check_folder
     from pocketfusion.train.elastic import train_elastic
 
@@ -45,9 +46,10 @@ def recover_command(
     max_minutes: MinutesOpt = None,
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Train an evolved UNet to follow its base, stage by stage (BK-SDM's feature distillation)."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.folder import check_folder
     from pocketfusion.train.recovery import recover
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.train import SkipBadOpt
 
 PathOpt = Path | None
 
@@ -41,7 +42,7 @@ def evaluate_command(
     annotations: Annotated[PathOpt, typer.Option("--annotations", help="COCO's captions_*.json.")] = None,
     size: Annotated[int, typer.Option("--size", help="COCO: pixels scored at, 256 or 512.")] = 256,
     real: Annotated[str, typer.Option("--real", help="COCO: FID against `all` pictures or the `listed`.")] = "all",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="COCO: leave unreadable pictures out.")] = False,
+    skip_bad: SkipBadOpt = False,
     store: Annotated[PathOpt, typer.Option("--store", help="Keep pictures here, to share them between runs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that exists.")] = False,

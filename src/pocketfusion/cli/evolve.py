@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from pocketfusion.cli import app
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OverwriteOpt, RunOpt
+from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OverwriteOpt, RunOpt, SkipBadOpt
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def evolve_command(
     as_json: JsonOpt = False,
     overwrite: OverwriteOpt = False,
     force: ForceOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Remove what costs time without earning quality, copy what earns most, until the latency budget is met.
 
@@ -87,7 +88,7 @@ def evolve_command(
     from pocketfusion.evolve.algorithm import OutOfTime
     from pocketfusion.evolve.run import Inputs, evolve_folder, rank_folder
 
-    inputs = Inputs(folder, loaded, data, judge, latency, samples, steps, seed, precision.value, force)
+    inputs = Inputs(folder, loaded, data, judge, latency, samples, steps, seed, precision.value, force, skip_bad)
     try:
         with _bar() as progress:
             if dry_run:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pocketfusion.cli import app
+from pocketfusion.cli.train import SkipBadOpt
 from pocketfusion.errors import PocketfusionError
 
 
@@ -32,6 +33,7 @@ def prune_command(
     seed: Annotated[int, typer.Option("--seed", help="Of the noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that exists.")] = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Prune ResNet channels, attention heads and feed-forward units of the UNet; `recover` trains it afterwards.
 
@@ -61,6 +63,7 @@ def prune_command(
             samples=samples,
             seed=seed,
             overwrite=overwrite,
+            skip_bad=skip_bad,
             done=lambda count, total: bar.update(task, completed=count, total=total),
         )
     results = made.results

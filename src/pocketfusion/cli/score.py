@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.train import SkipBadOpt
 
 
 @app.command("score")
@@ -25,6 +26,7 @@ def score_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that exists.")] = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Score a model folder: CLIP score, retrieval, Fréchet distance, copying, and checkable scenes.
 
@@ -61,6 +63,7 @@ def score_command(
             sets=names,
             seed=seed,
             overwrite=overwrite,
+            skip_bad=skip_bad,
             progress=advance,
         )
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -32,9 +33,12 @@ LossJudgeOpt = Annotated[
 ]
 CacheOpt = Annotated[Path | None, typer.Option("--cache", help="Latents and prompt states. Default: RUN/cache")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that came from other inputs.")]
+SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave samples out that cannot be used; counts them.")]
 
 
-def begin(recipe: Path, data: Path, out: Path, run: Path | None, minutes: float | None, overwrite: bool) -> tuple:
+def begin(
+    recipe: Path, data: Path, out: Path, run: Path | None, minutes: float | None, overwrite: bool, skip_bad: bool
+) -> tuple:
     """The quick checks of every training command: (recipe, pictures, stage)."""
     from pocketfusion.cli.extras import COMPRESS, quiet_libraries, require
 
@@ -45,9 +49,17 @@ def begin(recipe: Path, data: Path, out: Path, run: Path | None, minutes: float 
 
     loaded: Recipe = load_recipe(recipe)
     stage: StageRun = StageRun.at(out, run, minutes, overwrite)
-    images: CaptionedImages = open_dataset(data, loaded.data.size)
+    images: CaptionedImages = open_dataset(data, loaded.data.size, skip_bad=skip_bad)
+    tell_notes(images)
     quiet_libraries()  # imports them: only after the quick checks
     return loaded, images, stage
+
+
+def tell_notes(images: CaptionedImages) -> None:
+    """Prints what of the data was left out or not read, once where several processes work."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in images.notes:
+            Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"{images.name}: {note}")
 
 
 def replaced(settings: Section, given: dict[str, Any]) -> Section:
@@ -82,9 +94,10 @@ def train_autoencoder_command(
     init: InitOpt = None,
     loss_judge: LossJudgeOpt = None,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Train the autoencoder (SD's AutoencoderKL) on the pictures."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.train.autoencoder import train_autoencoder
 
     report(train_autoencoder(loaded, images, stage, init, loss_judge), out)
@@ -103,9 +116,10 @@ def train_teacher_command(
     init: InitOpt = None,
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Train the base UNet and write the whole model folder."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.train.teacher import train_teacher
 
     report(train_teacher(loaded, images, autoencoder, stage, init, cache), out)
@@ -122,9 +136,10 @@ def train_judge_command(
         bool, typer.Option("--for-losses", help="Train the recipe's loss_judge: features for losses, never scores.")
     ] = False,
     overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
 ) -> None:
     """Train the judge: the image-text model that scores pictures."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.train.judge import train_judge
 
     report(train_judge(loaded, images, stage, for_losses=for_losses), out)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pocketfusion.artefact import sha256_file
+from pocketfusion.data.files import json_lines, parse_json, read_text
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.licences import LicenceNote
 
@@ -30,9 +31,11 @@ class CaptionedImages:
         name: str,
         fingerprint: str,
         licences: Sequence[LicenceNote] = (),
+        notes: Sequence[str] = (),
     ):
         self.images, self.rows, self.name, self.fingerprint = images, list(rows), name, fingerprint
         self.licences = tuple(licences)  #: of the pictures, as far as the data set states them
+        self.notes = list(notes)  #: what was left out or not read, for the user and the results' readers
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,7 +56,8 @@ class CaptionedImages:
         chosen = [self.splits[name] for name in splits if name in self.splits]
         if not chosen:
             raise PocketfusionError(
-                f"{self.name} has no split named {' or '.join(splits)}: it has {', '.join(self.splits)}"
+                f"{self.name} has no split named {' or '.join(splits)}: it has {', '.join(self.splits)} "
+                "(a picture's 'split' names another; two pictures or more without one get held-out pictures)"
             )
         return np.sort(np.concatenate(chosen))
 
@@ -63,25 +67,38 @@ def open_packed(path: Path, size: int, *, verify: bool = False) -> CaptionedImag
 
     Raises PocketfusionError if a file is missing, altered (with `verify`) or damaged, or the size was not built.
     """
-    try:
-        manifest = json.loads((path / "dataset.json").read_text())
-    except ValueError:
-        raise PocketfusionError(f"{path / 'dataset.json'} is not valid JSON: build the data set again") from None
-    if manifest.get("format") != FORMAT or manifest.get("version", 0) > VERSION:
+    manifest = parse_json(read_text(path / "dataset.json"), str(path / "dataset.json"))
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise PocketfusionError(f"{path} was not made by this version of pocketfusion data: build it again")
-    if size not in manifest["sizes"]:
-        sizes = ", ".join(map(str, manifest["sizes"]))
-        raise PocketfusionError(f"{path} has no pictures of {size} px (it has {sizes}): build it with --size {size}")
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["size"]:
-            raise PocketfusionError(f"{file} is missing or truncated: build the data set again")
-        if verify and sha256_file(file) != entry["sha256"]:
-            raise PocketfusionError(f"{file} was altered since it was built: build the data set again")
-    images = np.load(path / f"images_{size}.npy", mmap_mode="r")
-    rows = [json.loads(line) for line in (path / "index.jsonl").read_text(encoding="utf-8").splitlines()]
-    fingerprint = (
-        manifest["files"][f"images_{size}.npy"]["sha256"][:16] + manifest["files"]["index.jsonl"]["sha256"][:16]
-    )
-    licences = [LicenceNote(**entry) for entry in manifest.get("licences", [])]
-    return CaptionedImages(images, rows, f"{manifest['name']} at {size} px", fingerprint, licences)
+    try:
+        sizes, files = list(manifest["sizes"]), {str(name): dict(entry) for name, entry in manifest["files"].items()}
+        if size not in sizes:
+            raise PocketfusionError(
+                f"{path} has no pictures of {size} px (it has {', '.join(map(str, sizes))}): build it with --size {size}"
+            )
+        for name, entry in files.items():
+            file = path / name
+            if Path(name).name != name or not file.is_file() or file.stat().st_size != entry["size"]:
+                raise PocketfusionError(f"{file} is missing or truncated: build the data set again")
+            if verify and sha256_file(file) != entry["sha256"]:
+                raise PocketfusionError(f"{file} was altered since it was built: build the data set again")
+        images = np.load(path / f"images_{size}.npy", mmap_mode="r")
+        index = path / "index.jsonl"
+        rows = [_row(parse_json(line, where), where) for where, line in json_lines(read_text(index), str(index))]
+        if images.dtype != np.uint8 or images.shape != (len(rows), size, size, 3):
+            raise PocketfusionError(f"{path}: images_{size}.npy and index.jsonl do not fit: build the data set again")
+        fingerprint = files[f"images_{size}.npy"]["sha256"][:16] + files["index.jsonl"]["sha256"][:16]
+        licences = [LicenceNote(**entry) for entry in manifest.get("licences", [])]
+        return CaptionedImages(images, rows, f"{manifest['name']} at {size} px", fingerprint, licences)
+    except PocketfusionError:
+        raise
+    except Exception as error:  # a field of another type somewhere, or an array's header that numpy cannot read
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise PocketfusionError(f"{path} is damaged ({reason}): build the data set again") from None
+
+
+def _row(values: Any, where: str) -> dict:
+    kinds = {"captions": list, "split": str, "flip": bool}
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), kind) for name, kind in kinds.items()):
+        raise PocketfusionError(f"{where} lacks captions, split or flip: build the data set again")
+    return values

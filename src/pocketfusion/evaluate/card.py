@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketfusion.artefact import atomic_file
+from pocketfusion.data.files import read_text
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, read_provenance
 
@@ -70,9 +71,9 @@ def write_card(folder: Path, scores: Path | None = None, notes: Path | None = No
         lines += ["## Results of training", "", "| figure | value |", "|---|---|"]
         lines += [f"| {name} | {value:g} |" for name, value in results] + [""]
     if notes is not None:
-        lines += [notes.read_text(encoding="utf-8").rstrip(), ""]
+        lines += [read_text(notes).rstrip(), ""]
     if scores is not None:
-        text = (scores / "scores.md").read_text(encoding="utf-8")
+        text = read_text(scores / "scores.md")
         lines += ["## Scores", "", text.strip().removeprefix("# ").strip(), ""]
         for picture, what in (("prompts.png", "48 fixed prompts"), ("nearest.png", "Nearest training pictures")):
             if (scores / picture).is_file():

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
+from pocketfusion.data.pictures import PICTURES, read_picture
+from pocketfusion.data.rows import LeftOut
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.coco_list import Annotations, Caption, find_annotations, list_sha256
+from pocketfusion.evaluate.coco_list import Annotations, Caption, find_annotations, is_plain, list_sha256
 from pocketfusion.evaluate.images import ImageProtocol
 
-PICTURES = (".jpg", ".jpeg", ".png")
 Real = Literal["all", "listed"]  #: what FID compares with: the split's whole set, or the listed captions' pictures
 
 
@@ -72,24 +72,17 @@ class CocoReference:
 
     def _read(self, names: Sequence[str]) -> np.ndarray:
         with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
-            return np.stack(list(pool.map(lambda name: self.image_protocol.real(read(self.folder / name)), names)))
+            return np.stack(list(pool.map(lambda name: self._picture(name), names)))
 
-
-def read(file: Path) -> Image.Image:
-    """Decodes a picture; raises PocketfusionError naming the file if it cannot be."""
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture
-    except Exception:
-        raise PocketfusionError(
-            f"{file} is not a readable picture: fetch it again, or leave unreadable ones out with --skip-bad"
-        ) from None
+    def _picture(self, name: str) -> np.ndarray:
+        with LeftOut(skip=False).or_raise():
+            picture = read_picture(self.folder / name)
+        return self.image_protocol.real(picture)
 
 
 def _is_bad(file: Path) -> bool:
     try:
-        read(file)
+        read_picture(file)
         return False
     except PocketfusionError:
         return True
@@ -132,7 +125,10 @@ def open_coco(
     notes = []
     listed = Annotations(annotations or find_annotations(folder))
     pictures = _pictures_folder(folder, listed.file)
-    present = {file.name for file in pictures.iterdir() if file.suffix.lower() in PICTURES}
+    try:
+        present = {file.name for file in pictures.iterdir() if file.suffix.lower() in PICTURES and is_plain(file.name)}
+    except OSError as error:
+        raise PocketfusionError(f"{pictures} cannot be listed ({error.strerror})") from None
     if not present:
         raise PocketfusionError(f"{pictures} holds no pictures: unpack the split's zip file there")
     chosen = listed.choose(samples, seed)
@@ -160,8 +156,9 @@ def open_coco(
                 bad += [name] if is_bad else []
                 on_checked(done, len(needed))
         if bad:
-            chosen = [entry for entry in chosen if entry.file_name not in bad]
-            of_real = [name for name in of_real if name not in bad]
+            known_bad = set(bad)
+            chosen = [entry for entry in chosen if entry.file_name not in known_bad]
+            of_real = [name for name in of_real if name not in known_bad]
             notes.append(_named(len(bad), "unreadable pictures were left out", bad))
         if len(chosen) < 2:
             raise PocketfusionError(f"{pictures} has {len(bad)} unreadable pictures and fewer than 2 others listed")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pocketfusion.artefact import sha256_file
+from pocketfusion.data.files import parse_json, read_text
+from pocketfusion.data.rows import captions
 from pocketfusion.errors import PocketfusionError
 
 
@@ -29,10 +31,7 @@ class Annotations:
         """Raises PocketfusionError if the file is missing, no JSON, or lacks what a captions file has."""
         if not file.is_file():
             raise PocketfusionError(f"there is no annotation file at {file}: give the path of captions_val2014.json")
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise PocketfusionError(f"{file} is not valid JSON ({error}): fetch it again") from None
+        values = parse_json(read_text(file), str(file))
         self.file, self.sha256 = file, sha256_file(file)
         self.images: dict[int, str] = {}
         self.captions: dict[int, list[tuple[int, str]]] = defaultdict(list)
@@ -40,12 +39,13 @@ class Annotations:
             id_, name = self._fields(entry, "images", id=int, file_name=str)
             if id_ in self.images:
                 raise PocketfusionError(f"{file} lists the image id {id_} twice: fetch it again")
-            if Path(name).name != name or not name:
+            if not is_plain(name):
                 raise PocketfusionError(f"{file} names the picture {name!r}: a plain file name is needed")
             self.images[id_] = name
         for entry in self._section(values, "annotations"):
             id_, image, text = self._fields(entry, "annotations", id=int, image_id=int, caption=str)
-            if text := " ".join(text.split()):
+            if text.strip():
+                (text,) = captions(text, f"{file}: the annotation {id_}")
                 self.captions[image].append((id_, text))
 
     def _section(self, values: Any, name: str) -> list[Any]:
@@ -56,7 +56,7 @@ class Annotations:
 
     def _fields(self, entry: Any, section: str, **kinds: type) -> list[Any]:
         for name, kind in kinds.items():
-            if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
+            if not isinstance(entry, dict) or type(entry.get(name)) is not kind:  # isinstance takes true for 1
                 raise PocketfusionError(
                     f"{self.file}: an entry of '{section}' has no {name} ({json.dumps(entry)[:80]}): "
                     "it is no captions file of MS-COCO"
@@ -80,6 +80,11 @@ class Annotations:
             caption, text = min(self.captions[image], key=lambda entry: _rank(seed, "caption", entry[0]))
             chosen.append(Caption(image, caption, self.images[image], text))
         return chosen
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file's name leads nowhere else and can be written as UTF-8."""
+    return Path(name).name == name != "" and "\0" not in name and not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def _rank(seed: int, kind: str, id_: int) -> str:

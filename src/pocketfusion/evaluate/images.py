@@ -88,7 +88,7 @@ class SetsReference:
         self.indices = np.concatenate([chosen.indices for chosen in self.sets])
         self.captions = [caption for chosen in self.sets for caption in chosen.captions]
         self.ids = [str(data.rows[i]["id"]) for i in self.indices]
-        self.notes: list[str] = []
+        self.notes = list(data.notes)
         self.real_count = len(self.ids)
         self._protocol = ImageProtocol(data.size)
 

@@ -47,7 +47,7 @@ class ReferenceSource:
             from pocketfusion.data.sources import open_dataset
             from pocketfusion.evaluate.sets import choose_sets
 
-            images = open_dataset(self.data, drawn)
+            images = open_dataset(self.data, drawn, skip_bad=self.skip_bad)
             names = [name.strip() for name in self.sets.split(",") if name.strip()]
             return SetsReference(images, choose_sets(images, names, SAMPLES if self.samples is None else self.samples))
         from pocketfusion.evaluate.coco import open_coco

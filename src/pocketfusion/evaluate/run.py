@@ -73,6 +73,7 @@ def score_folder(
     sets: Sequence[str] | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    skip_bad: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
     """Scores a model folder and writes the result folder `out` atomically; arguments as the command's.
@@ -84,14 +85,14 @@ def score_folder(
         raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
     system = ModelFolder(folder)
     scorer = open_judge(judge)
-    images = open_dataset(data, system.image_size)
+    images = open_dataset(data, system.image_size, skip_bad=skip_bad)
     chosen = choose_sets(images, sets, samples)
     identity: dict[str, Any] = {"name": judge.resolve().name, "sha256": folder_hash(judge)}
     outcome = score_system(
         system, images, scorer, chosen, sampler=sampler, judge_identity=identity, seed=seed, progress=progress
     )
     outcome.report.protocol |= {"pocketfusion": __version__, "machine": machine(), "samples": samples}
-    outcome.report.notes += judge_notes(judge, images.fingerprint)
+    outcome.report.notes += images.notes + judge_notes(judge, images.fingerprint)
     with atomic_folder(out, overwrite=overwrite) as partial:
         write_outcome(outcome, partial)
     return outcome.report

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pocketfusion.artefact import atomic_file, write_json
+from pocketfusion.data.pictures import read_picture
+from pocketfusion.errors import PocketfusionError
 
 DRAWN_WITH = "drawn_with.json"
 
@@ -37,9 +39,8 @@ class Shelf:
     def get(self, wanted: Wanted) -> np.ndarray | None:
         """uint8 [size, size, 3], or None if the picture is not there, damaged or of another size."""
         try:
-            with Image.open(self.file(wanted)) as picture:
-                image = np.asarray(picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError):  # PIL tells damaged PNG chunks by SyntaxError
+            image = np.asarray(read_picture(self.file(wanted)))
+        except PocketfusionError:
             return None
         return image if image.shape == (self.size, self.size, 3) else None
 

@@ -30,6 +30,7 @@ class Inputs:
     """What a search reads, and how it draws its validation pictures; names as the command's options.
 
     `judge`: a judge folder, or `open_clip:NAME:FILE`. `force`: use the latency table though its device differs.
+    `skip_bad`: leave unusable samples of `data` out.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Inputs:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     force: bool = False
+    skip_bad: bool = False
 
 
 def search_judge(name: str) -> tuple[Judge, str]:
@@ -72,7 +74,7 @@ class Opened:
         self.inputs = inputs
         self.unet = load_elastic(inputs.folder)
         self.latency = open_latency(inputs.latency, self.unet, inputs.force)
-        self.data: CaptionedImages = open_dataset(inputs.data, inputs.recipe.data.size)
+        self.data: CaptionedImages = open_dataset(inputs.data, inputs.recipe.data.size, skip_bad=inputs.skip_bad)
         validation = validation_set(self.data, inputs.samples, inputs.seed)
         judge, judge_hash = search_judge(inputs.judge)
         system = ModelFolder(inputs.folder)

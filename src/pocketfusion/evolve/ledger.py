@@ -43,7 +43,7 @@ class Ledger:
     def _read(self) -> None:
         text = self._path.read_bytes() if self._path.is_file() else b""
         whole = text[: text.rfind(b"\n") + 1]  # a kill may have cut the last line short
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
             try:
                 entry = json.loads(line)
                 self._scores[entry["round"], entry["action"]] = np.array(entry["scores"])

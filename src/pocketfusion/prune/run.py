@@ -42,6 +42,7 @@ def prune_folder(
     samples: int = 128,
     seed: int = 0,
     overwrite: bool = False,
+    skip_bad: bool = False,
     done: Callable[[int, int], None] = lambda done, total: None,
 ) -> Provenance:
     """Writes `folder` without `ratio` of its UNet's parameters, chosen by `rule`.
@@ -70,7 +71,7 @@ def prune_folder(
     else:
         system = ModelFolder(folder)
         unet.to(system.device)
-        images = open_dataset(data, system.image_size)
+        images = open_dataset(data, system.image_size, skip_bad=skip_bad)
         used, tokens = {"name": images.name, "fingerprint": images.fingerprint}, system.text.max_length
         held_out = real_calls(system, images, HELD_OUT, samples, seed)
         settings["samples"] = samples

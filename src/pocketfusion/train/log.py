@@ -131,7 +131,7 @@ class TrainLog:
 def read_log(run: Path) -> list[dict]:
     """The lines of a run's `log.jsonl`; a last line cut short by a kill is left out."""
     lines = []
-    for text in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+    for text in (run / "log.jsonl").read_text(encoding="utf-8").split("\n"):
         try:
             lines.append(json.loads(text))
         except ValueError:
