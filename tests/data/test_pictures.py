@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from made_pictures import encode, hand_made_png, photo, png
 from PIL import Image
 
-from made_pictures import encode, hand_made_png, photo, png
 from pocketfusion.data.pictures import MAX_PIXELS, open_picture, read_picture
 from pocketfusion.errors import PocketfusionError
 

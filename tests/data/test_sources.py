@@ -136,7 +136,7 @@ def test_a_picture_without_caption_and_the_reverse(tmp_path):
     (tmp_path / "b.png").unlink()
     refused(tmp_path, "c.txt is a caption without a picture of its name")
     (tmp_path / "c.txt").unlink()
-    refused(tmp_path, r"d.txt is a caption without a picture of a type that is read \(save d.heic as PNG\)")
+    refused(tmp_path, r"d.txt is a caption without a picture of a type that is read: save d.heic as PNG")
     (tmp_path / "d.txt").unlink()
     refused(tmp_path, "d.heic is a picture of a type that is not read")
     (tmp_path / "d.heic").unlink()
@@ -172,7 +172,10 @@ def test_in_a_shard_too(tmp_path):
         refused(tmp_path, match)
         assert left_out(tmp_path, 1, "0.tar") == ["a"]
     # fields that webdataset has and this reader has no use for; macOS's hidden twins
-    shard(tmp_path / "0.tar", whole | {"a.seg.png": png(), "a.cls": b"3", "m.json": b"{}", "._a.png": b"x", "./d.npy": b""})
+    shard(
+        tmp_path / "0.tar",
+        whole | {"a.seg.png": png(), "a.cls": b"3", "m.json": b"{}", "._a.png": b"x", "./d.npy": b""},
+    )
     assert [row["id"] for row in open_dataset(tmp_path, 8).rows] == ["a"]
 
 
@@ -244,7 +247,13 @@ def test_only_newlines_end_a_json_line(tmp_path, mark):
 
 @pytest.mark.parametrize(
     ("encoding", "match"),
-    [("utf-8", None), ("utf-8-sig", None), ("utf-16", "is UTF-16"), ("utf-16-le", "UTF-16"), ("cp1252", "Windows-1252")],
+    [
+        ("utf-8", None),
+        ("utf-8-sig", None),
+        ("utf-16", "is UTF-16"),
+        ("utf-16-le", "UTF-16"),
+        ("cp1252", "Windows-1252"),
+    ],
 )
 def test_encodings_of_captions_and_tables(tmp_path, encoding, match):
     text = "a café, “red”"
@@ -299,7 +308,12 @@ def test_what_is_well_formed_is_taken(tmp_path):
         {"id": "a", "split": "train", "flip": False, "captions": ["red", "a red one"]}
     ]
     one(tmp_path, "red", split="validation", flip=True)
-    assert open_dataset(tmp_path, 8).rows[0] | {} == {"id": "a", "split": "val_combo", "flip": True, "captions": ["red"]}
+    assert open_dataset(tmp_path, 8).rows[0] | {} == {
+        "id": "a",
+        "split": "val_combo",
+        "flip": True,
+        "captions": ["red"],
+    }
     for line, match in (
         ('{"file_name": "a.png", "text": "x", "text": "y"}', "the key 'text' stands twice"),
         ('["a.png"]', "has no 'file_name'"),
@@ -316,7 +330,9 @@ def test_a_csv_table(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(png())
     table = tmp_path / "metadata.csv"
-    table.write_bytes(b'text,file_name,split,flip\r\n"red, ""big""",a.png,,TRUE\r\nblue,b.png,test,\r\n"a\r\nb",c.png,,\r\n')
+    table.write_bytes(
+        b'text,file_name,split,flip\r\n"red, ""big""",a.png,,TRUE\r\nblue,b.png,test,\r\n"a\r\nb",c.png,,\r\n'
+    )
     rows = open_dataset(tmp_path, 8).rows
     assert [row["captions"][0] for row in rows] == ['red, "big"', "blue", "a b"]
     assert [row["flip"] for row in rows] == [True, False, False] and rows[1]["split"] == "test_combo"
@@ -460,22 +476,19 @@ def test_every_command_that_reads_data_takes_skip_bad():
     assert len(reading) >= 13 and all(reading.values()), reading
 
 
-def test_skip_bad_reaches_the_trainer_and_is_told(cli, tmp_path):
-    """Up to the first thing behind the data that is wrong: nothing is trained."""
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "a.png").write_bytes(png())
-    (data / "a.txt").write_text("red")
+def test_skip_bad_reaches_the_trainers_and_is_told(tmp_path, capsys):
+    from pocketfusion.cli.train import begin
+
+    data = one(tmp_path / "data")
     (data / "b.png").write_bytes(b"x")
     (data / "b.txt").write_text("blue")
     recipe = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
-    arguments = ["train-autoencoder", recipe, "--data", data, "--out", tmp_path / "out"]
-    done = cli(*arguments)
-    assert done.returncode == 2 and "b.png is not a readable picture" in done.stderr
-    done = cli(*arguments, "--skip-bad")
-    assert done.returncode == 2 and "1 bad samples were left out" in done.stderr  # of one picture nothing is held out
-    assert "no split named val_combo" in done.stderr and "two pictures or more" in done.stderr
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(PocketfusionError, match="b.png is not a readable picture .*--skip-bad"):
+        begin(recipe, data, tmp_path / "out", None, None, False, False)
+    _, images, _ = begin(recipe, data, tmp_path / "out", None, None, False, True)
+    assert "data (1 bad samples left out): 1 bad samples were left out (" in capsys.readouterr().err
+    with pytest.raises(PocketfusionError, match="no split named val_combo.*two pictures or more without one"):
+        images.indices(["val_combo"])
 
 
 def test_packed_folder_checks(tiny_data, tmp_path):

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, replaced, report
+from pocketfusion.cli.train import (
+    CacheOpt,
+    DataOpt,
+    MinutesOpt,
+    OutOpt,
+    OverwriteOpt,
+    RunOpt,
+    SkipBadOpt,
+    begin,
+    replaced,
+    report,
+)
 from pocketfusion.errors import PocketfusionError
 
 FolderArg = Annotated[Path, typer.Argument(help="Model folder to train on from: the student.", show_default=False)]

@@ -12,7 +12,18 @@ from rich.console import Console
 from pocketfusion.cli import app
 from pocketfusion.cli.distill import parse_range
 from pocketfusion.cli.elastic import FolderArg, RecipeOpt
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, replaced, report
+from pocketfusion.cli.train import (
+    CacheOpt,
+    DataOpt,
+    MinutesOpt,
+    OutOpt,
+    OverwriteOpt,
+    RunOpt,
+    SkipBadOpt,
+    begin,
+    replaced,
+    report,
+)
 from pocketfusion.errors import PocketfusionError
 
 

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, report
+from pocketfusion.cli.train import (
+    CacheOpt,
+    DataOpt,
+    MinutesOpt,
+    OutOpt,
+    OverwriteOpt,
+    RunOpt,
+    SkipBadOpt,
+    begin,
+    report,
+)
 from pocketfusion.errors import PocketfusionError
 
 

@@ -9,7 +9,17 @@ import typer
 
 from pocketfusion.cli import app
 from pocketfusion.cli.elastic import FolderArg, RecipeOpt
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, report
+from pocketfusion.cli.train import (
+    CacheOpt,
+    DataOpt,
+    MinutesOpt,
+    OutOpt,
+    OverwriteOpt,
+    RunOpt,
+    SkipBadOpt,
+    begin,
+    report,
+)
 from pocketfusion.errors import PocketfusionError
 
 

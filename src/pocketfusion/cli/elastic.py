@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OutOpt, OverwriteOpt, RunOpt, SkipBadOpt, begin, report
+from pocketfusion.cli.train import (
+    CacheOpt,
+    DataOpt,
+    MinutesOpt,
+    OutOpt,
+    OverwriteOpt,
+    RunOpt,
+    SkipBadOpt,
+    begin,
+    report,
+)
 
 FolderArg = Annotated[Path, typer.Argument(help="Model folder to train on from.", show_default=False)]
 RecipeOpt = Annotated[Path, typer.Option("--recipe", help="Recipe of that model.", show_default=False)]

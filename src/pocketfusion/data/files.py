@@ -23,7 +23,9 @@ def open_file(path: Path) -> BinaryIO:
     try:
         if stat.S_ISREG(os.stat(path).st_mode):
             # it may have been exchanged since: O_NONBLOCK opens a FIFO without waiting for its other end
-            file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+            file = os.fdopen(
+                os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
+            )
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return file
             file.close()
@@ -71,7 +73,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+        )
     return made
 
 
@@ -85,7 +89,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def json_lines(text: str, where: str) -> Iterable[tuple[str, str]]:
-    """(where, line) of each line that is not blank. Only LF ends a line: U+2028, U+2029 and U+0085 are text in JSON."""
+    """(where, line) of each line that is not blank. Only LF ends a line: U+2028 or U+0085 is text in JSON."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{where} line {number}", line

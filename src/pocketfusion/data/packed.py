@@ -74,7 +74,8 @@ def open_packed(path: Path, size: int, *, verify: bool = False) -> CaptionedImag
         sizes, files = list(manifest["sizes"]), {str(name): dict(entry) for name, entry in manifest["files"].items()}
         if size not in sizes:
             raise PocketfusionError(
-                f"{path} has no pictures of {size} px (it has {', '.join(map(str, sizes))}): build it with --size {size}"
+                f"{path} has no pictures of {size} px (it has {', '.join(map(str, sizes))}): "
+                f"build it with --size {size}"
             )
         for name, entry in files.items():
             file = path / name

@@ -1,4 +1,4 @@
-"""What is said of a picture: captions, split, whether it may be mirrored, checked where it is read; and what is left out."""
+"""What is said of a picture (captions, split, whether it may be mirrored), checked where it is read; bad samples."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _csv_lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
     header = lines[0] if lines else []
     if "file_name" not in header or len(set(header)) < len(header):
         shown = ", ".join(header)[:80] or "none"
-        raise PocketfusionError(f"{name} needs the columns file_name and text, each once, with commas (it has {shown})")
+        raise PocketfusionError(f"{name} needs the columns file_name and text, each once, and commas (it has {shown})")
     for number, line in enumerate(lines[1:], 2):
         where = f"{name} row {number}"
         if len(line) != len(header):

@@ -49,7 +49,8 @@ def open_dataset(path: Path, size: int, *, skip_bad: bool = False) -> CaptionedI
     found = _Found(path, left_out)
     if found.shards and found.pictures:
         raise PocketfusionError(
-            f"{path} holds shards ({found.shards[0]}) and pictures ({min(found.pictures)}): give each a folder of its own"
+            f"{path} holds shards ({found.shards[0]}) and pictures ({min(found.pictures)}): "
+            "give each a folder of its own"
         )
     images, rows = [], []
     for key, split, picture, row in _iter_shards(found) if found.shards else _iter_files(found):
@@ -62,7 +63,9 @@ def open_dataset(path: Path, size: int, *, skip_bad: bool = False) -> CaptionedI
     digest = sha256()
     for image, row in zip(images, rows, strict=True):
         digest.update(json.dumps(row, sort_keys=True).encode() + image.tobytes())
-    name = path.absolute().name.encode(errors="replace").decode() + (f" ({len(left_out.found):,} bad samples left out)" if left_out.found else "")
+    name = path.absolute().name.encode(errors="replace").decode()
+    if left_out.found:
+        name += f" ({len(left_out.found):,} bad samples left out)"
     notes = left_out.notes() + found.notes()
     return CaptionedImages(np.stack(images), rows, name, digest.hexdigest()[:32], notes=notes)
 
@@ -91,7 +94,7 @@ def _rank(row: dict[str, Any]) -> int:
 
 
 class _Found:
-    """The files below a folder by kind; names and folders that begin with `.` or `__` are passed over, as on the Hub."""
+    """The files below a folder by kind; names that begin with `.` or `__` are passed over, as on the Hub."""
 
     def __init__(self, root: Path, left_out: LeftOut):
         self.root, self.left_out = root, left_out
@@ -175,16 +178,17 @@ def _iter_files(found: _Found) -> Iterator[Sample]:
     root, left_out = found.root, found.left_out
     table: dict[str, dict[str, Any]] = {}
     for name in found.tables:
-        for picture_name, row in read_table(root / name, PurePosixPath(name).parent, left_out):
+        for picture_name, entry in read_table(root / name, PurePosixPath(name).parent, left_out):
             if picture_name in table:
                 left_out.tell(f"{root / name} lists {picture_name} twice, or another table does: keep one line of it")
-            table[picture_name] = row
-    pictures = sorted(name for name in found.pictures | found.others if name in found.pictures or same_name(name) in table)
+            table[picture_name] = entry
+    listed = {name for name in found.others if same_name(name) in table}  # of whatever name: the bytes decide
+    pictures = sorted(found.pictures | listed)
     stems = [str(PurePosixPath(name).with_suffix("")) for name in pictures]
     times = Counter(stems)
     for name, stem in zip(pictures, stems, strict=True):
-        row = table.pop(same_name(name), None)
-        text, made = found.texts.get(stem), None
+        row, text = table.get(same_name(name)), found.texts.get(stem)
+        made = None
         with left_out.or_raise():
             if row is None and text is not None:
                 caption = plain_text(read_bytes(root / text, MAX_CAPTION), str(root / text))
@@ -198,11 +202,11 @@ def _iter_files(found: _Found) -> Iterator[Sample]:
         if made is not None and row is not None:
             key = stem if times[stem] == 1 else name
             yield key, split_of_path(PurePosixPath(name).parts[:-1]), made, row
-    for name in sorted(table):
+    for name in sorted(set(table) - {same_name(name) for name in pictures}):
         left_out.tell(f"a table in {root} lists {name}, which is not there: remove the line or bring the picture")
-    others = {str(PurePosixPath(name).with_suffix("")): name for name in sorted(found.others)}
+    others = {str(PurePosixPath(name).with_suffix("")): name for name in sorted(found.others - listed)}
     for stem in sorted(set(found.texts) - set(stems)):
-        reason = f"a type that is read (save {others[stem]} as PNG)" if stem in others else "its name (remove the text)"
+        reason = f"a type that is read: save {others[stem]} as PNG" if stem in others else "its name: remove it"
         left_out.tell(f"{root / found.texts[stem]} is a caption without a picture of {reason}")
     for stem, name in others.items():
         if PurePosixPath(name).suffix.lower() in UNREAD and stem not in found.texts:
