@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pocketfusion.data.files import read_text
 from pocketfusion.errors import PocketfusionError
 
 
@@ -245,10 +244,10 @@ def load_recipe(path: Path) -> Recipe:
     """Reads a recipe; raises PocketfusionError naming the file, the field and what is wrong with it."""
     import yaml
 
-    if not path.is_file():
-        raise PocketfusionError(f"there is no recipe at {path}: the project's own are in recipes/")
     try:
-        values = yaml.safe_load(read_text(path))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise PocketfusionError(f"there is no recipe at {path}: the project's own are in recipes/") from None
     except yaml.YAMLError as error:
         raise PocketfusionError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from None
     try:

@@ -18,7 +18,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.coco import open_coco
 
 TRIES = int(os.environ.get("FUZZ_TRIES", "120"))  #: of each kind
-SECONDS = 10.0  #: the most that one input may take
+SECONDS = 20.0  #: of the processor, the most that one input may take; 128 million WebP pixels take 12
 _PIECES = [
     b"\0",
     b"\xff",
@@ -76,7 +76,7 @@ def repaired(data: bytes) -> bytes:
 
 def attempt(action) -> bool:
     """Whether it was read; any exception but ours fails the test, and so does slowness."""
-    start = time.monotonic()
+    start = time.process_time()
     try:
         action()
         return True
@@ -84,7 +84,7 @@ def attempt(action) -> bool:
         assert str(error).strip()
         return False
     finally:
-        assert time.monotonic() - start < SECONDS
+        assert time.process_time() - start < SECONDS
 
 
 def pictures() -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from pathlib import Path
 
@@ -29,7 +30,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is told in our sentence
+# what is wrong with a picture is told in our sentence, and not also by Pillow
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def open_picture(data: bytes, where: str) -> Image.Image:
