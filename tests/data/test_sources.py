@@ -172,11 +172,9 @@ def test_in_a_shard_too(tmp_path):
         refused(tmp_path, match)
         assert left_out(tmp_path, 1, "0.tar") == ["a"]
     # fields that webdataset has and this reader has no use for; macOS's hidden twins
-    shard(
-        tmp_path / "0.tar",
-        whole | {"a.seg.png": png(), "a.cls": b"3", "m.json": b"{}", "._a.png": b"x", "./d.npy": b""},
-    )
-    assert [row["id"] for row in open_dataset(tmp_path, 8).rows] == ["a"]
+    more = {"a.seg.png": png(), "a.cls": b"3", "m.json": b"{}", "._a.png": b"x", "./d.npy": b""}
+    shard(tmp_path / "0.tar", whole | more | {"a.b.png": png(), "a.b.txt": b"blue"})
+    assert [row["id"] for row in open_dataset(tmp_path, 8).rows] == ["a", "a.b"]
 
 
 def test_members_that_are_no_files(tmp_path):
@@ -300,6 +298,10 @@ def test_encodings_of_captions_and_tables(tmp_path, encoding, match):
 )
 def test_types_are_checked(tmp_path, values, match):
     refused(one(tmp_path, **values) if "text" in values else one(tmp_path, "red", **values), match)
+    (tmp_path / "b.png").write_bytes(png())
+    (tmp_path / "b.txt").write_text("blue")
+    # a line that names its picture is counted once; else the picture is one without caption besides
+    assert left_out(tmp_path, 2 if "file_name" in values else 1, "line 1") == ["b"]
 
 
 def test_what_is_well_formed_is_taken(tmp_path):
@@ -321,6 +323,7 @@ def test_what_is_well_formed_is_taken(tmp_path):
         ('{"file_name": "a.png"', "line 1 is not valid JSON"),
         ('{"file_name": "a.png", "text": "x"}\n{"file_name": "./a.png", "text": "y"}', "lists a.png twice"),
         ("[" * 100_000, "nests too deeply"),
+        ("{" + ",".join(f'"{i}":0' for i in [*range(50_000), 49_999]) + "}", "the key '49999' stands twice"),
     ):
         (tmp_path / "metadata.jsonl").write_text(line)
         refused(tmp_path, match)
@@ -487,7 +490,7 @@ def test_skip_bad_reaches_the_trainers_and_is_told(tmp_path, capsys):
         begin(recipe, data, tmp_path / "out", None, None, False, False)
     _, images, _ = begin(recipe, data, tmp_path / "out", None, None, False, True)
     assert "data (1 bad samples left out): 1 bad samples were left out (" in capsys.readouterr().err
-    with pytest.raises(PocketfusionError, match="no split named val_combo.*two pictures or more without one"):
+    with pytest.raises(PocketfusionError, match="no split named val_combo.*of two pictures or more without one"):
         images.indices(["val_combo"])
 
 
@@ -533,8 +536,8 @@ def test_a_packed_folder_of_other_types(tiny_data, tmp_path):
         ({"files": {"../../x": {"size": 1}}}, "missing or truncated"),
         ({"files": {}}, "is damaged"),
         ({"licences": [{"x": 1}]}, "is damaged"),
-        ({"lines": index + b"{}\n"}, "lacks captions, split or flip"),
-        ({"lines": index.replace(b'"flip": true', b'"flip": "no"', 1)}, "lacks captions, split or flip"),
+        ({"lines": index + b"{}\n"}, "lacks id, captions, split or flip"),
+        ({"lines": index.replace(b'"flip": true', b'"flip": "no"', 1)}, "lacks id, captions, split or flip"),
         ({"lines": index + index.split(b"\n")[0] + b"\n"}, "do not fit"),
     ):
         changed(**arguments)

@@ -23,9 +23,8 @@ def open_file(path: Path) -> BinaryIO:
     try:
         if stat.S_ISREG(os.stat(path).st_mode):
             # it may have been exchanged since: O_NONBLOCK opens a FIFO without waiting for its other end
-            file = os.fdopen(
-                os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
-            )
+            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            file = os.fdopen(os.open(path, flags), "rb")
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return file
             file.close()
@@ -70,12 +69,11 @@ def read_text(path: Path) -> str:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
-        )
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"the key {name[:80]!r} stands twice in one object")
+        made[name] = value
     return made
 
 

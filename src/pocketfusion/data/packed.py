@@ -57,7 +57,7 @@ class CaptionedImages:
         if not chosen:
             raise PocketfusionError(
                 f"{self.name} has no split named {' or '.join(splits)}: it has {', '.join(self.splits)} "
-                "(a picture's 'split' names another; two pictures or more without one get held-out pictures)"
+                "(give some pictures such a 'split'; of two pictures or more without one, some are held out)"
             )
         return np.sort(np.concatenate(chosen))
 
@@ -99,7 +99,9 @@ def open_packed(path: Path, size: int, *, verify: bool = False) -> CaptionedImag
 
 
 def _row(values: Any, where: str) -> dict:
-    kinds = {"captions": list, "split": str, "flip": bool}
+    kinds = {"id": str, "captions": list, "split": str, "flip": bool}
     if not isinstance(values, dict) or not all(isinstance(values.get(name), kind) for name, kind in kinds.items()):
-        raise PocketfusionError(f"{where} lacks captions, split or flip: build the data set again")
+        raise PocketfusionError(f"{where} lacks id, captions, split or flip: build the data set again")
+    if not all(isinstance(text, str) for text in values["captions"]):
+        raise PocketfusionError(f"{where} has a caption that is no text: build the data set again")
     return values

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from reprlib import repr as shorten
 from typing import Any
 
 from pocketfusion.data.files import json_lines, parse_json, plain_text, read_bytes
@@ -93,11 +94,13 @@ def parse_row(values: Any, where: str, text: str | None = None) -> dict[str, Any
     row: dict[str, Any] = {"captions": captions(values[named[0]] if text is None else text, where)}
     if (split := values.get("split")) is not None:
         if not isinstance(split, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", split):
-            raise PocketfusionError(f"{where} has the split {split!r}: give a name of letters, such as val_combo")
+            raise PocketfusionError(
+                f"{where} has the split {shorten(split)}: give a name of letters, such as val_combo"
+            )
         row["split"] = _HUB_SPLITS.get(split, split)
     if (flip := values.get("flip")) is not None:
         if not isinstance(flip, bool):
-            raise PocketfusionError(f"{where} has {flip!r} for 'flip': give true or false")
+            raise PocketfusionError(f"{where} has {shorten(flip)} for 'flip': give true or false")
         row["flip"] = flip
     return row
 
@@ -119,23 +122,28 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def read_table(file: Path, folder: PurePosixPath, left_out: LeftOut) -> list[tuple[str, dict[str, Any]]]:
-    """(path of the picture below the data set's root, row) for each line of `metadata.jsonl` or `.csv` in `folder`.
+def read_table(file: Path, folder: PurePosixPath, left_out: LeftOut) -> list[tuple[str, dict[str, Any] | None]]:
+    """(path of the picture below the data set's root, row) for each line of `metadata.jsonl` or `.csv` in `folder`;
+    None for a row that is left out.
 
     Raises PocketfusionError if the table cannot be read as a whole; single lines are `left_out`'s matter.
     """
     text = plain_text(read_bytes(file), str(file))
     entries = _csv_lines(text, str(file)) if file.suffix == ".csv" else _json_entries(text, str(file), left_out)
-    rows = []
+    rows: list[tuple[str, dict[str, Any] | None]] = []
     for where, values in entries:
+        picture, row = None, None
         with left_out.or_raise():
             name = values.get("file_name") if isinstance(values, Mapping) else None
             if not isinstance(name, str) or not name:
                 raise PocketfusionError(f"{where} has no 'file_name': give the picture's path beside the table")
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-                raise PocketfusionError(f"{where} names {name!r}: give a path below the table's folder, with /")
-            rows.append((same_name(str(folder / path)), parse_row(values, where)))
+                raise PocketfusionError(f"{where} names {shorten(name)}: give a path below the table's folder, with /")
+            picture = same_name(str(folder / path))
+            row = parse_row(values, where)
+        if picture is not None:
+            rows.append((picture, row))
     return rows
 
 

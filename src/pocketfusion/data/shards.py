@@ -26,8 +26,8 @@ class _Sample:
 def iter_shard(file: Path, left_out: LeftOut) -> Iterator[tuple[str, Image.Image, dict[str, Any]]]:
     """(key, picture, row) of each sample. A key is the member's path without what follows its *last* dot.
 
-    webdataset cuts at the first dot, which loses `photo v1.5.png`; members as `0001.seg.png` beside a whole sample
-    `0001` are further fields and no samples, as there. Fields of other types are not read.
+    webdataset cuts at the first dot, which loses `photo v1.5.png`; members as `0001.seg.png` without a caption beside
+    a sample `0001` are further fields and no samples, as there. Fields of other types are not read.
 
     Raises PocketfusionError for a damaged archive, links, devices, paths that lead out, and bad samples, unless
     `left_out` takes them.
@@ -47,7 +47,12 @@ def iter_shard(file: Path, left_out: LeftOut) -> Iterator[tuple[str, Image.Image
         samples = _samples(tar, file, opened, left_out)
         for key, sample in samples.items():
             head, _, tail = key.rpartition(".")
-            if tail.isalpha() and head in samples and samples[head].pictures:
+            if (
+                tail.isalpha()
+                and head in samples
+                and samples[head].pictures
+                and not (sample.pictures and sample.texts)
+            ):
                 continue
             if not (sample.pictures or sample.texts or sample.unread):
                 continue

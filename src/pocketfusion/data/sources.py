@@ -176,7 +176,7 @@ def _iter_shards(found: _Found) -> Iterator[Sample]:
 
 def _iter_files(found: _Found) -> Iterator[Sample]:
     root, left_out = found.root, found.left_out
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, dict[str, Any] | None] = {}
     for name in found.tables:
         for picture_name, entry in read_table(root / name, PurePosixPath(name).parent, left_out):
             if picture_name in table:
@@ -187,6 +187,8 @@ def _iter_files(found: _Found) -> Iterator[Sample]:
     stems = [str(PurePosixPath(name).with_suffix("")) for name in pictures]
     times = Counter(stems)
     for name, stem in zip(pictures, stems, strict=True):
+        if table.get(same_name(name), True) is None:
+            continue  # its line was bad, and told
         row, text = table.get(same_name(name)), found.texts.get(stem)
         made = None
         with left_out.or_raise():
