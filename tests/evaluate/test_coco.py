@@ -1,6 +1,7 @@
 """MS-COCO's layout, the fixed caption list, and every way in which a folder can be wrong."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -166,12 +167,73 @@ def test_a_corrupt_picture_is_named_and_skipped_only_on_request(own, damage):
         (lambda v: v["annotations"].insert(0, "text"), "an entry of 'annotations' has no id"),
         (lambda v: v["images"].append(v["images"][0]), "lists the image id 42 twice"),
         (lambda v: v["images"][0].update(file_name="../../etc/secret.jpg"), "a plain file name is needed"),
+        (lambda v: v["images"][0].update(file_name="a\0.jpg"), "a plain file name is needed"),
+        (lambda v: v["images"][0].update(file_name="\ud800.jpg"), "a plain file name is needed"),
+        (lambda v: v["images"][0].update(id=True), "an entry of 'images' has no id"),
+        (lambda v: v["annotations"][5].update(image_id=True), "an entry of 'annotations' has no image_id"),
+        (lambda v: v["annotations"][5].update(caption="\udfff"), "the annotation .* half a surrogate pair"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(own, change, message):
     rewrite(own, change)
     with pytest.raises(PocketfusionError, match=message):
         open_coco(own, None, samples=3)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "match"),
+    [("utf-8-sig", None), ("utf-16", "is UTF-16"), ("cp1252", "Windows-1252 it would read .*café")],
+)
+def test_encodings_of_the_captions_file(own, encoding, match):
+    rewrite(own, lambda values: values["annotations"][0].update(caption="a café"))
+    file = own / "annotations" / "captions_val2014.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False), encoding=encoding)
+    if match is None:
+        assert len(open_coco(own, None, samples=12).captions) == 12
+    else:
+        with pytest.raises(PocketfusionError, match=match):
+            open_coco(own, None, samples=12)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[" * 100_000, "nests too deeply"),
+        ('{"images": [], "images": []}', "the key 'images' stands twice"),
+        ("[]", "no list"),
+    ],
+)
+def test_hostile_json(own, text, match):
+    (own / "annotations" / "captions_val2014.json").write_text(text)
+    with pytest.raises(PocketfusionError, match=match):
+        open_coco(own, None, samples=3)
+
+
+def test_pictures_come_through_the_same_door_as_training_data(own):
+    """tests/data/test_pictures.py has every kind; here, that this is where they come through."""
+    reference = open_coco(own, None, samples=3, size=64)
+    upright, lying, alpha = (own / "val2014" / f"{id_}.jpg" for id_ in reference.ids)
+    with Image.open(upright) as file:
+        wanted = file.convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wanted.transpose(Image.Transpose.ROTATE_90).save(lying, "PNG", exif=exif)
+    Image.new("RGBA", (9, 9), (1, 2, 3, 0)).save(alpha, "PNG")
+    images = open_coco(own, None, samples=3, size=64).images(range(3))
+    assert np.array_equal(images[0], images[1]) and (images[2] == 255).all()
+
+
+def test_what_is_no_file_is_never_waited_for(own):
+    whole = open_coco(own, None, samples=6, size=64)
+    fifo, folder = (own / "val2014" / f"{id_}.jpg" for id_ in whole.ids[:2])
+    for path in (fifo, folder):
+        path.unlink()
+    os.mkfifo(fifo)
+    folder.mkdir()
+    with pytest.raises(PocketfusionError, match=f"{fifo.name} is a FIFO, .*--skip-bad"):
+        open_coco(own, None, samples=6, size=64).images([0])
+    reference = open_coco(own, None, samples=6, size=64, skip_bad=True)
+    assert reference.ids == whole.ids[2:] and "2 unreadable pictures were left out" in reference.notes[0]
 
 
 def test_bad_paths_and_numbers(own, tmp_path):
