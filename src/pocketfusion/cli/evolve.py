@@ -124,6 +124,7 @@ def evolve_command(
         f"after {results['rounds']} rounds ({results['stopped']})"
     )
     console.print(f"{results['evaluations']} evaluations of {results['seconds_per_evaluation']:.1f} s")
+    console.print(f"measured on {made.data['name']}")
     console.print("written: the model folder, actions.json, frontier.json, frontier.png")
 
 

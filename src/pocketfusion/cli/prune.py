@@ -81,3 +81,5 @@ def prune_command(
     if noise := results.get("noise"):
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in noise.items())
         console.print(f"noise over signal on held-out latents: {shown}")
+    if made.data:
+        console.print(f"measured on {made.data['name']}")
