@@ -1,16 +1,22 @@
 """Uniform channel pruning of an autoencoder's decoder (SnapFusion, arXiv 2306.00980, section 3.2 and appendix B.2).
 
 The paper gives the ratio (50 %) and not which channels stay. Ours are the teacher's most important ones, as many of
-each normalisation group, kept consistently wherever a channel is produced, normalised and consumed. So a student's
-group is a part of one group of the teacher's, and its statistics estimate the same mean and variance; they are equal
-only where the removed channels repeat kept ones of their group: pruning is exact there and approximate elsewhere.
+each normalisation group, kept consistently wherever a channel is produced, normalised and consumed.
+
+A norm of one channel a group is an instance norm: whatever level its channels have is thrown away, and a decoder that
+ends in one cannot draw a flat colour. So a stage too narrow for its groups gets fewer, each made of whole groups of the
+teacher's. Where a student's group is a part of one group of the teacher's, its statistics estimate that group's mean
+and variance; where it is made of r of them, those of their union (the mean of the r means; the mean of the r variances
+plus the variance of the r means), which the teacher never divides by. They are equal only where the removed channels
+repeat kept ones of their group: there the student is the teacher, with its groups merged alike; elsewhere it is
+approximate, and the training repairs it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,31 +32,56 @@ Weights = Mapping[str, torch.Tensor]
 #: parameters becomes one of 1.0 M.
 TINY_RATIO = 13 / 16
 HALF_RATIO = 0.5
+_CHANNELS = 4  #: of a norm group, where a stage has as many
+_FEWEST = 2  #: one is an instance norm
 
 
 def half_shape(vae: AutoencoderKL, ratio: float = HALF_RATIO) -> DecoderShape:
-    """`vae`'s decoder without the share `ratio` of every stage's channels, to the nearest multiple of the norm groups.
+    """`vae`'s decoder without the share `ratio` of every stage's channels, to the nearest multiple of its norm groups.
 
-    Raises PocketfusionError if ratio is not in [0, 1) or a stage would have fewer channels than groups.
+    A stage has the largest number of groups that divides its number in `vae` and leaves 4 channels to each; one group
+    if it has only 2 or 3 channels. A stage that loses nothing keeps its own if they have 2 or more.
+    Raises PocketfusionError if ratio is not in [0, 1) or leaves a stage fewer than 2 channels.
     """
     _check_ratio(ratio)
-    shape, groups = DecoderShape.of(vae), vae.config.norm_num_groups
-    kept = tuple(groups * round((1 - ratio) * width / groups) for width in shape.block_out_channels)
+    shape = DecoderShape.of(vae)
     narrowest = min(shape.block_out_channels)
-    if (1 - ratio) * narrowest < groups:
+    if (1 - ratio) * narrowest < _FEWEST:
         raise PocketfusionError(
-            f"--ratio {ratio:g} leaves {(1 - ratio) * narrowest:.3g} of {narrowest} channels, fewer than the "
-            f"decoder's {groups} norm groups: choose at most {1 - groups / narrowest:.3g}"
+            f"--ratio {ratio:g} leaves {(1 - ratio) * narrowest:.3g} of {narrowest} channels, fewer than the {_FEWEST} "
+            f"that a norm group needs: choose at most {1 - _FEWEST / narrowest:.3g}"
         )
-    return DecoderShape(kept, shape.layers_per_block, shape.mid_block_add_attention)
+    kept, groups = _fewer(shape, [(1 - ratio) * width for width in shape.block_out_channels], round)
+    return DecoderShape(kept, shape.layers_per_block, shape.mid_block_add_attention, groups)
 
 
 def tiny_shape(vae: AutoencoderKL, ratio: float = TINY_RATIO) -> DecoderShape:
-    """As `half_shape`, with one ResNet a stage, no attention and at least one channel a norm group (rounded up)."""
+    """As `half_shape`, with one ResNet a stage, no attention, rounded up and to at least 4 channels a stage."""
     _check_ratio(ratio)
-    groups = vae.config.norm_num_groups
-    widths = DecoderShape.of(vae).block_out_channels
-    return DecoderShape(tuple(groups * math.ceil((1 - ratio) * w / groups - 1e-9) for w in widths), 0, False)
+    shape = DecoderShape.of(vae)
+    wanted = [max((1 - ratio) * width, min(_CHANNELS, width)) for width in shape.block_out_channels]
+    kept, groups = _fewer(shape, wanted, lambda share: math.ceil(share - 1e-9))
+    return DecoderShape(kept, 0, False, groups)
+
+
+def _fewer(
+    shape: DecoderShape, wanted: list[float], whole: Callable[[float], int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels and norm groups of each stage for about `wanted` channels; `whole` rounds channels a group."""
+    found = []
+    for width, count, share in zip(shape.block_out_channels, shape.norm_num_groups, wanted, strict=True):
+        groups = _most_groups(count, share)
+        kept = groups * whole(share / groups)
+        whole_stage = kept == width and width >= _FEWEST * count
+        found.append((kept, count if whole_stage else _most_groups(math.gcd(count, kept), kept)))
+    widths, groups_of = zip(*found, strict=True)
+    return widths, groups_of
+
+
+def _most_groups(count: int, channels: float) -> int:
+    """The largest divisor of `count` that leaves each group `_CHANNELS` of `channels`; else 1."""
+    fitting = (n for n in range(1, count + 1) if count % n == 0 and _CHANNELS * n <= channels + 1e-9)
+    return max(fitting, default=1)
 
 
 def _check_ratio(ratio: float) -> None:
@@ -63,13 +94,13 @@ class Space:
     """Channels that are one: whatever writes or reads them keeps the same ones.
 
     `produced`: weights whose rows they are. `consumed`: weights (with the axis they are on, and the gain of the norm
-    between) that read them. `vectors`: biases, gains and the like. `normed`: whether norm groups part them.
+    between) that read them. `vectors`: biases, gains and the like. `norms`: the group norms that part them.
     """
 
     produced: list[str] = field(default_factory=list)
     consumed: list[tuple[str, int, str | None]] = field(default_factory=list)
     vectors: list[str] = field(default_factory=list)
-    normed: bool = False
+    norms: list[str] = field(default_factory=list)
 
     def produce(self, layer: str) -> None:
         """`layer` writes these channels."""
@@ -78,7 +109,7 @@ class Space:
 
     def norm(self, layer: str) -> str:
         """A group norm of these channels; returns its gain's name."""
-        self.normed = True
+        self.norms.append(layer)
         self.vectors += [f"{layer}.weight", f"{layer}.bias"]
         return f"{layer}.weight"
 
@@ -91,12 +122,18 @@ class Space:
             read = read + (strength * weights[gain].float().square() if gain else strength)
         return (written * read).sqrt()  # type: ignore[union-attr]
 
-    def choose(self, weights: Weights, kept: int, groups: int) -> torch.Tensor:
-        """Indices [kept] of the most important channels, ascending, as many of each norm group."""
-        importance = self.importance(weights)
-        parts = importance.view(groups if self.normed else 1, -1)
-        best = parts.topk(kept // len(parts), dim=1).indices.sort(dim=1).values
-        return (best + parts.shape[1] * torch.arange(len(parts), device=best.device)[:, None]).flatten()
+    def choose(self, weights: Weights, kept: int, groups: int, own_groups: int) -> torch.Tensor:
+        """Indices [kept] of the most important channels, ascending, as many of each norm group.
+
+        `groups` of the teacher's are merged to `own_groups`, each of neighbours; of the merged ones as many stay as
+        can be equal, and the most important beyond.
+        """
+        importance = self.importance(weights).view(groups, -1)
+        place = importance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # in its own group
+        order = importance.view(own_groups, -1).argsort(dim=1, descending=True, stable=True)
+        by_place = place.view(own_groups, -1).gather(1, order).argsort(dim=1, stable=True)
+        best = order.gather(1, by_place)[:, : kept // own_groups].sort(dim=1).values
+        return (best + order.shape[1] * torch.arange(own_groups, device=best.device)[:, None]).flatten()
 
 
 def decoder_spaces(student: Any, teacher: nn.Module) -> Iterator[Space]:
@@ -154,29 +191,35 @@ def _attention(name: str, stream: Space) -> Iterator[Space]:
 def prune_decoder(vae: AutoencoderKL, shape: DecoderShape) -> SlimAutoencoderKL:
     """`vae` with a decoder of `shape` that begins with the most important channels of its own; the rest is a copy.
 
-    With `vae`'s own shape, the same network bit for bit. Blocks that `shape` has not are left out.
+    With `vae`'s own shape, the same network bit for bit. Blocks that `shape` has not are left out. Raises
+    PocketfusionError if a stage's norm groups are not made of whole groups of `vae`'s.
     """
+    before = DecoderShape.of(vae).norm_num_groups
+    if any(count % own for count, own in zip(before, shape.norm_num_groups, strict=True)):
+        raise PocketfusionError(
+            f"norm groups {list(shape.norm_num_groups)} are not made of whole ones of {list(before)}: choose divisors"
+        )
     config = {k: v for k, v in vae.config.items() if not k.startswith(("_", "decoder_"))}
     slim = SlimAutoencoderKL(
         **config,
-        decoder_block_out_channels=shape.block_out_channels,
-        decoder_layers_per_block=shape.layers_per_block,
-        decoder_mid_block_add_attention=shape.mid_block_add_attention,
+        **{f"decoder_{name}": value for name, value in asdict(shape).items()},
     )
     for name in ("encoder", "quant_conv", "post_quant_conv"):
         if (part := getattr(slim, name)) is not None:
             part.load_state_dict(getattr(vae, name).state_dict())
-    slim.decoder.load_state_dict(pruned_weights(slim.decoder, vae.decoder, vae.config.norm_num_groups))
+    slim.decoder.load_state_dict(pruned_weights(slim.decoder, vae.decoder))
     return slim.eval()
 
 
-def pruned_weights(student: nn.Module, teacher: nn.Module, groups: int) -> dict[str, torch.Tensor]:
+def pruned_weights(student: nn.Module, teacher: nn.Module) -> dict[str, torch.Tensor]:
     """The teacher's weights cut to the shapes of `student`: its state dict."""
     source, wanted = teacher.state_dict(), student.state_dict()
+    nets: tuple[Any, ...] = (teacher, student)
     values = {name: source[name] for name in wanted}
     for space in decoder_spaces(student, teacher):
         width = next(len(wanted[name]) for name in space.produced if name in wanted)
-        kept = space.choose(source, width, groups)
+        groups, own = (max((net.get_submodule(n).num_groups for n in space.norms), default=1) for net in nets)
+        kept = space.choose(source, width, groups, own)
         places = [(name, 0) for name in (*space.produced, *space.vectors)]
         for name, axis in (*places, *((name, axis) for name, axis, _ in space.consumed)):
             if name in values:  # a shortcut that the student has no use for
