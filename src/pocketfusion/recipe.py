@@ -180,18 +180,19 @@ class GuidanceDistillSettings(_Settings):
 class DecoderDistillSettings(_Settings):
     """Distillation of a smaller decoder (SnapFusion 3.2, B.2) on `samples` latents drawn from training captions.
 
-    `guidance_scale`: each sample's is uniform between these two. `precision`: the UNet's while drawing. `held_out`:
-    latents drawn for validation. `cache_targets`: keep the teacher's pictures on disk beside the latents, rather than
-    decode them in each step. `l1_weight`, `feature_weight`: of what the losses `mse+l1` and `mse+features` add.
+    `encoded_share` of each batch are training pictures instead, encoded, and themselves what is wanted.
+    `num_inference_steps`: while drawing; None: the sampler's own, 50 (the paper's) if it states none.
+    `guidance_scale`: each sample's is uniform between these two, within what an embedded one was distilled for.
+    `precision`: the UNet's while drawing. `held_out`: latents drawn for validation. `cache_targets`: keep the
+    teacher's pictures on disk beside the latents, rather than decode them in each step.
     """
 
     preset: Literal["half", "tiny"] = "half"
-    loss: Literal["mse", "mse+l1", "mse+features"] = "mse"
-    l1_weight: float = Field(default=0.1, gt=0)
-    feature_weight: float = Field(default=0.1, gt=0)
+    loss: PictureLossSettings = PictureLossSettings()
+    encoded_share: float = Field(default=0.0, ge=0, lt=1)
     samples: int = Field(default=8192, gt=0)
     held_out: int = Field(default=256, gt=0)
-    num_inference_steps: int = Field(default=16, gt=0)
+    num_inference_steps: int | None = Field(default=None, gt=0)
     guidance_scale: tuple[float, float] = (1.5, 7.0)
     precision: Literal["no", "bf16"] = "bf16"
     batch: int = Field(default=64, gt=0)

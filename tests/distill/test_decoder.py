@@ -12,16 +12,16 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.distill.decoder import DecoderTask, decoder_shape, distill_decoder
-from pocketfusion.distill.decoder_losses import EncoderFeatures, ssim
-from pocketfusion.distill.decoder_pool import LatentSampler, Pool, PoolSettings, decode
+from pocketfusion.distill.decoder_pool import LatentSampler, Pool, PoolSettings, decode, pool_settings
 from pocketfusion.distill.decoder_pruning import prune_decoder
+from pocketfusion.distill.decoder_scores import colour_offset_share, ssim
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline, read_provenance
 from pocketfusion.info import describe
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
-from pocketfusion.recipe import load_recipe
+from pocketfusion.recipe import DecoderDistillSettings, PictureLossSettings, TrainSettings, load_recipe
 from pocketfusion.train.log import read_log
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.sample import noise_batch
@@ -154,30 +154,126 @@ def test_captions_come_from_the_splits_by_their_shares(pool, tiny_data):
     assert len({pool.key, only.key}) == 2
 
 
-def test_losses(teacher, tiny_recipe, tiny_data, cache):
-    settings, data = load_recipe(tiny_recipe).decoder, open_dataset(tiny_data, 64)
+@pytest.fixture(scope="module")
+def prepared(teacher, tiny_recipe, tiny_data, cache):
+    """`prepared(**settings)`: a decoder task of the tiny recipe, ready to train."""
     vae = load_vae(teacher / "vae")
-    losses = {}
-    for kind, kept in (("mse", True), ("mse", False), ("mse+l1", True), ("mse+features", True)):
-        chosen = settings.model_copy(update={"loss": kind, "cache_targets": kept})
-        task = DecoderTask(chosen, data, vae, prune_decoder(vae, decoder_shape(vae, "half", None)))
-        task.prepare(LatentSampler(teacher), "v", 0.25, cache, CPU)
-        losses[kind, kept] = task.loss(task.model, task.plan.part(0, 0, 1))
+
+    def make(**settings):
+        recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+        chosen = recipe.decoder.model_copy(update=settings)
+        task = DecoderTask(chosen, recipe.data, data, vae, prune_decoder(vae, decoder_shape(vae, "half", None)))
+        task.prepare(LatentSampler(teacher), ("v", "e"), cache, CPU)
+        return task
+
+    return make
+
+
+def test_the_loss_compares_with_the_teachers_pictures(prepared):
+    task, kept = (prepared(encoded_share=0.0, cache_targets=cached) for cached in (False, True))
+    kept.model.load_state_dict(task.model.state_dict())
     batch = task.plan.part(0, 0, 1)
-    z = task.latents[batch.indices]
     with torch.no_grad():
-        wanted = decode(vae, z, CPU)
-        picture = task.model(torch.from_numpy(z).float() / 0.7)
-        features = EncoderFeatures(vae)
-        assert features.distance(wanted, wanted) == 0
-        distance = features.distance(picture, wanted).item()
-    mse, l1 = (picture - wanted).square().mean().item(), (picture - wanted).abs().mean().item()
-    assert losses["mse", False][0].item() == pytest.approx(mse, rel=1e-5)
-    assert losses["mse", True][0].item() == pytest.approx(mse, rel=2e-3)  # targets kept as fp16
-    assert losses["mse+l1", True][0].item() == pytest.approx(mse + 0.1 * l1, rel=2e-3)
-    assert losses["mse+features", True][0].item() == pytest.approx(mse + 0.1 * distance, rel=2e-2)
-    losses["mse+features", True][0].backward()
-    assert all(p.grad is not None for p in task.model.parameters()) and vae.encoder.conv_in.weight.grad is None
+        wanted = decode(task.teacher, task.latents[batch.indices], CPU)
+        picture = task.model(torch.from_numpy(task.latents[batch.indices]).float() / 0.7)
+    loss, logged = task.loss(task.model, batch)
+    assert loss.item() == pytest.approx((picture - wanted).square().mean().item(), rel=1e-5)
+    assert logged == {"mse": pytest.approx(loss.item())}  # the paper's loss is the default
+    assert kept.loss(kept.model, batch)[0].item() == pytest.approx(loss.item(), rel=2e-3)  # targets kept as fp16
+    loss.backward()
+    assert all(p.grad is not None for p in task.model.parameters())
+    assert task.teacher.encoder.conv_in.weight.grad is None
+
+
+def test_a_share_of_each_batch_are_encoded_pictures_with_themselves_as_targets(prepared):
+    task = prepared(encoded_share=0.5, train=load_settings(batch_size=8))
+    assert task.plan.counts == [4, 3, 1]  # a quarter of the encoded ones are scenes
+    batch, again = task.plan.part(3, 0, 1), task.plan.part(3, 0, 1)
+    z, wanted = task.pairs(batch)
+    drawn = batch.indices[:4]
+    assert drawn.max() < task.settings.samples <= batch.indices[4:].min()
+    assert torch.equal(z[:4], torch.from_numpy(task.latents[drawn]).float() / 0.7)
+    assert torch.equal(wanted[:4], torch.from_numpy(task.targets[drawn]).float())
+    mirrored, noise = again.rand() < 0.5, again.randn(4, 8, 8)
+    assert 0 < mirrored[4:].sum() < 4  # else choose another step: both kinds are looked at
+    rows = np.concatenate([task.data.indices([split]) for split in ("train", "train_scene")])
+    pictures = rows[batch.indices[4:] - task.settings.samples]
+    assert [task.data.rows[i]["split"] for i in pictures] == ["train"] * 3 + ["train_scene"]
+    pixels = torch.from_numpy(task.data.images[pictures]).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.stack([x.flip(-1) if flip else x for x, flip in zip(pixels, mirrored[4:], strict=True)])
+    assert torch.allclose(wanted[4:], pixels, atol=1e-6)
+    with torch.no_grad():
+        posterior = task.teacher.encode(pixels).latent_dist
+    assert torch.allclose(z[4:], posterior.mean + posterior.std * noise[4:], atol=5e-3)  # kept as fp16
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_processes_share_a_mixed_batch(prepared, parts):
+    """Some have drawn latents only, some encoded pictures only: together what one process has."""
+    task = prepared(encoded_share=0.5, train=load_settings(batch_size=8))
+    whole = task.pairs(task.plan.part(1, 0, 1))
+    split = [task.pairs(task.plan.part(1, part, parts)) for part in range(parts)]
+    for values, pieces in zip(whole, zip(*split, strict=True), strict=True):
+        assert torch.equal(values, torch.cat(pieces))
+
+
+def load_settings(batch_size):
+    return TrainSettings(steps=6, batch_size=batch_size, learning_rate=1e-3)
+
+
+def test_a_share_of_less_than_one_picture_is_refused(prepared):
+    with pytest.raises(PocketfusionError, match="encoded_share 0.1 of a batch of 4 is less than one picture"):
+        prepared(encoded_share=0.1)
+
+
+def test_features_want_a_judge_for_losses(prepared):
+    with pytest.raises(PocketfusionError, match="--loss-judge"):
+        prepared(loss=PictureLossSettings(feature_weight=0.1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling", "wanted"),
+    [
+        ({}, None, (50, (1.5, 7.0))),  # the paper's steps
+        ({}, Sampling(num_inference_steps=8, guidance_scale=4), (8, (1.5, 7.0))),  # a student's own
+        ({"num_inference_steps": 16}, Sampling(num_inference_steps=8, guidance_scale=4), (16, (1.5, 7.0))),
+        (
+            {},
+            Sampling(num_inference_steps=4, guidance_scale=4, guidance="embedded", guidance_range=(2, 14)),
+            (4, (2.0, 7.0)),
+        ),
+    ],
+)
+def test_a_sampler_draws_at_its_own_steps_and_scales(settings, sampling, wanted):
+    how = pool_settings(DecoderDistillSettings(train=load_settings(4), **settings), sampling)
+    assert (how.num_inference_steps, how.guidance_scale) == wanted
+
+
+def test_scales_that_a_sampler_was_not_distilled_for_are_refused():
+    sampling = Sampling(num_inference_steps=4, guidance_scale=9, guidance="embedded", guidance_range=(8, 14))
+    message = "guidance_scale 1.5 to 7 lies outside of 8 to 14"
+    with pytest.raises(PocketfusionError, match=message):
+        pool_settings(DecoderDistillSettings(train=load_settings(4)), sampling)
+
+
+def test_pictures_of_another_size_are_refused(teacher, tiny_recipe, tiny_data, tmp_path):
+    recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+    data.images = data.images[:, ::2, ::2]
+    with pytest.raises(PocketfusionError, match="draws pictures of 64 px and the recipe tiny is for 32"):
+        distill_decoder(recipe, data, teacher, StageRun.at(tmp_path / "out"), recipe.decoder)
+
+
+def test_the_share_of_an_error_that_is_a_constant_offset():
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.rand(4, 3, 16, 16, generator=generator) - 0.5
+    noise = 0.1 * torch.randn(wanted.shape, generator=generator)
+    noise -= noise.mean((2, 3), keepdim=True)
+    offset = torch.tensor([0.1, -0.2, 0.05]).view(3, 1, 1)
+    assert colour_offset_share(wanted + noise, wanted) < 1e-6
+    assert colour_offset_share(wanted + offset, wanted) == pytest.approx(1.0)
+    expected = offset.square().mean() / (offset.square().mean() + noise.square().mean())
+    assert colour_offset_share(wanted + offset + noise, wanted) == pytest.approx(expected.item(), rel=1e-4)
+    assert colour_offset_share(wanted, wanted) == 0
 
 
 def test_ssim_is_the_published_measure():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,12 +12,14 @@ from pocketfusion.cli import app
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
+    LossJudgeOpt,
     MinutesOpt,
     OutOpt,
     OverwriteOpt,
     RunOpt,
     SkipBadOpt,
     begin,
+    replaced,
     report,
 )
 from pocketfusion.errors import PocketfusionError
@@ -28,14 +30,6 @@ class Preset(str, Enum):
 
     half = "half"
     tiny = "tiny"
-
-
-class Loss(str, Enum):
-    """What the student learns from."""
-
-    mse = "mse"
-    mse_l1 = "mse+l1"
-    mse_features = "mse+features"
 
 
 @app.command("distill-decoder")
@@ -51,11 +45,11 @@ def distill_decoder_command(
     ratio: Annotated[
         float | None, typer.Option("--ratio", help="Share of channels to remove. Default: preset")
     ] = None,
-    loss: Annotated[Loss | None, typer.Option("--loss", help="Default: the recipe's.")] = None,
     sampler: Annotated[
         Path | None, typer.Option("--sampler", help="Model folder that draws the latents. Default: FOLDER")
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Latents to draw. Default: recipe")] = None,
+    loss_judge: LossJudgeOpt = None,
     run: RunOpt = None,
     max_minutes: MinutesOpt = None,
     cache: CacheOpt = None,
@@ -69,15 +63,10 @@ def distill_decoder_command(
     settings = loaded.decoder
     if settings is None:
         raise PocketfusionError(f"the recipe {loaded.name} has no section 'decoder': see recipes/emoji64.yaml")
-    given: dict[str, Any] = {
-        "preset": preset and preset.value,
-        "loss": loss and loss.value,
-        "samples": samples,
-    }
-    settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+    settings = replaced(settings, {"preset": preset and preset.value, "samples": samples})
     from pocketfusion.distill.decoder import distill_decoder
 
-    report(
-        distill_decoder(loaded, images, folder, stage, settings, ratio=ratio, sampler=sampler, cache=cache),
-        out,
+    made = distill_decoder(
+        loaded, images, folder, stage, settings, ratio=ratio, sampler=sampler, loss_judge=loss_judge, cache=cache
     )
+    report(made, out)

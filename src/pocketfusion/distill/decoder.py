@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 from pocketfusion.artefact import write_json
 from pocketfusion.data.packed import CaptionedImages
-from pocketfusion.distill.decoder_losses import EncoderFeatures, ssim
-from pocketfusion.distill.decoder_pool import LatentSampler, Pool, PoolSettings, decode, decode_pool
+from pocketfusion.distill.decoder_pictures import EncodedPictures
+from pocketfusion.distill.decoder_pool import LatentSampler, Pool, decode, decode_pool, pool_settings
 from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder, tiny_shape
+from pocketfusion.distill.decoder_scores import colour_offset_share, ssim
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import (
     COMPONENTS,
@@ -33,13 +33,15 @@ from pocketfusion.folder import (
     weights_hash,
 )
 from pocketfusion.info import read_safetensors_header
+from pocketfusion.models.judge import JudgeModel, load_judge
 from pocketfusion.models.sampling import SAMPLING
 from pocketfusion.models.slim_autoencoder import DecoderShape, SlimAutoencoderKL, load_vae
 from pocketfusion.processes import process_state
-from pocketfusion.recipe import DecoderDistillSettings, Recipe
+from pocketfusion.recipe import DataSettings, DecoderDistillSettings, Recipe
 from pocketfusion.train.autoencoder import psnr, to_tensor, to_uint8
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.loop import TrainResult
+from pocketfusion.train.picture_losses import PictureLoss
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.stage import finished_result, run_stage
 
@@ -60,39 +62,54 @@ class DecoderNetwork(nn.Module):
 
 
 class DecoderTask:
-    """Mean squared error to the teacher's picture (SnapFusion), and what `settings.loss` adds to it.
+    """`PictureLoss` to the teacher's pictures of drawn latents (SnapFusion) and to training pictures that are encoded.
 
-    `prepare` fills `latents` and `held_out` (fp16 [N, C, h, w]) before the first call.
+    `prepare` fills `latents` and `held_out` (fp16 [N, C, h, w]) before the first call. Raises PocketfusionError if a
+    batch is too small for `encoded_share`, or the loss and the judge do not fit.
     """
 
-    def __init__(self, settings: DecoderDistillSettings, data: CaptionedImages, teacher: AutoencoderKL, vae: Any):
+    def __init__(
+        self,
+        settings: DecoderDistillSettings,
+        pictures: DataSettings,
+        data: CaptionedImages,
+        teacher: AutoencoderKL,
+        vae: Any,
+        judge: JudgeModel | None = None,
+    ):
         self.settings, self.data, self.teacher = settings, data, teacher
         self.model = DecoderNetwork(vae)
-        self.plan = BatchPlan([(np.arange(settings.samples), 1.0)], settings.train.batch_size, settings.train.seed)
-        self.features = EncoderFeatures(teacher) if settings.loss == "mse+features" else None
+        self.picture_loss = PictureLoss(settings.loss, judge)
+        self.scene_share = pictures.scene_share
+        count, share = settings.samples, settings.encoded_share
+        self.encoded = EncodedPictures(pictures, data) if share else None
+        pools = [(np.arange(count), 1 - share)]
+        if self.encoded is not None:  # the numbers from `count` on are its rows
+            pools += [(count + rows, share * part) for rows, part in self.encoded.pools]
+        self.plan = BatchPlan(pools, settings.train.batch_size, settings.train.seed)
+        if share and self.plan.counts[0] == settings.train.batch_size:
+            raise PocketfusionError(
+                f"decoder.encoded_share {share:g} of a batch of {settings.train.batch_size} is less than one picture: "
+                "choose a larger share, or 0"
+            )
         self.device = torch.device("cpu")
         self.latents = self.held_out = np.empty(0)
         self.targets: np.ndarray | None = None
 
-    def prepare(
-        self, sampler: LatentSampler, vae_hash: str, scene_share: float, cache: Path, device: torch.device
-    ) -> None:
-        """Draws the latents, decodes them with the teacher, encodes held-out pictures; later runs find all but these.
+    def prepare(self, sampler: LatentSampler, hashes: tuple[str, str], cache: Path, device: torch.device) -> None:
+        """Draws the latents, decodes them with the teacher, encodes pictures; later runs find all but held-out ones.
 
-        Raises PocketfusionError if there are no captions or the teacher gives NaN.
+        `hashes`: of the whole autoencoder and of its encoder. Raises PocketfusionError if there are no captions, the
+        sampler's guidance does not fit or the teacher gives NaN.
         """
         settings, teacher = self.settings, self.teacher.to(device)
-        how = PoolSettings(
-            settings.num_inference_steps,
-            settings.guidance_scale,
-            settings.precision,
-            settings.batch,
-            settings.train.seed,
-        )
-        pool = Pool(sampler, how, self.data, (("train", 1 - scene_share), ("train_scene", scene_share)))
+        how = pool_settings(settings, sampler.sampling)
+        pool = Pool(sampler, how, self.data, (("train", 1 - self.scene_share), ("train_scene", self.scene_share)))
         self.latents = pool.latents(settings.samples, cache, device)
         if settings.cache_targets:
-            self.targets = decode_pool(teacher, vae_hash, pool, self.latents, cache, device)
+            self.targets = decode_pool(teacher, hashes[0], pool, self.latents, cache, device)
+        if self.encoded is not None:
+            self.encoded.prepare(teacher, hashes[1], cache, device)
         held_out = Pool(sampler, replace(how, seed=how.seed + 1), self.data, (("val_combo", 1.0),))
         self.held_out = held_out.latents(settings.held_out, cache, device)
         self.wanted = torch.cat([decode(teacher, part, device).cpu() for part in _parts(self.held_out)])
@@ -101,32 +118,36 @@ class DecoderTask:
         self.real = torch.cat([to_tensor(part) for part in _parts(pictures)])
         with torch.no_grad():
             means = [teacher.encode(part.to(device)).latent_dist.mean.cpu() for part in self.real.split(32)]
-        self.encoded = torch.cat(means)
+        self.real_latents = torch.cat(means)
 
     def to(self, device: torch.device) -> None:
-        """The teacher is needed where its pictures are not kept; its encoder is the feature loss's network."""
+        """The teacher is needed where its pictures are not kept."""
         self.device = device
         self.teacher.to(device)
+        self.picture_loss.to(device)
+
+    def pairs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's latents [B, C, h, w], unscaled, and wanted pictures [B, 3, H, W]; drawn ones first."""
+        is_drawn = batch.indices < self.settings.samples
+        drawn, rows = batch.indices[is_drawn], batch.indices[~is_drawn] - self.settings.samples
+        found = []
+        if len(drawn):
+            latents = self.latents[drawn]
+            if self.targets is None:
+                with torch.autocast(self.device.type, enabled=False):
+                    wanted = decode(self.teacher, latents, self.device)
+            else:
+                wanted = torch.from_numpy(self.targets[drawn]).float()
+            found.append((torch.from_numpy(latents).float() / self.teacher.config.scaling_factor, wanted))
+        if self.encoded is not None and len(rows):
+            found.append(self.encoded.take(rows, batch, ~is_drawn))
+        z, wanted = (torch.cat([part.to(self.device) for part in parts]) for parts in zip(*found, strict=True))
+        return z, wanted
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        """Logs the terms unweighted."""
-        settings, latents = self.settings, self.latents[batch.indices]
-        if self.targets is None:
-            with torch.autocast(self.device.type, enabled=False):
-                wanted = decode(self.teacher, latents, self.device)
-        else:
-            wanted = torch.from_numpy(self.targets[batch.indices]).to(self.device).float()
-        z = torch.from_numpy(latents).to(self.device).float() / self.teacher.config.scaling_factor
-        picture = model(z).float()
-        mse = F.mse_loss(picture, wanted)
-        logged = {"mse": mse.item()}
-        if settings.loss == "mse+l1":
-            more, weight = F.l1_loss(picture, wanted), settings.l1_weight
-        elif self.features is not None:
-            more, weight = self.features.distance(picture, wanted), settings.feature_weight
-        else:
-            return mse, logged
-        return mse + weight * more, logged | {settings.loss.removeprefix("mse+"): more.item()}
+        """See the class; logs the terms unweighted."""
+        z, wanted = self.pairs(batch)
+        return self.picture_loss(model(z), wanted, batch.step / self.settings.train.steps)
 
     @torch.no_grad()
     def decoded(self, model: nn.Module, z: torch.Tensor) -> torch.Tensor:
@@ -135,19 +156,23 @@ class DecoderTask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean PSNR and SSIM to the teacher's pictures of held-out captions; PSNR to encoded held-out pictures."""
+        """Mean PSNR and SSIM to the teacher's pictures of held-out captions; PSNR to encoded held-out pictures.
+
+        `val_colour_offset_share`: of the squared error to the teacher's pictures, see `colour_offset_share`.
+        """
         z = torch.from_numpy(np.asarray(self.held_out, dtype=np.float32)) / self.teacher.config.scaling_factor
         pictures = self.decoded(model, z)
         return {
             "val_psnr_db": psnr(pictures, self.wanted).mean().item(),
             "val_ssim": ssim(pictures, self.wanted).mean().item(),
-            "val_real_psnr_db": psnr(self.decoded(model, self.encoded), self.real).mean().item(),
+            "val_colour_offset_share": colour_offset_share(pictures, self.wanted),
+            "val_real_psnr_db": psnr(self.decoded(model, self.real_latents), self.real).mean().item(),
         }
 
     def teacher_real_psnr(self) -> float:
         """What the teacher reaches in `val_real_psnr_db`."""
         network = DecoderNetwork(self.teacher)
-        found = psnr(self.decoded(network, self.encoded), self.real).mean().item()
+        found = psnr(self.decoded(network, self.real_latents), self.real).mean().item()
         self.teacher.requires_grad_(False)
         return found
 
@@ -228,12 +253,14 @@ def distill_decoder(
     *,
     ratio: float | None = None,
     sampler: Path | None = None,
+    loss_judge: Path | None = None,
     cache: Path | None = None,
 ) -> Provenance:
     """Prunes `folder`'s decoder, trains it on latents that `sampler` (default `folder`) draws, writes a model folder.
 
-    Raises PocketfusionError as `train` does, and if the two folders' latents differ, the shape cannot be, there are no
-    captions, or the teacher gives NaN.
+    `loss_judge`: a judge folder for the feature distance. Raises PocketfusionError as `train` does, and if the two
+    folders' latents differ, the pictures have another size than the folder draws, the shape cannot be, there are no
+    captions, the teacher gives NaN, or the losses and the judge do not fit.
     """
     sampler = sampler or folder
     for path in {folder, sampler}:
@@ -242,24 +269,35 @@ def distill_decoder(
     teacher = load_vae(folder / "vae")
     check_finite(teacher, str(folder / "vae"))
     shape = decoder_shape(teacher, settings.preset, ratio)
+    drawing = LatentSampler(sampler)
+    side = drawing.shape[-1] * 2 ** (len(teacher.config.block_out_channels) - 1)
+    if side != data.size:
+        raise PocketfusionError(
+            f"{sampler} draws pictures of {side} px and the recipe {recipe.name} is for {data.size}: use the recipe "
+            "of that model"
+        )
+    how = pool_settings(settings, drawing.sampling)
     made_by = {
         "stage": "distill-decoder",
         "settings": settings.model_dump(mode="json")
-        | {"block_out_channels": list(shape.block_out_channels), "layers_per_block": shape.layers_per_block}
-        | {"mid_block_add_attention": shape.mid_block_add_attention, "scene_share": recipe.data.scene_share},
-        "parents": {"folder": folder_hash(folder), "sampler": folder_hash(sampler)},
+        | {"num_inference_steps": how.num_inference_steps, "guidance_scale": list(how.guidance_scale)}
+        | {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(shape).items()}
+        | {"data": recipe.data.model_dump(mode="json")},
+        "parents": {"folder": folder_hash(folder), "sampler": folder_hash(sampler)}
+        | ({"loss_judge": folder_hash(loss_judge)} if loss_judge else {}),
         "data": {"name": data.name, "fingerprint": data.fingerprint},
     }
     if (finished := finished_result(stage, made_by)) is not None:
         return finished
     slim = prune_decoder(teacher, shape)
     slim.requires_grad_(False)
-    task = DecoderTask(settings, data, teacher, slim)
+    judge = load_judge(loss_judge, for_losses=True).model if loss_judge else None
+    task = DecoderTask(settings, recipe.data, data, teacher, slim, judge)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae_hash = sha256(f"{weights_hash(folder / 'vae')}{teacher.config.scaling_factor}".encode()).hexdigest()
     with process_state().main_process_first():  # one process fills the caches, the others find them
-        place = cache or stage.run / "cache"
-        task.prepare(LatentSampler(sampler), vae_hash, recipe.data.scene_share, place, device)
+        hashes = (vae_hash, weights_hash(folder / "vae", ENCODER))
+        task.prepare(drawing, hashes, cache or stage.run / "cache", device)
 
     def write(out: Path, result: TrainResult) -> dict[str, Any]:
         copy_with_vae(folder, out, slim)

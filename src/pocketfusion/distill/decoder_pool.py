@@ -25,12 +25,14 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline
 from pocketfusion.models.guidance import guidance_of, guided_prediction
-from pocketfusion.models.sampling import read_sampling
+from pocketfusion.models.sampling import Sampling, read_sampling
 from pocketfusion.models.text_encoder import TextEncoder
+from pocketfusion.recipe import DecoderDistillSettings
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.cache import CaptionTable
 from pocketfusion.train.sample import noise_batch
 
+_PAPER_STEPS = 50
 _BLOCK = 64  #: captions of a pass that keep the shares
 _TARGET_BATCH = 32
 
@@ -44,6 +46,24 @@ class PoolSettings:
     precision: str = "bf16"
     batch: int = 64
     seed: int = 0
+
+
+def pool_settings(settings: DecoderDistillSettings, sampling: Sampling | None) -> PoolSettings:
+    """How a sampler that states `sampling` is to draw: at its own steps unless the recipe says how many.
+
+    Raises PocketfusionError if its embedded guidance was distilled for none of the wanted scales.
+    """
+    steps = settings.num_inference_steps or (sampling.num_inference_steps if sampling else _PAPER_STEPS)
+    low, high = settings.guidance_scale
+    if sampling is not None and sampling.guidance_range is not None:
+        first, last = sampling.guidance_range
+        if high < first or low > last:
+            raise PocketfusionError(
+                f"decoder.guidance_scale {low:g} to {high:g} lies outside of {first:g} to {last:g}, which the sampler "
+                "was distilled for: choose scales of that range"
+            )
+        low, high = max(low, first), min(high, last)
+    return PoolSettings(steps, (low, high), settings.precision, settings.batch, settings.train.seed)
 
 
 class LatentSampler:

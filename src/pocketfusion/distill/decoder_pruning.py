@@ -4,12 +4,12 @@ The paper gives the ratio (50 %) and not which channels stay. Ours are the teach
 each normalisation group, kept consistently wherever a channel is produced, normalised and consumed.
 
 A norm of one channel a group is an instance norm: whatever level its channels have is thrown away, and a decoder that
-ends in one cannot draw a flat colour. So a stage too narrow for its groups gets fewer, each made of whole groups of the
-teacher's. Where a student's group is a part of one group of the teacher's, its statistics estimate that group's mean
-and variance; where it is made of r of them, those of their union (the mean of the r means; the mean of the r variances
-plus the variance of the r means), which the teacher never divides by. They are equal only where the removed channels
-repeat kept ones of their group: there the student is the teacher, with its groups merged alike; elsewhere it is
-approximate, and the training repairs it.
+ends in one cannot draw a flat colour. So a stage too narrow for its groups gets fewer, each made of whole groups of
+the teacher's. Where a student's group is a part of one group of the teacher's, its statistics estimate that group's
+mean and variance; where it is made of r of them, those of their union (the mean of the r means; the mean of the r
+variances plus the variance of the r means), which the teacher never divides by. They are equal only where the removed
+channels repeat kept ones of their group: there the student is the teacher, with its groups merged alike; elsewhere it
+is approximate, and the training repairs it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def half_shape(vae: AutoencoderKL, ratio: float = HALF_RATIO) -> DecoderShape:
     narrowest = min(shape.block_out_channels)
     if (1 - ratio) * narrowest < _FEWEST:
         raise PocketfusionError(
-            f"--ratio {ratio:g} leaves {(1 - ratio) * narrowest:.3g} of {narrowest} channels, fewer than the {_FEWEST} "
-            f"that a norm group needs: choose at most {1 - _FEWEST / narrowest:.3g}"
+            f"--ratio {ratio:g} leaves {(1 - ratio) * narrowest:.3g} of {narrowest} channels, fewer than the "
+            f"{_FEWEST} that a norm group needs: choose at most {1 - _FEWEST / narrowest:.3g}"
         )
     kept, groups = _fewer(shape, [(1 - ratio) * width for width in shape.block_out_channels], round)
     return DecoderShape(kept, shape.layers_per_block, shape.mid_block_add_attention, groups)

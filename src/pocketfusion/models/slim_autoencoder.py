@@ -38,7 +38,7 @@ class DecoderShape:
 
 
 def _regroup(decoder: Any, groups: tuple[int, ...]) -> None:
-    """Gives each norm of a `Decoder` its stage's number of groups; the first norm of a block reads the stage before."""
+    """Gives each norm of a `Decoder` its stage's number of groups; a block's first norm reads the stage before."""
     stages = groups[::-1]  # as the up blocks come
     for part in (decoder.mid_block, *decoder.up_blocks[:1]):
         _set_groups(part, stages[0])
@@ -80,7 +80,8 @@ class SlimAutoencoderKL(AutoencoderKL):
         widths, groups = shape.block_out_channels, shape.norm_num_groups
         if len(widths) != len(groups) or any(width % count for width, count in zip(widths, groups, strict=True)):
             raise PocketfusionError(
-                f"a decoder of {list(widths)} channels cannot have {list(groups)} norm groups: give one divisor a stage"
+                f"a decoder of {list(widths)} channels cannot have {list(groups)} norm groups: give one divisor a "
+                "stage"
             )
         self.decoder: Any = Decoder(
             in_channels=self.config.latent_channels,
