@@ -14,7 +14,7 @@ from pocketfusion.data.sources import open_dataset
 from pocketfusion.distill.decoder import DecoderTask, decoder_shape, distill_decoder
 from pocketfusion.distill.decoder_pool import LatentSampler, Pool, PoolSettings, decode, pool_settings
 from pocketfusion.distill.decoder_pruning import prune_decoder
-from pocketfusion.distill.decoder_scores import colour_offset_share, ssim
+from pocketfusion.distill.decoder_scores import error_parts, ssim
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline, read_provenance
 from pocketfusion.info import describe
@@ -269,11 +269,10 @@ def test_the_share_of_an_error_that_is_a_constant_offset():
     noise = 0.1 * torch.randn(wanted.shape, generator=generator)
     noise -= noise.mean((2, 3), keepdim=True)
     offset = torch.tensor([0.1, -0.2, 0.05]).view(3, 1, 1)
-    assert colour_offset_share(wanted + noise, wanted) < 1e-6
-    assert colour_offset_share(wanted + offset, wanted) == pytest.approx(1.0)
-    expected = offset.square().mean() / (offset.square().mean() + noise.square().mean())
-    assert colour_offset_share(wanted + offset + noise, wanted) == pytest.approx(expected.item(), rel=1e-4)
-    assert colour_offset_share(wanted, wanted) == 0
+    both, constant = noise.square().mean((1, 2, 3)) + offset.square().mean(), offset.square().mean().expand(4)
+    assert torch.allclose(error_parts(wanted + offset + noise, wanted), torch.stack([both, constant], 1), rtol=1e-4)
+    assert error_parts(wanted + noise, wanted)[:, 1].max() < 1e-10
+    assert torch.equal(error_parts(wanted, wanted), torch.zeros(4, 2))
 
 
 def test_ssim_is_the_published_measure():

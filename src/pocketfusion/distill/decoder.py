@@ -20,7 +20,7 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.distill.decoder_pictures import EncodedPictures
 from pocketfusion.distill.decoder_pool import LatentSampler, Pool, decode, decode_pool, pool_settings
 from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder, tiny_shape
-from pocketfusion.distill.decoder_scores import colour_offset_share, ssim
+from pocketfusion.distill.decoder_scores import error_parts, ssim
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import (
     COMPONENTS,
@@ -158,14 +158,15 @@ class DecoderTask:
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Mean PSNR and SSIM to the teacher's pictures of held-out captions; PSNR to encoded held-out pictures.
 
-        `val_colour_offset_share`: of the squared error to the teacher's pictures, see `colour_offset_share`.
+        `val_colour_offset_share`: of the squared error to the teacher's pictures, see `error_parts`.
         """
         z = torch.from_numpy(np.asarray(self.held_out, dtype=np.float32)) / self.teacher.config.scaling_factor
         pictures = self.decoded(model, z)
+        whole, constant = error_parts(pictures, self.wanted).mean(0)
         return {
             "val_psnr_db": psnr(pictures, self.wanted).mean().item(),
             "val_ssim": ssim(pictures, self.wanted).mean().item(),
-            "val_colour_offset_share": colour_offset_share(pictures, self.wanted),
+            "val_colour_offset_share": (constant / whole).item() if whole else 0.0,
             "val_real_psnr_db": psnr(self.decoded(model, self.real_latents), self.real).mean().item(),
         }
 
@@ -281,7 +282,8 @@ def distill_decoder(
         "stage": "distill-decoder",
         "settings": settings.model_dump(mode="json")
         | {"num_inference_steps": how.num_inference_steps, "guidance_scale": list(how.guidance_scale)}
-        | {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(shape).items()}
+        | asdict(shape)
+        | {"block_out_channels": list(shape.block_out_channels)}
         | {"data": recipe.data.model_dump(mode="json")},
         "parents": {"folder": folder_hash(folder), "sampler": folder_hash(sampler)}
         | ({"loss_judge": folder_hash(loss_judge)} if loss_judge else {}),

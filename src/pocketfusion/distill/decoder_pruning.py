@@ -4,7 +4,7 @@ The paper gives the ratio (50 %) and not which channels stay. Ours are the teach
 each normalisation group, kept consistently wherever a channel is produced, normalised and consumed.
 
 A norm of one channel a group is an instance norm: whatever level its channels have is thrown away, and a decoder that
-ends in one cannot draw a flat colour. So a stage too narrow for its groups gets fewer, each made of whole groups of
+ends in one cannot draw a flat colour. So a decoder too narrow for its groups gets fewer, each made of whole groups of
 the teacher's. Where a student's group is a part of one group of the teacher's, its statistics estimate that group's
 mean and variance; where it is made of r of them, those of their union (the mean of the r means; the mean of the r
 variances plus the variance of the r means), which the teacher never divides by. They are equal only where the removed
@@ -15,7 +15,7 @@ is approximate, and the training repairs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,8 +39,8 @@ _FEWEST = 2  #: one is an instance norm
 def half_shape(vae: AutoencoderKL, ratio: float = HALF_RATIO) -> DecoderShape:
     """`vae`'s decoder without the share `ratio` of every stage's channels, to the nearest multiple of its norm groups.
 
-    A stage has the largest number of groups that divides its number in `vae` and leaves 4 channels to each; one group
-    if it has only 2 or 3 channels. A stage that loses nothing keeps its own if they have 2 or more.
+    It has the largest number of groups that divides `vae`'s and leaves each 4 channels or more in every stage; one
+    group if a stage has only 2 or 3. A decoder that loses nothing keeps its own if they have 2 or more.
     Raises PocketfusionError if ratio is not in [0, 1) or leaves a stage fewer than 2 channels.
     """
     _check_ratio(ratio)
@@ -51,7 +51,11 @@ def half_shape(vae: AutoencoderKL, ratio: float = HALF_RATIO) -> DecoderShape:
             f"--ratio {ratio:g} leaves {(1 - ratio) * narrowest:.3g} of {narrowest} channels, fewer than the "
             f"{_FEWEST} that a norm group needs: choose at most {1 - _FEWEST / narrowest:.3g}"
         )
-    kept, groups = _fewer(shape, [(1 - ratio) * width for width in shape.block_out_channels], round)
+    if ratio == 0 and narrowest >= _FEWEST * shape.norm_num_groups:
+        return shape
+    wanted = [(1 - ratio) * width for width in shape.block_out_channels]
+    groups = _most_groups(shape.norm_num_groups, min(wanted))
+    kept = tuple(groups * round(width / groups) for width in wanted)
     return DecoderShape(kept, shape.layers_per_block, shape.mid_block_add_attention, groups)
 
 
@@ -60,22 +64,8 @@ def tiny_shape(vae: AutoencoderKL, ratio: float = TINY_RATIO) -> DecoderShape:
     _check_ratio(ratio)
     shape = DecoderShape.of(vae)
     wanted = [max((1 - ratio) * width, min(_CHANNELS, width)) for width in shape.block_out_channels]
-    kept, groups = _fewer(shape, wanted, lambda share: math.ceil(share - 1e-9))
-    return DecoderShape(kept, 0, False, groups)
-
-
-def _fewer(
-    shape: DecoderShape, wanted: list[float], whole: Callable[[float], int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Channels and norm groups of each stage for about `wanted` channels; `whole` rounds channels a group."""
-    found = []
-    for width, count, share in zip(shape.block_out_channels, shape.norm_num_groups, wanted, strict=True):
-        groups = _most_groups(count, share)
-        kept = groups * whole(share / groups)
-        whole_stage = kept == width and width >= _FEWEST * count
-        found.append((kept, count if whole_stage else _most_groups(math.gcd(count, kept), kept)))
-    widths, groups_of = zip(*found, strict=True)
-    return widths, groups_of
+    groups = _most_groups(shape.norm_num_groups, min(wanted))
+    return DecoderShape(tuple(groups * math.ceil(width / groups - 1e-9) for width in wanted), 0, False, groups)
 
 
 def _most_groups(count: int, channels: float) -> int:
@@ -94,13 +84,13 @@ class Space:
     """Channels that are one: whatever writes or reads them keeps the same ones.
 
     `produced`: weights whose rows they are. `consumed`: weights (with the axis they are on, and the gain of the norm
-    between) that read them. `vectors`: biases, gains and the like. `norms`: the group norms that part them.
+    between) that read them. `vectors`: biases, gains and the like. `normed`: whether norm groups part them.
     """
 
     produced: list[str] = field(default_factory=list)
     consumed: list[tuple[str, int, str | None]] = field(default_factory=list)
     vectors: list[str] = field(default_factory=list)
-    norms: list[str] = field(default_factory=list)
+    normed: bool = False
 
     def produce(self, layer: str) -> None:
         """`layer` writes these channels."""
@@ -109,7 +99,7 @@ class Space:
 
     def norm(self, layer: str) -> str:
         """A group norm of these channels; returns its gain's name."""
-        self.norms.append(layer)
+        self.normed = True
         self.vectors += [f"{layer}.weight", f"{layer}.bias"]
         return f"{layer}.weight"
 
@@ -128,6 +118,8 @@ class Space:
         `groups` of the teacher's are merged to `own_groups`, each of neighbours; of the merged ones as many stay as
         can be equal, and the most important beyond.
         """
+        if not self.normed:
+            groups = own_groups = 1
         importance = self.importance(weights).view(groups, -1)
         place = importance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # in its own group
         order = importance.view(own_groups, -1).argsort(dim=1, descending=True, stable=True)
@@ -192,12 +184,12 @@ def prune_decoder(vae: AutoencoderKL, shape: DecoderShape) -> SlimAutoencoderKL:
     """`vae` with a decoder of `shape` that begins with the most important channels of its own; the rest is a copy.
 
     With `vae`'s own shape, the same network bit for bit. Blocks that `shape` has not are left out. Raises
-    PocketfusionError if a stage's norm groups are not made of whole groups of `vae`'s.
+    PocketfusionError if its norm groups are not made of whole groups of `vae`'s.
     """
-    before = DecoderShape.of(vae).norm_num_groups
-    if any(count % own for count, own in zip(before, shape.norm_num_groups, strict=True)):
+    groups = DecoderShape.of(vae).norm_num_groups
+    if groups % shape.norm_num_groups:
         raise PocketfusionError(
-            f"norm groups {list(shape.norm_num_groups)} are not made of whole ones of {list(before)}: choose divisors"
+            f"{shape.norm_num_groups} norm groups are not made of whole ones of {groups}: choose a divisor"
         )
     config = {k: v for k, v in vae.config.items() if not k.startswith(("_", "decoder_"))}
     slim = SlimAutoencoderKL(
@@ -207,19 +199,17 @@ def prune_decoder(vae: AutoencoderKL, shape: DecoderShape) -> SlimAutoencoderKL:
     for name in ("encoder", "quant_conv", "post_quant_conv"):
         if (part := getattr(slim, name)) is not None:
             part.load_state_dict(getattr(vae, name).state_dict())
-    slim.decoder.load_state_dict(pruned_weights(slim.decoder, vae.decoder))
+    slim.decoder.load_state_dict(pruned_weights(slim.decoder, vae.decoder, groups, shape.norm_num_groups))
     return slim.eval()
 
 
-def pruned_weights(student: nn.Module, teacher: nn.Module) -> dict[str, torch.Tensor]:
+def pruned_weights(student: nn.Module, teacher: nn.Module, groups: int, own_groups: int) -> dict[str, torch.Tensor]:
     """The teacher's weights cut to the shapes of `student`: its state dict."""
     source, wanted = teacher.state_dict(), student.state_dict()
-    nets: tuple[Any, ...] = (teacher, student)
     values = {name: source[name] for name in wanted}
     for space in decoder_spaces(student, teacher):
         width = next(len(wanted[name]) for name in space.produced if name in wanted)
-        groups, own = (max((net.get_submodule(n).num_groups for n in space.norms), default=1) for net in nets)
-        kept = space.choose(source, width, groups, own)
+        kept = space.choose(source, width, groups, own_groups)
         places = [(name, 0) for name in (*space.produced, *space.vectors)]
         for name, axis in (*places, *((name, axis) for name, axis, _ in space.consumed)):
             if name in values:  # a shortcut that the student has no use for

@@ -10,55 +10,32 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (pipelines look for ModelMixin here to load it)
 from diffusers.models.autoencoders.vae import Decoder
-from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """A decoder's widths, ResNets per stage less one, whether its middle has attention; diffusers' terms.
-
-    `norm_num_groups`: groups of the norms of each stage's channels, in the order of `block_out_channels`.
-    """
+    """A decoder's widths, ResNets per stage less one, middle attention or not, norm groups; diffusers' terms."""
 
     block_out_channels: tuple[int, ...]
     layers_per_block: int
     mid_block_add_attention: bool
-    norm_num_groups: tuple[int, ...]
+    norm_num_groups: int
 
     @classmethod
     def of(cls, vae: AutoencoderKL) -> DecoderShape:
         """The shape of `vae`'s decoder, stock or slim."""
         own = {key: vae.config.get(f"decoder_{key}") for key in cls.__dataclass_fields__}
         values = {key: vae.config[key] if value is None else value for key, value in own.items()}
-        widths, groups = tuple(values["block_out_channels"]), values["norm_num_groups"]
-        groups = (groups,) * len(widths) if isinstance(groups, int) else tuple(groups)
-        return cls(**values | {"block_out_channels": widths, "norm_num_groups": groups})
-
-
-def _regroup(decoder: Any, groups: tuple[int, ...]) -> None:
-    """Gives each norm of a `Decoder` its stage's number of groups; a block's first norm reads the stage before."""
-    stages = groups[::-1]  # as the up blocks come
-    for part in (decoder.mid_block, *decoder.up_blocks[:1]):
-        _set_groups(part, stages[0])
-    for before, own, block in zip(stages, stages[1:], decoder.up_blocks[1:], strict=False):
-        _set_groups(block, own)
-        block.resnets[0].norm1.num_groups = before
-    decoder.conv_norm_out.num_groups = stages[-1]
-
-
-def _set_groups(part: nn.Module, count: int) -> None:
-    for module in part.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.num_groups = count
+        return cls(**values | {"block_out_channels": tuple(values["block_out_channels"])})
 
 
 class SlimAutoencoderKL(AutoencoderKL):
     """`AutoencoderKL` whose decoder has a shape of its own; the encoder, and so the latents, are the stock one's.
 
     A `decoder_*` argument that is None is the encoder's. Loads in stock diffusers once this module is imported.
-    Raises PocketfusionError if a stage's channels do not divide by its norm groups.
+    Raises PocketfusionError if the decoder's channels do not divide by its norm groups.
     """
 
     def __init__(
@@ -66,7 +43,7 @@ class SlimAutoencoderKL(AutoencoderKL):
         decoder_block_out_channels: Sequence[int] | None = None,
         decoder_layers_per_block: int | None = None,
         decoder_mid_block_add_attention: bool | None = None,
-        decoder_norm_num_groups: Sequence[int] | None = None,
+        decoder_norm_num_groups: int | None = None,
         **config: Any,
     ):
         super().__init__(**config)
@@ -77,20 +54,18 @@ class SlimAutoencoderKL(AutoencoderKL):
             decoder_norm_num_groups=decoder_norm_num_groups,
         )
         shape = DecoderShape.of(self)
-        widths, groups = shape.block_out_channels, shape.norm_num_groups
-        if len(widths) != len(groups) or any(width % count for width, count in zip(widths, groups, strict=True)):
+        if any(width % shape.norm_num_groups for width in shape.block_out_channels):
             raise PocketfusionError(
-                f"a decoder of {list(widths)} channels cannot have {list(groups)} norm groups: give one divisor a "
-                "stage"
+                f"a decoder of {list(shape.block_out_channels)} channels cannot have {shape.norm_num_groups} norm "
+                "groups: give a divisor of each"
             )
         self.decoder: Any = Decoder(
             in_channels=self.config.latent_channels,
             out_channels=self.config.out_channels,
             up_block_types=self.config.up_block_types,
             act_fn=self.config.act_fn,
-            **asdict(shape) | {"norm_num_groups": 1},  # diffusers takes one number; each stage has its own below
+            **asdict(shape),
         )
-        _regroup(self.decoder, groups)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
