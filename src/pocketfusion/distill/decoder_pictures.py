@@ -27,9 +27,8 @@ class EncodedPictures:
         if "train_scene" in data.splits and settings.scene_share:
             scenes = data.indices(["train_scene"])
         self.data, self.flip = data, settings.flip
-        # As the base's training has them, so that its cache of latents serves.
-        self.indices = np.concatenate([train, scenes, data.indices(["val_combo"])])
-        rows = np.split(np.arange(len(train) + len(scenes)), [len(train)])
+        self.indices = np.concatenate([train, scenes])
+        rows = np.split(np.arange(len(self.indices)), [len(train)])
         self.pools = list(zip(rows, (1 - settings.scene_share, settings.scene_share), strict=True))
 
     def prepare(self, vae: AutoencoderKL, vae_hash: str, cache: Path, device: torch.device) -> None:
