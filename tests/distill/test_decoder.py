@@ -19,6 +19,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline, read_provenance
 from pocketfusion.info import describe
 from pocketfusion.mobile.wrappers import wrap
+from pocketfusion.models.judge import JudgeModel
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.recipe import DecoderDistillSettings, PictureLossSettings, TrainSettings, load_recipe
@@ -109,7 +110,7 @@ def test_two_processes_train_the_same_decoder(slim, teacher, tiny_recipe, tiny_d
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 6
     z = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pictures = [load_vae(path / "vae").decode(z).sample for path in (slim, out)]
-    # Not weight by weight: a bias before a norm group of one channel has no effect, and Adam makes steps of its noise.
+    # Not weight by weight: what a norm takes away has no gradient, and Adam makes steps of its noise.
     assert torch.allclose(*pictures, atol=2e-3)
 
 
@@ -307,14 +308,34 @@ def test_a_sampler_of_other_latents_is_refused(teacher, tiny_recipe, tiny_data, 
     assert not (tmp_path / "out").exists()
 
 
+def save_judge(path, text, for_losses):
+    about = {"source": str(text), "max_length": 32}
+    JudgeModel(64, (8, 16), text_width=32, embed_dim=8, text=about, for_losses=for_losses).save_pretrained(path)
+    return path
+
+
 def test_a_decoder_on_other_samplers_latents(slim, teacher, tiny_recipe, tiny_data, tmp_path):
     """The slim folder draws the same latents as its teacher: either may sample for the other."""
     recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
-    out = tmp_path / "out"
-    settings = recipe.decoder.model_copy(update={"preset": "tiny"})
-    made = distill_decoder(recipe, data, teacher, StageRun.at(out), settings, sampler=slim, cache=tmp_path / "cache")
+    out, judge = tmp_path / "out", save_judge(tmp_path / "judge", teacher, for_losses=True)
+    loss = PictureLossSettings(l1_weight=1, gradient_weight=0.5, feature_weight=0.1, feature_start=0.5)
+    settings = recipe.decoder.model_copy(update={"preset": "tiny", "loss": loss, "num_inference_steps": None})
+    places = {"sampler": slim, "loss_judge": judge, "cache": tmp_path / "cache"}
+    made = distill_decoder(recipe, data, teacher, StageRun.at(out), settings, **places)
     assert made.parents["sampler"] != made.parents["folder"] and made.settings["layers_per_block"] == 0
+    assert "loss_judge" in made.parents and made.settings["num_inference_steps"] == 3  # the sampler's own
+    logged = [line for line in read_log(tmp_path / "out.run") if "loss" in line]
+    assert ["features" in line for line in logged] == [False] * 3 + [True] * 3
     assert not any("attentions" in name for name in load_file(out / VAE) if name.startswith("decoder."))
+
+
+def test_the_judge_that_scores_is_no_judge_for_losses(teacher, tiny_recipe, tiny_data, tmp_path):
+    recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+    settings = recipe.decoder.model_copy(update={"loss": PictureLossSettings(feature_weight=0.1)})
+    judge = save_judge(tmp_path / "judge", teacher, for_losses=False)
+    with pytest.raises(PocketfusionError, match="the judge that scores and must not be trained against"):
+        distill_decoder(recipe, data, teacher, StageRun.at(tmp_path / "out"), settings, loss_judge=judge)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
 
 
 def test_a_ratio_out_of_range_is_refused_at_once(teacher, tiny_recipe, tiny_data, tmp_path, cli):
