@@ -18,6 +18,8 @@ from pocketfusion.distill.decoder_scores import error_parts, ssim
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline, read_provenance
 from pocketfusion.info import describe
+from pocketfusion.mobile.rewrites import rewrite
+from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.judge import JudgeModel
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
@@ -84,9 +86,13 @@ def test_stock_pipelines_and_the_exporter_take_it(slim, teacher):
     z = torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         picture = pipeline.vae.decode(z / pipeline.vae.config.scaling_factor).sample
-        exported = wrap(load_pipeline(slim))["decoder"](z.permute(0, 2, 3, 1))["image"]
-    assert picture.shape == (1, 3, 64, 64)
-    assert torch.allclose(exported.permute(0, 3, 1, 2), picture, atol=1e-5)
+        exported = wrap(load_pipeline(slim))["decoder"]
+        pictures = [
+            network(z.permute(0, 2, 3, 1))["image"].permute(0, 3, 1, 2)
+            for network in (exported, *(rewrite(exported, target)[0] for target in TARGETS.values()))
+        ]
+    assert picture.shape == (1, 3, 64, 64) and len(pictures) >= 3
+    assert all(torch.allclose(one, picture, atol=1e-4) for one in pictures)
 
 
 def test_a_stopped_distillation_repeats_the_uninterrupted_one(slim, teacher, tiny_recipe, tiny_data, cache, tmp_path):
