@@ -4,11 +4,11 @@ Usage: python benchmarks/decoder_groups.py models/emoji/base --data DATA [--size
        [--groups 8 2] [--updates 200]
 
 `moves`: root mean square of how the picture changes, of a range of 2, when every channel in front of the last norm
-gets a gain (0.5 to 4.5) and an offset (deviation 5) of its own; with one channel a group it cannot. PSNR and the colour
-share of the squared error are to FOLDER's own pictures of encoded held-out pictures; FOLDER's own row is to the real
-ones. --students: other folders of the same latents. --groups: FOLDER's decoder at half width with so many groups,
-before and after a little training on encoded training pictures (mean squared error; minutes on a core). DATA's pictures
-of --size pixels are reduced to FOLDER's.
+gets a gain (0.5 to 4.5) and an offset (deviation 5) of its own; with one channel a group it cannot. PSNR and the
+colour share of the squared error are to FOLDER's own pictures of encoded held-out pictures; FOLDER's own row is to the
+real ones. --students: other folders of the same latents. --groups: FOLDER's decoder at half width with so many groups,
+before and after a little training on encoded training pictures (mean squared error; minutes on a core). DATA's
+pictures of --size pixels are reduced to FOLDER's.
 """
 
 from __future__ import annotations
