@@ -101,7 +101,7 @@ def stages(recipe: Recipe, pictures: int) -> list[Stage]:
         formula = f"{2 * (1 + p):g}F + {3 * (1 + p + settings.original_share):g}{letter}"
         return Stage(name, samples(settings.train), distillation_multiply_adds(base, student, settings), formula)
 
-    drawn = 2 * decoder.num_inference_steps
+    drawn = 2 * (decoder.num_inference_steps or 50)
     return [
         Stage("latents and mirror images, once", pictures, 2 * encode, "2E"),
         Stage("to-v", samples(recipe.to_v.train), 3 * base, "3F"),
