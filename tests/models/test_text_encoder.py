@@ -13,6 +13,7 @@ from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import TextSettings, load_recipe
+from pocketfusion.train import teacher
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.start import open_start
 from pocketfusion.train.teacher import train_teacher
@@ -116,6 +117,19 @@ def test_a_recipe_with_another_text_encoder_is_refused(tiny_folder, tiny_recipe,
     change(folder)
     with pytest.raises(PocketfusionError, match=f"is not .*model's own: {words}; set text.source to .*model and"):
         open_start(folder, load_recipe(tiny_recipe))
+
+
+def test_a_base_is_known_by_its_text_encoder(trained, tiny_recipe, tiny_data, tmp_path, monkeypatch):
+    """The same path with other weights in it is another input, so a finished base would not be taken for done."""
+    folder = make_tiny_folder(tmp_path / "text")
+    text, recipe = TextSettings(source=str(folder), max_length=32), load_recipe(tiny_recipe)
+    data, found = open_dataset(tiny_data, 64), []
+    monkeypatch.setattr(teacher, "run_stage", lambda *arguments: found.append(arguments[3]))
+    for _ in range(2):
+        stage = StageRun.at(tmp_path / f"out-{len(found)}")
+        train_teacher(recipe.model_copy(update={"text": text}), data, trained / "autoencoder", stage)
+        other_weights(folder)
+    assert found[0]["settings"] == found[1]["settings"] and found[0]["parents"] != found[1]["parents"]
 
 
 def test_a_base_is_not_trained_on_with_another_text_encoder(trained, tiny_recipe, tiny_data, tmp_path):

@@ -217,6 +217,9 @@ def train_teacher(
     before = None
     if init is not None:
         before, parents = read_provenance(init), {**parents, "init": folder_hash(init)}
+    text = load_text_encoder(recipe.text)
+    if recipe.text.source != "minilm":  # which its package's version pins; a folder's content may change
+        parents["text_encoder"] = text.fingerprint
     identity = {
         "stage": "train-teacher",
         "settings": recipe.teacher.model_dump(mode="json")
@@ -226,7 +229,6 @@ def train_teacher(
     }
     if (finished := finished_result(stage, identity)) is not None:
         return finished
-    text = load_text_encoder(recipe.text)
     vae = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32).requires_grad_(False).eval()
     check_shapes(recipe.teacher.unet, recipe, vae, text)
     torch.manual_seed(recipe.teacher.train.seed)
