@@ -87,7 +87,7 @@ def test_the_folder_draws_the_same_in_stock_diffusers(stock):
     from pocketfusion.models.text_encoder import TextEncoder
     from pocketfusion.train.sample import noise_batch, sample_images
 
-    text = TextEncoder(stock.text_encoder, stock.tokenizer, "")
+    text = TextEncoder(stock.text_encoder, stock.tokenizer)
     scheduler = DDIMScheduler.from_config(stock.scheduler.config)
     ours = sample_images(
         stock.unet, stock.vae, text, scheduler, [PROMPT], [SEED], num_inference_steps=10, guidance_scale=4.0

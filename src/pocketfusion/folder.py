@@ -136,7 +136,7 @@ def check_finite(module: nn.Module, name: str) -> None:
 
 
 def load_pipeline(path: Path) -> StableDiffusionPipeline:
-    """Loads a model folder as a stock diffusers pipeline in fp32, checked.
+    """Loads a model folder as a stock diffusers pipeline in fp32, checked; a safety checker is left out, there or not.
 
     Raises PocketfusionError if it is not a model folder, holds pickled weights, a component does not load, or a
     weight is NaN.
@@ -151,7 +151,14 @@ def load_pipeline(path: Path) -> StableDiffusionPipeline:
     check_folder(path)
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            path,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
         )
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

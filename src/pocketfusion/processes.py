@@ -23,13 +23,18 @@ def process_state(wait: timedelta = timedelta(hours=2)) -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=wait)
 
 
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all processes of the run, on each of them, where `values` are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        summed = values.to(process_state().device, copy=True)  # NCCL takes no tensor of the CPU's
+        torch.distributed.all_reduce(summed)
+        return summed.to(values.device)
+    return values
+
+
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """The mean of `values` over all processes of the run, on each of them."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        values = values.clone()
-        torch.distributed.all_reduce(values)
-        return values / torch.distributed.get_world_size()
-    return values
+    return sum_over_processes(values) / process_state().num_processes
 
 
 @contextmanager

@@ -15,7 +15,11 @@ class _Settings(BaseModel):
 
 
 class TrainSettings(_Settings):
-    """The training loop's settings; a step is one optimiser update of `batch_size` samples over all processes."""
+    """The training loop's settings; a step is one optimiser update of `batch_size` samples over all processes.
+
+    `held_out`: at most so many held-out samples are looked at every `preview_every` steps and at the end. It changes
+    no weight, so it is no part of what a run or a result is known by.
+    """
 
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -31,6 +35,7 @@ class TrainSettings(_Settings):
     compile: bool = False
     checkpoint_every: int = Field(default=500, gt=0)
     preview_every: int = Field(default=500, gt=0)
+    held_out: int = Field(default=512, gt=0, exclude=True)
     seed: int = 0
 
 

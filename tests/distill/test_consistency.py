@@ -367,7 +367,7 @@ def test_the_folder_draws_in_stock_diffusers_with_one_call_a_step(two_steps):
         "a red disc", latents=noise_batch([7], (4, 8, 8)), num_inference_steps=2, guidance_scale=1.0, output_type="np"
     ).images
     assert calls == [1, 1]
-    text = TextEncoder(stock.text_encoder, stock.tokenizer, "")
+    text = TextEncoder(stock.text_encoder, stock.tokenizer)
     scheduler = DDIMScheduler.from_config(stock.scheduler.config)
     drawn = {"num_inference_steps": 2, "guidance_scale": 3.0, "guidance": "folded"}
     ours = sample_images(stock.unet, stock.vae, text, scheduler, ["a red disc"], [7], **drawn)

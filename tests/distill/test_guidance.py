@@ -245,7 +245,7 @@ def test_stock_diffusers_draws_what_our_sampler_draws(embedded):
     torch.nn.init.normal_(stock.unet.time_embedding.cond_proj.weight, std=0.3)  # 6 steps of training hardly move it
     stock.set_progress_bar_config(disable=True)
     scheduler = DDIMScheduler.from_config(stock.scheduler.config)
-    networks = (stock.unet, stock.vae, TextEncoder(stock.text_encoder, stock.tokenizer, ""), scheduler)
+    networks = (stock.unet, stock.vae, TextEncoder(stock.text_encoder, stock.tokenizer), scheduler)
     calls = []
     stock.unet.register_forward_hook(lambda module, given, made: calls.append(len(given[0])))
 

@@ -112,7 +112,7 @@ def test_remove_writes_a_folder_that_draws(command, tiny_folder, table, tmp_path
     assert 0.5 - 2 / results["base_latency_ms"] < results["latency_ratio"] <= 0.5
     pipeline = load_pipeline(out)
     assert len(pipeline.unet.architecture.names()) == results["blocks"] < 38
-    text = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, "")
+    text = TextEncoder(pipeline.text_encoder, pipeline.tokenizer)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     image = sample_images(pipeline.unet, pipeline.vae, text, scheduler, ["a red disc"], [0], num_inference_steps=1)
     assert image.shape == (1, 64, 64, 3) and np.ptp(image) > 0

@@ -89,6 +89,8 @@ def test_the_formulas_give_the_runtimes_steps(bundle: Bundle) -> None:
 
 def test_defaults_and_tokenizer(bundle: Bundle) -> None:
     manifest = bundle.manifest
+    entry = manifest.files["empty_prompt_embeds"]
+    assert f"<!-- empty -->{entry.size}<" in ANDROID and f'open("{entry.path}")' in ANDROID
     assert f"<!-- guidance -->{manifest.defaults.guidance_scale}<" in ANDROID
     assert f"<!-- steps -->{manifest.defaults.num_inference_steps}<" in ANDROID
     said = re.sub(r"\s+", " ", ANDROID.split("<!-- tokenizer -->", 1)[1])

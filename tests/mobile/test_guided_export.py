@@ -102,6 +102,7 @@ def test_runtime_draws_what_the_stock_pipeline_draws(made: dict, kind: str, scal
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_call_a_step_and_one_text(made: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline.load(made[kind][1], num_threads=1)
+    assert pipeline.bundle.empty_prompt_embeds() is None  # no branch that would need them
     calls: list[str] = []
     run = Network.run
 

@@ -57,6 +57,7 @@ def test_newer_version(bundle, edit):
         (lambda m: m["latents"].update(height=0), "latents.height"),
         (lambda m: m["scheduler"].update(prediction_type="sample"), "scheduler.prediction_type"),
         (lambda m: m["files"].pop("unet"), "no file is given for unet"),
+        (lambda m: m["files"].update(empty_prompt_embeds=m["files"]["tokenizer"]), "not of the size of the text enc"),
         (lambda m: m["defaults"].update(num_inference_steps=1001), "num_inference_steps is above"),
         (lambda m: m["defaults"].update(guidance_scale=float("nan")), "defaults.guidance_scale"),
         (lambda m: m["files"]["unet"].update(sha256="abc"), "files.unet.sha256"),

@@ -96,6 +96,49 @@ def test_any_prompt_draws(pipeline, prompt):
     pipeline.generate(prompt, num_inference_steps=1).prompt.encode()
 
 
+def encoder_states(pipeline: Pipeline, text: str) -> np.ndarray:
+    tokens = pipeline.tokenizer.encode(text)
+    with pipeline._networks.use("text_encoder") as encoder:
+        return encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+
+
+@pytest.mark.parametrize("settings", [{"num_threads": 1}, {"num_threads": 2}, {"mode": "sequential"}])
+@pytest.mark.parametrize("folder", ["tiny", "embedded"])  # float32, and int8
+def test_the_empty_prompts_states_are_the_encoders_to_the_bit(tiny_bundle, folder, settings):
+    pipeline = pocketfusion.load(tiny_bundle if folder == "tiny" else None, **settings)
+    kept = pipeline.bundle.empty_prompt_embeds()
+    assert kept is not None and kept.dtype == np.float32
+    assert np.array_equal(kept, encoder_states(pipeline, ""))
+    assert np.array_equal(pipeline.encode(" "), kept)  # what is tokenized alike is encoded alike
+    assert np.array_equal(pipeline.encode("cat"), encoder_states(pipeline, "cat"))
+    assert not np.array_equal(pipeline.encode("cat"), kept)
+
+
+def test_a_picture_is_one_text_call_and_in_an_older_bundle_two(tiny_bundle, bundle, edit, monkeypatch):
+    edit(lambda manifest: (bundle / manifest["files"].pop("empty_prompt_embeds")["path"]).unlink())
+    calls, run = [], Network.run
+    monkeypatch.setattr(Network, "run", lambda network: (calls.append(network.path.stem), run(network)))
+    pictures = []
+    for path, negative, count in ((tiny_bundle, "", 1), (bundle, "", 2), (tiny_bundle, "dog", 2)):
+        pipeline = pocketfusion.load(path, num_threads=1)
+        calls.clear()
+        pictures.append(pipeline.generate("cat", negative_prompt=negative, seed=1, num_inference_steps=2).images[0])
+        assert calls.count("text_encoder") == count
+    assert pictures[0].tobytes() == pictures[1].tobytes() != pictures[2].tobytes()
+
+
+def test_kept_states_that_are_not_finite_are_refused(bundle, sign):
+    file = bundle / "empty_prompt.f32"
+    values = np.frombuffer(file.read_bytes(), "<f4").copy()
+    values[5] = np.nan
+    file.write_bytes(values.tobytes())
+    with pytest.raises(PocketfusionError, match=r"empty_prompt\.f32 is altered: its SHA-256 differs"):
+        pocketfusion.load(bundle)
+    sign("empty_prompt_embeds")
+    with pytest.raises(PocketfusionError, match=r"empty_prompt\.f32 holds NaN or infinity"):
+        pocketfusion.load(bundle)
+
+
 def test_callback_sees_each_step_and_its_latents_decode_to_the_picture(pipeline):
     seen = []
     result = pipeline.generate(

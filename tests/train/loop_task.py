@@ -12,6 +12,7 @@ from torch import nn
 
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
+from pocketfusion.train.held_out import shared
 from pocketfusion.train.loop import train
 
 
@@ -22,10 +23,11 @@ def settings(**changes) -> TrainSettings:
 
 
 class LineTask:
-    """y = 2 x + index / 10, plus noise."""
+    """y = 2 x + index / 10, plus noise; the last part of the steps `infinite_at` (from 0) has infinite gradients."""
 
-    def __init__(self, nan_at: int | None = None, blow_up_at: int | None = None):
+    def __init__(self, nan_at: int | None = None, blow_up_at: int | None = None, infinite_at: tuple[int, ...] = ()):
         torch.manual_seed(0)
+        self.infinite_at, self.looked = infinite_at, 0
         self.model, self.nan_at, self.blow_up_at, self.calls = nn.Linear(1, 1), nan_at, blow_up_at, 0
         self.plan = BatchPlan([(np.arange(30), 1.0)], 8, seed=3)
 
@@ -39,13 +41,22 @@ class LineTask:
         bad = float("nan") if self.nan_at is not None and self.calls > self.nan_at else 1.0
         if self.blow_up_at is not None and self.calls > self.blow_up_at:
             bad = 1e4
-        return (model(x) - y).square().mean() * bad, {}
+        loss = (model(x) - y).square().mean() * bad
+        if batch.step in self.infinite_at and batch.start + len(batch.indices) == batch.total:
+            weight = next(self.model.parameters())
+            loss = loss + (weight - weight.detach()).sqrt().sum()  # nothing, but of infinite slope
+        return loss, {}
 
     def preview(self, model: nn.Module) -> Image.Image:
         return Image.new("RGB", (4, 4))
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        return {"slope": model.weight.item()}
+        def errors(rows: torch.Tensor) -> torch.Tensor:
+            self.looked += len(rows)
+            x = rows[:, None] / 100
+            return (model(x) - 2 * x).square()
+
+        return {"slope": model.weight.item(), "error": shared(100, 1, errors).mean().item()}
 
 
 if __name__ == "__main__":
@@ -55,4 +66,6 @@ if __name__ == "__main__":
         if sys.argv[2:] == [str(step)] and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(LineTask(), settings(), Path(sys.argv[1]), fingerprint={}, on_step=kill)
+    run, task = Path(sys.argv[1]), LineTask(infinite_at=(4, 9))
+    train(task, settings(), run, fingerprint={}, on_step=kill)
+    (run / f"looked-{os.environ['RANK']}").write_text(str(task.looked))

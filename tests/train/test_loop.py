@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from loop_task import LineTask, settings
 from safetensors.torch import load_file
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.train import held_out
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.divergence import DivergenceWatch
 from pocketfusion.train.log import read_log
@@ -72,10 +74,47 @@ train(LineTask(), settings(), Path(sys.argv[1]), fingerprint={"a": 1}, on_step=k
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(PocketfusionError, match=r"loss became nan at step 8.*step_00000006"):
+    words = r"gradients of steps 8 to 12 are not finite \(the last loss is nan\).*step_00000006; lower learning_rate"
+    with pytest.raises(PocketfusionError, match=words):
         train(LineTask(nan_at=7), settings(), tmp_path / "run", fingerprint={})
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_00000003", "step_00000006"]
     saved = load_file(tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors")
     assert all(torch.isfinite(v).all() for v in saved.values())
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_infinite_gradients_of_a_finite_loss_are_skipped(tmp_path, parts):
+    """Step 6, a checkpoint's, leaves weights, moments and their average as step 5 left them; so does the last."""
+    task, wanted = LineTask(infinite_at=(5, 11)), settings(gradient_accumulation=parts, checkpoint_every=1)
+    kept = {}
+
+    def keep(step, figures):
+        assert math.isfinite(figures["loss"])
+        kept[step] = [p.detach().clone() for p in task.model.parameters()]
+
+    result = train(task, wanted, tmp_path / "run", fingerprint={}, on_step=keep)
+    assert all(torch.equal(*pair) for before in (5, 11) for pair in zip(kept[before], kept[before + 1], strict=True))
+    assert not torch.equal(kept[6][0], kept[7][0])
+    assert result.skipped == 2 and torch.isfinite(weights(result)).all()
+    lines = [line for line in read_log(tmp_path / "run") if "held_out" not in line]
+    assert [line.get("skipped") for line in lines] == [*[None] * 5, 1, *[None] * 5, 2]
+    assert all(line["gradient_norm"] > 0 for line in lines if "skipped" not in line)
+    last = tmp_path / "run" / "checkpoints" / "step_00000012"
+    assert all(
+        torch.isfinite(value).all() for file in last.glob("*.safetensors") for value in load_file(file).values()
+    )
+    again = train(LineTask(), wanted, tmp_path / "run", fingerprint={})
+    assert again.skipped == 2 and again.figures == result.figures
+
+
+def test_the_gradient_norm_is_that_of_the_whole_batch_before_it_is_clipped(tmp_path):
+    task = LineTask()
+    task.loss(task.model, task.plan.part(0, 0, 1))[0].backward()
+    by_hand = math.hypot(*(p.grad.item() for p in task.model.parameters()))
+    assert by_hand > 1
+    for parts in (1, 2):
+        train(LineTask(), settings(gradient_accumulation=parts), tmp_path / f"{parts}", fingerprint={})
+        assert read_log(tmp_path / f"{parts}")[0]["gradient_norm"] == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_divergence_stops_and_keeps_a_checkpoint_from_before_it(tmp_path):
@@ -126,19 +165,24 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
-    one = train(LineTask(), settings(), tmp_path / "one", fingerprint={})
+    """Also where one of them has infinite gradients; each looks at its share of the held-out samples."""
+    one = train(LineTask(infinite_at=(4, 9)), settings(), tmp_path / "one", fingerprint={})
     launch_two(Path(__file__).parent / "loop_task.py", tmp_path / "two", port=29571)
     two = load_file(tmp_path / "two" / "checkpoints" / "step_00000012" / "ema.safetensors")
     assert torch.allclose(torch.cat([two["weight"].flatten(), two["bias"]]), weights(one), atol=1e-5)
     assert np.allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    assert len(losses(tmp_path / "two")) == 10
+    found = [[line["held_out"] for line in read_log(tmp_path / name) if "held_out" in line] for name in ("one", "two")]
+    assert len(found[1]) == 3 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(*found, strict=True))
+    assert [int((tmp_path / "two" / f"looked-{rank}").read_text()) for rank in (0, 1)] == [3 * 64, 3 * 36]
 
 
 def test_a_lost_process_is_told_of_and_the_run_goes_on(tmp_path):
     done = run_two(Path(__file__).parent / "loop_task.py", tmp_path / "run", 8, port=29573)
     assert done.returncode != 0 and "a process of the 2 has died or was stopped (this is number 0)" in done.stderr
     assert "run the same command again, and it goes on from the newest checkpoint" in done.stderr
-    resumed = train(LineTask(), settings(), tmp_path / "run", fingerprint={})
-    whole = train(LineTask(), settings(), tmp_path / "whole", fingerprint={})
+    resumed = train(LineTask(infinite_at=(4, 9)), settings(), tmp_path / "run", fingerprint={})
+    whole = train(LineTask(infinite_at=(4, 9)), settings(), tmp_path / "whole", fingerprint={})
     assert np.allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
     assert torch.allclose(weights(resumed), weights(whole), atol=1e-5)
 
@@ -175,6 +219,33 @@ def test_parts_draw_what_the_whole_draws():
     assert (np.concatenate([p.indices for p in parts]) == whole.indices).all()
     assert torch.equal(torch.cat([p.randn(3) for p in parts]), whole.randn(3))
     assert torch.equal(torch.cat([p.randint(9) for p in parts]), whole.randint(9))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_held_out_figures_are_the_same_bits_for_any_number_of_processes(monkeypatch, processes):
+    values = torch.rand(101, 5, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Linear(5, 2)
+
+    def evaluate(rows):
+        seen.append(len(rows))
+        return model(values[rows]).detach()
+
+    seen: list[int] = []
+    whole = held_out.shared(101, 2, evaluate)
+    block_means = held_out.shared(101, 2, lambda rows: model(values[rows]).detach().mean(0))
+    assert torch.allclose(sum(block_means).float(), model(values).sum(0), rtol=1e-4)
+    parts = []
+    for index in range(processes):
+        state = SimpleNamespace(process_index=index, num_processes=processes)
+        monkeypatch.setattr(held_out, "process_state", lambda state=state: state)
+        parts.append(held_out.shared(101, 2, evaluate))
+    assert torch.equal(sum(parts), whole) and seen == [32, 32, 32, 5, *seen[4:]] and sum(seen) == 202
+    assert torch.allclose(whole.float(), model(values))
+
+
+def test_held_out_samples_are_spread_and_capped():
+    assert held_out.spread(np.arange(10, 20), 4).tolist() == [10, 12, 15, 17]
+    assert held_out.spread(np.arange(3), 4).tolist() == [0, 1, 2]
 
 
 def test_log_and_pictures_are_there(tmp_path):

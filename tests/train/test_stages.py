@@ -20,7 +20,8 @@ from pocketfusion.train.judge import contrastive_loss
 from pocketfusion.train.log import read_log
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.sample import noise_batch, sample_images, sample_latents
-from pocketfusion.train.teacher import train_teacher
+from pocketfusion.train.start import open_start
+from pocketfusion.train.teacher import TeacherTask, train_teacher
 from processes import assert_same_training, launch_two
 
 
@@ -33,6 +34,30 @@ def test_provenance_says_how_it_came_to_be(trained):
     assert "SPDX-License-Identifier: CC0-1.0" in licence and "Attribution: nobody" in licence
     autoencoder = read_provenance(trained / "autoencoder")
     assert autoencoder is not None and autoencoder.results["test_combo_psnr_db"] > 0
+
+
+def test_held_out_error_by_noise_level(trained, tiny_recipe, tiny_data):
+    """Every held-out pair at the same noise in each quarter of the timesteps; the mean of all by hand."""
+    recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+    start = open_start(trained / "base", recipe)
+    task = TeacherTask(recipe, data, start.unet, start.vae, start.text)
+    task.prepare(trained / "base.run" / "cache", "", start.text.fingerprint, start.device)
+    found = task.validate(task.model)
+    assert set(found) == {"val_mse", "val_mse_t0", "val_mse_t250", "val_mse_t500", "val_mse_t750"}
+    x, noise, states = task.held_out_pairs()
+    scheduler, count = DDIMScheduler(**recipe.teacher.scheduler), len(x)
+    assert count == 8
+    for low in (0, 250, 500, 750):
+        times = torch.tensor([low + i * 250 // count for i in range(count)])
+        wanted = scheduler.get_velocity(x, noise, times)
+        with torch.no_grad():
+            v = task.model(scheduler.add_noise(x, noise, times), times, states).sample
+        assert found[f"val_mse_t{low}"] == pytest.approx((v - wanted).square().mean().item(), rel=1e-5)
+    quarters = [value for name, value in found.items() if name != "val_mse"]
+    assert found["val_mse"] == pytest.approx(sum(quarters) / 4, rel=1e-9)
+    assert found["val_mse_t0"] != pytest.approx(found["val_mse_t750"], rel=1e-2)
+    few = recipe.teacher.train.model_copy(update={"held_out": 3})
+    assert len(TeacherTask(recipe, data, start.unet, start.vae, start.text, few).held_out) == 3
 
 
 def test_the_scaling_factor_gives_unit_latents(trained, tiny_data):
@@ -52,7 +77,7 @@ def test_the_scaling_factor_gives_unit_latents(trained, tiny_data):
 def test_the_base_loads_in_stock_diffusers_and_draws_what_our_sampler_draws(trained):
     stock = StableDiffusionPipeline.from_pretrained(trained / "base", torch_dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
-    text = TextEncoder(stock.text_encoder, stock.tokenizer, "")
+    text = TextEncoder(stock.text_encoder, stock.tokenizer)
     ours = sample_images(
         stock.unet,
         stock.vae,

@@ -33,11 +33,11 @@ from pocketfusion.models.guidance import guided_prediction
 from pocketfusion.models.sampling import Guidance, Sampling
 from pocketfusion.recipe import ConsistencySettings, Recipe
 from pocketfusion.train.batch import Batch
+from pocketfusion.train.held_out import shared
 from pocketfusion.train.start import Start
 from pocketfusion.train.teacher import TeacherTask
 
 ALL = slice(None)
-HELD_OUT = 256  #: at most so many pairs are rolled out by the teacher for validation
 
 
 class RowPredictor(Protocol):
@@ -125,7 +125,7 @@ class ConsistencyTask(TeacherTask):
             raise PocketfusionError(
                 f"{settings.teacher_steps} teacher steps are finer than the noise schedule: choose fewer, such as 32"
             )
-        self._held_out: list[tuple[Jumps, torch.Tensor, torch.Tensor]] = []
+        self._held_out: dict[int, tuple[Jumps, torch.Tensor, torch.Tensor]] = {}  #: by their first row
 
     def to(self, device: torch.device) -> None:
         """Moves the teacher too."""
@@ -182,28 +182,30 @@ class ConsistencyTask(TeacherTask):
         `val_landing`: e² of the jump from a phase's beginning. `val_landing_left`: that over the e² of a single
         teacher step there; 1 is a teacher drawn in N steps, 0 a student that draws what it does in K N.
         """
-        error = single = 0.0
-        for made, target, first in self._held_out or self._hold_out():
+
+        def errors(rows: torch.Tensor) -> torch.Tensor:
+            block = int(rows[0])
+            if block not in self._held_out:
+                self._held_out[block] = self._hold_out(rows)
+            made, target, first = self._held_out[block]
             at = self.schedule.at(made.times[0], made.z_t)
             v = self.predictor(model, self.sampling.guidance, made)(made.z_t, made.times[0])
-            error += consistency_loss(v, target, at).item() * len(v)
-            single += consistency_loss(first, target, at).item() * len(v)
-        count = sum(len(made.z_t) for made, *_ in self._held_out)
-        return {"val_landing": error / count, "val_landing_left": error / single if single else 0.0}
+            return torch.stack([consistency_loss(v, target, at), consistency_loss(first, target, at)])
 
-    def _hold_out(self) -> list[tuple[Jumps, torch.Tensor, torch.Tensor]]:
+        error, single = shared(len(self.held_out), 2, errors).mean(0).tolist()
+        return {"val_landing": error, "val_landing_left": error / single if single else 0.0}
+
+    def _hold_out(self, rows: torch.Tensor) -> tuple[Jumps, torch.Tensor, torch.Tensor]:
         """Held-out jumps, their targets and the teacher's first v there; made once, as the teacher is frozen."""
-        x, noise, states = self.held_out_pairs(HELD_OUT)
+        x, noise, states = (value[rows] for value in self.held_out_pairs())
         steps, table = self.consistency.steps, self.scheduler.config.num_train_timesteps
-        for part in torch.arange(len(x)).split(64):
-            times = spans(part % steps, self.consistency.teacher_steps, steps, table)
-            z_t = add_noise(x[part], noise[part], self.schedule.at(times[0], x)).to(self.device)
-            scale = torch.full((len(part),), self.sampling.guidance_scale, device=self.device)
-            made = Jumps(z_t, times, states[part].to(self.device), scale)
-            predict = self.predictor(self.teacher, self.teacher_guidance, made)
-            with self._precision():
-                first = predict(z_t, times[0])
-                z_end = rollout(predict, z_t, times, self.schedule)
-            ends = self.schedule.at(times[0], z_t), self.schedule.at(times[-1], z_t)
-            self._held_out.append((made, v_target(z_t, z_end, *ends), first))
-        return self._held_out
+        times = spans(rows % steps, self.consistency.teacher_steps, steps, table)
+        z_t = add_noise(x, noise, self.schedule.at(times[0], x)).to(self.device)
+        scale = torch.full((len(rows),), self.sampling.guidance_scale, device=self.device)
+        made = Jumps(z_t, times, states.to(self.device), scale)
+        predict = self.predictor(self.teacher, self.teacher_guidance, made)
+        with self._precision():
+            first = predict(z_t, times[0])
+            z_end = rollout(predict, z_t, times, self.schedule)
+        ends = self.schedule.at(times[0], z_t), self.schedule.at(times[-1], z_t)
+        return made, v_target(z_t, z_end, *ends), first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -15,7 +14,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-from pocketfusion.artefact import write_json
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.distill.decoder_pictures import EncodedPictures
 from pocketfusion.distill.decoder_pool import LatentSampler, Pool, decode, decode_pool, pool_settings
@@ -23,7 +21,6 @@ from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder, tiny
 from pocketfusion.distill.decoder_scores import error_parts, ssim
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import (
-    COMPONENTS,
     ENCODER,
     PROVENANCE,
     Provenance,
@@ -33,13 +30,14 @@ from pocketfusion.folder import (
     weights_hash,
 )
 from pocketfusion.info import read_safetensors_header
+from pocketfusion.models.base import copy_folder
 from pocketfusion.models.judge import JudgeModel, load_judge
-from pocketfusion.models.sampling import SAMPLING
 from pocketfusion.models.slim_autoencoder import DecoderShape, SlimAutoencoderKL, load_vae
 from pocketfusion.processes import process_state
 from pocketfusion.recipe import DataSettings, DecoderDistillSettings, Recipe
 from pocketfusion.train.autoencoder import psnr, to_tensor, to_uint8
 from pocketfusion.train.batch import Batch, BatchPlan
+from pocketfusion.train.held_out import shared, spread
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.picture_losses import PictureLoss
 from pocketfusion.train.place import StageRun
@@ -111,10 +109,10 @@ class DecoderTask:
         if self.encoded is not None:
             self.encoded.prepare(teacher, hashes[1], cache, device)
         held_out = Pool(sampler, replace(how, seed=how.seed + 1), self.data, (("val_combo", 1.0),))
-        self.held_out = held_out.latents(settings.held_out, cache, device)
+        self.held_out = held_out.latents(min(settings.held_out, settings.train.held_out), cache, device)
         self.wanted = torch.cat([decode(teacher, part, device).cpu() for part in _parts(self.held_out)])
         chosen = self.data.indices(["val_combo"])
-        pictures = self.data.images[chosen[:: max(1, len(chosen) // _REAL)][:_REAL]]
+        pictures = self.data.images[spread(chosen, min(_REAL, settings.train.held_out))]
         self.real = torch.cat([to_tensor(part) for part in _parts(pictures)])
         with torch.no_grad():
             means = [teacher.encode(part.to(device)).latent_dist.mean.cpu() for part in self.real.split(32)]
@@ -161,13 +159,21 @@ class DecoderTask:
         `val_colour_offset_share`: of the squared error to the teacher's pictures, see `error_parts`.
         """
         z = torch.from_numpy(np.asarray(self.held_out, dtype=np.float32)) / self.teacher.config.scaling_factor
-        pictures = self.decoded(model, z)
-        whole, constant = error_parts(pictures, self.wanted).mean(0)
+
+        def to_teacher(rows: torch.Tensor) -> torch.Tensor:
+            pictures, wanted = self.decoded(model, z[rows]), self.wanted[rows]
+            scores = torch.stack([psnr(pictures, wanted), ssim(pictures, wanted)], 1)
+            return torch.cat([scores, error_parts(pictures, wanted)], 1)
+
+        def to_real(rows: torch.Tensor) -> torch.Tensor:
+            return psnr(self.decoded(model, self.real_latents[rows]), self.real[rows])[:, None]
+
+        teacher, similarity, whole, constant = shared(len(z), 4, to_teacher).mean(0).tolist()
         return {
-            "val_psnr_db": psnr(pictures, self.wanted).mean().item(),
-            "val_ssim": ssim(pictures, self.wanted).mean().item(),
-            "val_colour_offset_share": (constant / whole).item() if whole else 0.0,
-            "val_real_psnr_db": psnr(self.decoded(model, self.real_latents), self.real).mean().item(),
+            "val_psnr_db": teacher,
+            "val_ssim": similarity,
+            "val_colour_offset_share": constant / whole if whole else 0.0,
+            "val_real_psnr_db": shared(len(self.real), 1, to_real).mean().item(),
         }
 
     def teacher_real_psnr(self) -> float:
@@ -213,20 +219,11 @@ def check_latents(folder: Path, sampler: Path) -> None:
 
 
 def copy_with_vae(source: Path, out: Path, vae: SlimAutoencoderKL) -> None:
-    """Copies the model folder `source` into the existing folder `out` with `vae` in place of its own.
+    """`copy_folder` with `vae` in place of the source's own.
 
-    Weights are saved in the type that the source's have, so that the encoder's are the same bits. Provenance, model
-    card and pictures are the source's own and are not copied.
+    Weights are saved in the type that the source's have, so that the encoder's are the same bits.
     """
-    own = shutil.ignore_patterns(PROVENANCE, "README.md", "*.png")
-    for name in (*COMPONENTS, "licences"):
-        if (source / name).is_dir() and name != "vae":
-            shutil.copytree(source / name, out / name, ignore=own)
-    if (source / SAMPLING).is_file():
-        shutil.copyfile(source / SAMPLING, out / SAMPLING)
-    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    index["vae"] = [type(vae).__module__, type(vae).__name__]
-    write_json(out / "model_index.json", index)
+    copy_folder(source, out, vae=[type(vae).__module__, type(vae).__name__])
     kinds = {tensor["dtype"] for file in (source / "vae").glob("*.safetensors") for tensor in _header(file).values()}
     vae.to(torch.float16 if kinds == {"F16"} else torch.float32)
     vae.save_pretrained(out / "vae", safe_serialization=True)

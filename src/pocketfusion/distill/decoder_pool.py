@@ -89,7 +89,7 @@ class LatentSampler:
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.unet = pipeline.unet.to(device, self.dtype).eval()
         self.guidance = guidance_of(self.unet, self.sampling.guidance if self.sampling else None)
-        self.text = TextEncoder(pipeline.text_encoder.to(device), pipeline.tokenizer, self.fingerprint)
+        self.text = TextEncoder(pipeline.text_encoder.to(device), pipeline.tokenizer)
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self.null = self.text.encode([""])[0].to(self.dtype)
 

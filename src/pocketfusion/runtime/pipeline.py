@@ -61,6 +61,7 @@ class Pipeline:
             mode = choose_mode(bundle, memory_budget, mode)
         self.accelerator = accelerator
         self.tokenizer = PromptTokenizer(bundle.file("tokenizer"), self.manifest.tokenizer)
+        self._empty = self.tokenizer.encode("").input_ids, bundle.empty_prompt_embeds()
         self.scheduler = DDIMScheduler(self.manifest.scheduler)
         self.mode: Mode = mode or "resident"
         self.trace = Trace(trace)
@@ -186,8 +187,13 @@ class Pipeline:
         return Image.fromarray(np.round(np.clip(image[0] / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
 
     def encode(self, text: str, warnings: list[str] | None = None) -> Array:
-        """`prompt_embeds` of `text`, [1, max_length, width]; appends to `warnings` if the text was cut."""
+        """`prompt_embeds` of `text`, [1, max_length, width]; appends to `warnings` if the text was cut.
+
+        Those of the empty prompt are the bundle's where it keeps them: what its text encoder gives.
+        """
         tokens = self.tokenizer.encode(text)
+        if self._empty[1] is not None and np.array_equal(tokens.input_ids, self._empty[0]):
+            return self._empty[1].copy()
         if tokens.warning and warnings is not None:
             warnings.append(tokens.warning)
         with self._networks.use("text_encoder") as text_encoder:

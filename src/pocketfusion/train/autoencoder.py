@@ -17,6 +17,7 @@ from pocketfusion.folder import Provenance, folder_hash, read_provenance
 from pocketfusion.models.judge import JudgeModel, load_judge
 from pocketfusion.recipe import Recipe
 from pocketfusion.train.batch import Batch, BatchPlan
+from pocketfusion.train.held_out import shared, spread
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.picture_losses import PictureLoss
 from pocketfusion.train.place import StageRun
@@ -62,7 +63,7 @@ class AutoencoderTask:
         if "train_scene" in data.splits and recipe.data.scene_share:
             train.append((data.indices(["train_scene"]), recipe.data.scene_share))
         self.plan = BatchPlan(train, settings.train.batch_size, settings.train.seed)
-        self.held_out = data.indices(VALIDATION)[::4]
+        self.held_out = spread(data.indices(VALIDATION)[::4], settings.train.held_out)
         self.flip, self.device = recipe.data.flip, torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
@@ -105,8 +106,12 @@ class AutoencoderTask:
         return torch.cat(pixels), torch.cat(images)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean of the pictures' PSNR on a quarter of the validation pictures."""
-        return {"val_psnr_db": psnr(*self.reconstruct(self.held_out)).mean().item()}
+        """Mean of the pictures' PSNR on the held-out ones."""
+
+        def found(rows: torch.Tensor) -> torch.Tensor:
+            return psnr(*self.reconstruct(self.held_out[rows.numpy()]))[:, None]
+
+        return {"val_psnr_db": shared(len(self.held_out), 1, found).mean().item()}
 
     def preview(self, model: nn.Module) -> Image.Image:
         """Held-out pictures above their reconstructions."""

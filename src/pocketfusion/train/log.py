@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ class TrainLog:
         lines = read_log(run) if self.path.is_file() else []
         self.lines = [line for line in lines if line["step"] <= step]
         self.seconds = max((line["seconds"] for line in self.lines), default=0.0)
+        self.skipped = sum("skipped" in line for line in self.lines)  #: steps without finite gradients
         self._last = time.monotonic()
         self._bar: Progress | None = None
         self._step = step
@@ -60,20 +62,21 @@ class TrainLog:
             yield
         self.plot()
 
-    def add(self, step: int, loss: float, learning_rate: float, figures: dict[str, float]) -> None:
-        """One line a step."""
+    def add(
+        self, step: int, loss: float, learning_rate: float, gradient_norm: float, figures: dict[str, float]
+    ) -> None:
+        """One line a step; of a skipped one, whose gradient norm is not finite, how many there are by now."""
         now = time.monotonic()
         elapsed, self._last = now - self._last, now
         self.seconds += elapsed
         if not self.enabled or self._file is None or self._bar is None:
             return
-        line = {
-            "step": step,
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "seconds": round(self.seconds, 3),
-            **figures,
-        }
+        line = {"step": step, "learning_rate": learning_rate, "seconds": round(self.seconds, 3)}
+        if math.isfinite(gradient_norm):
+            line |= {"loss": loss, "gradient_norm": gradient_norm, **figures}
+        else:
+            self.skipped += 1
+            line |= {"skipped": self.skipped}
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
         if step % 20 == 0:

@@ -47,7 +47,7 @@ class Task(Protocol):
         """A picture of what the model does now."""
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out figures."""
+        """Held-out figures; every process calls it, so that they can share the work (`train.held_out.shared`)."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class TrainResult:
     seconds: float
     finished: bool
     figures: dict[str, float]
+    skipped: int = 0  #: steps whose gradients were not finite
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:
@@ -92,9 +93,10 @@ def train(
     """Trains `task.model` in the run folder `run`, from its newest checkpoint if it has one, else from `first_step`.
 
     `fingerprint` (settings and input hashes) must equal the one the run was begun with. Stops after `max_minutes`
-    with a checkpoint. The samples and random numbers of a step depend on the seed and the step alone.
-    Raises PocketfusionError on a run begun with other settings, a batch that does not divide, or a loss that is
-    not finite or diverges (the last good checkpoint stays).
+    with a checkpoint. The samples and random numbers of a step depend on the seed and the step alone. A step whose
+    gradient norm is not finite leaves weights, moments and EMA as they are.
+    Raises PocketfusionError on a run begun with other settings, a batch that does not divide, several such steps in a
+    row, or a loss that is not finite or diverges (the last good checkpoint stays).
     """
     parallel = DistributedDataParallelKwargs(find_unused_parameters=getattr(task, "unused_parameters", False))
     accelerator = Accelerator(
@@ -141,18 +143,24 @@ def train(
     def look() -> dict[str, float]:
         with swapped(parameters, ema):
             raw.eval()
-            held_out = task.validate(raw) if accelerator.is_main_process else {}
+            held_out = task.validate(raw)
             if accelerator.is_main_process:
                 task.preview(raw).save(log.preview_path(step))
             raw.train()
         return held_out
 
+    def time_is_up() -> bool:
+        if deadline == math.inf:
+            return False
+        over = torch.tensor(float(time.monotonic() >= deadline), device=accelerator.device)
+        return bool(accelerator.reduce(over, "sum") > 0)  # clocks differ, and all must leave the loop together
+
     raw.train()
     with lost_processes_are_told("and it goes on from the newest checkpoint"), log.progress():
-        while step < settings.steps and time.monotonic() < deadline:
+        while step < settings.steps and not time_is_up():
             for group in prepared.param_groups:
                 group["lr"] = learning_rate_at(step, settings)
-            loss_sum: float = 0.0
+            loss_sum, gradient_norm = 0.0, math.nan
             logged: dict[str, float] = {}
             for micro in range(settings.gradient_accumulation):
                 batch = task.plan.part(step, micro * accelerator.num_processes + accelerator.process_index, parts)
@@ -160,20 +168,26 @@ def train(
                     with accelerator.autocast():
                         loss, logged = task.loss(model, batch)
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-                    prepared.step()
+                    if accelerator.sync_gradients:  # they are the processes' mean from here on
+                        gradient_norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
+                        if math.isfinite(gradient_norm):
+                            prepared.step()
                     prepared.zero_grad()
                 loss_sum += accelerator.reduce(loss.detach(), "mean").item() / settings.gradient_accumulation
-            if watch.diverged(loss_sum):
-                kept = latest_checkpoint(run / "checkpoints")
-                raise PocketfusionError(
-                    f"the loss became {loss_sum:.3g} at step {step + 1}: training stopped and kept "
-                    f"{kept or 'no checkpoint'}; lower learning_rate {settings.learning_rate:g} or check the data"
-                )
             step += 1
-            update_ema(ema, parameters, settings.ema_decay, step)
-            log.add(step, loss_sum, learning_rate_at(step - 1, settings), logged)
+            if watch.diverged(loss_sum, gradient_norm):
+                kept = latest_checkpoint(run / "checkpoints")
+                what = f"the loss became {loss_sum:.3g} at step {step}"
+                if watch.skipped:
+                    since = step + 1 - watch.skipped
+                    what = f"the gradients of steps {since} to {step} are not finite (the last loss is {loss_sum:.3g})"
+                raise PocketfusionError(
+                    f"{what}: training stopped and kept {kept or 'no checkpoint'}; lower learning_rate "
+                    f"{settings.learning_rate:g} or check the data"
+                )
+            if not watch.skipped:
+                update_ema(ema, parameters, settings.ema_decay, step)
+            log.add(step, loss_sum, learning_rate_at(step - 1, settings), gradient_norm, logged)
             if on_step:
                 on_step(step, {"loss": loss_sum, **logged})
             if step % settings.checkpoint_every == 0 and not watch.suspect:
@@ -189,9 +203,8 @@ def train(
         for parameter, average in zip(parameters, ema, strict=True):
             parameter.copy_(average)
     raw.eval()
-    return TrainResult(
-        raw, step, step * settings.batch_size, log.seconds, finished=step >= settings.steps, figures=figures
-    )
+    finished, samples = step >= settings.steps, step * settings.batch_size
+    return TrainResult(raw, step, samples, log.seconds, finished, figures, log.skipped)
 
 
 def begin_run(run: Path, fingerprint: dict, accelerator: Accelerator) -> None:

@@ -75,6 +75,7 @@ def run_stage(
     )
     if int(os.environ.get("RANK", "0")) == 0:
         with atomic_folder(stage.out, overwrite=True) as partial:
-            provenance.results = {**result.figures, **write(partial, result)}
+            skipped = {"skipped_steps": result.skipped} if result.skipped else {}
+            provenance.results = {**result.figures, **skipped, **write(partial, result)}
             write_provenance(partial, provenance)
     return provenance

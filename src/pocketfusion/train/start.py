@@ -23,7 +23,7 @@ from pocketfusion.models.base import copy_with_unet, write_scheduler
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
 from pocketfusion.models.sampling import Sampling, write_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
-from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
+from pocketfusion.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
 from pocketfusion.processes import process_state
 from pocketfusion.recipe import Recipe, TrainSettings
 from pocketfusion.train.loop import TrainResult
@@ -54,6 +54,7 @@ def open_start(folder: Path, recipe: Recipe, prediction_type: str | None = None)
     check_finite(unet, str(folder / "unet"))
     vae = load_vae(folder / "vae")
     text = load_text_encoder(recipe.text)
+    check_text_encoder(recipe.text, text, folder)
     check_shapes(unet.config, recipe, vae, text, where=str(folder / "unet"))
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler").config
     wanted = recipe.teacher.scheduler | ({"prediction_type": prediction_type} if prediction_type else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,12 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, check_finite, folder_hash, read_provenance
 from pocketfusion.models.base import write_base_folder
 from pocketfusion.models.sampling import Sampling
-from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
+from pocketfusion.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
 from pocketfusion.processes import process_state
 from pocketfusion.recipe import Recipe, TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.cache import CaptionTable, cache_latents, cache_prompts
+from pocketfusion.train.held_out import shared, spread
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.objectives import DenoisingObjective
 from pocketfusion.train.place import StageRun
@@ -77,7 +79,7 @@ class TeacherTask:
         if "train_scene" in data.splits and recipe.data.scene_share:
             pools.append((data.indices(["train_scene"]), recipe.data.scene_share))
         train = np.concatenate([indices for indices, _ in pools])
-        self.held_out = data.indices(["val_combo"])
+        self.held_out = spread(data.indices(["val_combo"]), settings.held_out)
         self.indices = np.concatenate([train, self.held_out])  # what the caches hold, in this order
         rows = np.split(np.arange(len(train)), np.cumsum([len(indices) for indices, _ in pools])[:-1])
         plan_pools = [(part, share) for part, (_, share) in zip(rows, pools, strict=True)]
@@ -127,9 +129,9 @@ class TeacherTask:
         loss, mse = self.objective.loss(prediction, made.x, made.noise, made.timesteps.cpu())
         return loss, {"mse": mse.item()}
 
-    def held_out_pairs(self, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The first `count` (default: all) held-out latents x, their fixed noise and caption states; on the CPU."""
-        rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))[:count]
+    def held_out_pairs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The held-out latents x, their fixed noise and caption states; on the CPU."""
+        rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))
         mean = torch.from_numpy(np.asarray(self.latents[rows, 0], dtype=np.float32)).chunk(2, dim=1)[0]
         x = mean * self.vae.config.scaling_factor
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
@@ -138,19 +140,27 @@ class TeacherTask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Plain mean squared error on the held-out pairs at fixed noise and evenly spread timesteps."""
+        """Plain mean squared error of every held-out pair, at its fixed noise, once in each quarter of the timesteps.
+
+        `val_mse` is the mean; `val_mse_t250` that of timesteps 250 to 499 of 1000, and so on. Inside a quarter the
+        pairs are spread evenly over its timesteps.
+        """
         x, noise, states = self.held_out_pairs()
-        timesteps = torch.linspace(0, self.scheduler.config.num_train_timesteps - 1, len(x)).long()
-        errors = []
-        for part in torch.arange(len(x)).split(64):
-            z_t = self.objective.add_noise(x[part], noise[part], timesteps[part])
-            prediction = model(
-                z_t.to(self.device), timesteps[part].to(self.device), states[part].to(self.device)
-            ).sample.cpu()
-            errors.append(
-                (prediction - self.objective.target(x[part], noise[part], timesteps[part])).square().flatten(1).mean(1)
-            )
-        return {"val_mse": torch.cat(errors).mean().item()}
+        ends = [self.scheduler.config.num_train_timesteps * quarter // 4 for quarter in range(5)]
+
+        def errors(rows: torch.Tensor) -> torch.Tensor:
+            found = []
+            for low, high in pairwise(ends):
+                timesteps = low + rows * (high - low) // len(x)
+                z_t = self.objective.add_noise(x[rows], noise[rows], timesteps)
+                made = (value.to(self.device) for value in (z_t, timesteps, states[rows]))
+                apart = model(*made).sample.cpu() - self.objective.target(x[rows], noise[rows], timesteps)
+                found.append(apart.square().flatten(1).mean(1))
+            return torch.stack(found, 1)
+
+        quarters = shared(len(x), 4, errors).mean(0)
+        by_level = {f"val_mse_t{low}": mse.item() for low, mse in zip(ends, quarters, strict=False)}
+        return {"val_mse": quarters.mean().item()} | by_level
 
     def preview(self, model: nn.Module) -> Image.Image:
         """Fixed prompts, two seeds each, drawn as `sampling` says."""
@@ -207,6 +217,9 @@ def train_teacher(
     before = None
     if init is not None:
         before, parents = read_provenance(init), {**parents, "init": folder_hash(init)}
+    text = load_text_encoder(recipe.text)
+    if recipe.text.source != "minilm":  # which its package's version pins; a folder's content may change
+        parents["text_encoder"] = text.fingerprint
     identity = {
         "stage": "train-teacher",
         "settings": recipe.teacher.model_dump(mode="json")
@@ -216,13 +229,13 @@ def train_teacher(
     }
     if (finished := finished_result(stage, identity)) is not None:
         return finished
-    text = load_text_encoder(recipe.text)
     vae = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32).requires_grad_(False).eval()
     check_shapes(recipe.teacher.unet, recipe, vae, text)
     torch.manual_seed(recipe.teacher.train.seed)
     if init is None:
         unet = UNet2DConditionModel(**recipe.teacher.unet)
     else:
+        check_text_encoder(recipe.text, text, init)
         unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet", torch_dtype=torch.float32)
         check_finite(unet, str(init / "unet"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
