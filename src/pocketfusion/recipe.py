@@ -78,12 +78,15 @@ class AutoencoderSettings(_Settings):
 
 
 class TeacherSettings(_Settings):
-    """`unet` and `scheduler` go to UNet2DConditionModel and DDIMScheduler unchanged."""
+    """`unet` and `scheduler` go to UNet2DConditionModel and DDIMScheduler unchanged.
+
+    `min_snr_gamma`: γ of min-SNR weighting; None: the plain squared error of what is predicted.
+    """
 
     unet: dict[str, Any]
     scheduler: dict[str, Any]
     prompt_dropout: float = Field(default=0.1, ge=0, lt=1)
-    min_snr_gamma: float | None = Field(default=5.0, gt=0)
+    min_snr_gamma: float | None = Field(default=None, gt=0)
     guidance_scale: float = 4.0
     num_inference_steps: int = Field(default=25, gt=0)
     train: TrainSettings

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
 from safetensors.torch import save_file
 
 from pocketfusion.data.sources import open_dataset
@@ -13,7 +12,7 @@ from pocketfusion.evaluate.metrics import clip_score
 from pocketfusion.evaluate.open_clip import OpenClip
 from pocketfusion.evaluate.run import open_judge
 from pocketfusion.evaluate.sets import picture_seed
-from pocketfusion.evolve.score import JudgeScorer, ScoreSettings, remembered_text, validation_set
+from pocketfusion.evolve.score import JudgeScorer, ScoreSettings, validation_set
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.surgery import with_architecture
 
@@ -64,27 +63,6 @@ def test_lower_precision_draws_nearly_the_same(system, judge, data, tiny_folder,
     unet = load_elastic(tiny_folder)
     exact, near = scorer.score(unet), reduced.score(unet)
     assert not np.array_equal(exact, near) and np.allclose(exact, near, atol=1.0)
-
-
-def test_remembered_keys_and_values_are_exact(tiny_folder):
-    unet = load_elastic(tiny_folder).eval()
-    before = {name: module for name, module in unet.named_modules()}
-    generator = torch.Generator().manual_seed(0)
-    states = [torch.randn(2, 32, 32, generator=generator) for _ in range(2)]
-    inputs = [(torch.randn(2, 4, 8, 8, generator=generator), t, s) for s in states for t in (900, 500, 100)]
-    calls = []
-    keys = [m.to_k for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
-    for layer in keys:
-        layer.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        expected = [unet(*arguments).sample for arguments in inputs]
-        assert len(calls) == 6 * len(keys)
-        calls.clear()
-        with remembered_text(unet):
-            found = [unet(*arguments).sample for arguments in inputs]
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert len(calls) == 2 * len(keys)  # once for each of the two text states
-    assert {name: module for name, module in unet.named_modules()} == before
 
 
 def test_validation_pictures_are_never_test_pictures(data):

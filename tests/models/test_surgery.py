@@ -139,3 +139,13 @@ def test_a_resnet_has_no_attention_to_thin(elastic):
         elastic.architecture.without_self_attention("mid_block.resnets.0")
     with pytest.raises(PocketfusionError, match="mid_block.resnets.0 is a ResNet"):
         elastic.architecture.narrow_feed_forward("mid_block.resnets.0", 0.5)
+
+
+def test_what_a_copy_adds_is_the_same_whenever_it_is_made(elastic):
+    architecture = elastic.architecture.duplicate(CHANGES[0])
+    one = of_block(with_architecture(elastic, architecture), f"{CHANGES[0]}_1")
+    torch.manual_seed(5)
+    two, after = of_block(with_architecture(elastic, architecture), f"{CHANGES[0]}_1"), torch.rand(1)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))  # and no other draw is disturbed

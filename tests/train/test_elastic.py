@@ -184,6 +184,25 @@ def test_the_robust_trainer_trains_what_it_is_given(smaller, tiny_recipe, tiny_d
     assert any(not torch.equal(a, b) for a, b, _ in pairs) and all(torch.equal(b, c) for _, b, c in pairs)
 
 
+def test_every_round_of_robust_training_draws_anew_and_a_resumed_one_the_same(
+    smaller, tiny_recipe, tiny_data, tmp_path
+):
+    recipe, data, drawn = load_recipe(tiny_recipe), open_dataset(tiny_data, 64), {}
+
+    def trainer(name: str) -> RobustTrainer:
+        made = RobustTrainer(recipe, data, smaller, tmp_path / "cache")
+        loss, drawn[name] = made.task.loss, []
+        made.task.loss = lambda model, batch: (drawn[name].append(batch.indices.tolist()), loss(model, batch))[1]
+        return made
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train(load_elastic(smaller), tmp_path / "round-1", steps=2, seed=0)
+    one = whole.train(load_elastic(smaller), tmp_path / "round-2", steps=2, seed=1).state_dict()
+    two = resumed.train(load_elastic(smaller), tmp_path / "again", steps=2, seed=1).state_dict()
+    assert drawn["whole"][:2] != drawn["whole"][2:] == drawn["resumed"]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_what_is_refused(trained, elastic, tiny_recipe, tiny_data, tmp_path, cli):
     text = tiny_recipe.read_text()
     values = yaml.safe_load(text)

@@ -213,6 +213,16 @@ def test_every_sample_once_a_pass_and_shares_are_kept():
     assert (plan.indices(3) == BatchPlan([(np.arange(10), 0.75), (np.arange(100, 104), 0.25)], 4, 1).indices(3)).all()
 
 
+def test_another_seed_draws_other_samples_whatever_was_drawn_before():
+    plan, pools = BatchPlan([(np.arange(10), 1.0)], 4, seed=1), [(np.arange(10), 1.0)]
+    plan.indices(3)
+    assert (plan.reseeded(2).indices(3) == BatchPlan(pools, 4, seed=2).indices(3)).all()
+    assert (plan.reseeded(2).indices(3) != plan.indices(3)).any()
+    assert torch.equal(plan.reseeded(2).part(0, 0, 1).randn(2), BatchPlan(pools, 4, seed=2).part(0, 0, 1).randn(2))
+    with pytest.raises(AttributeError):
+        plan.seed = 2
+
+
 def test_parts_draw_what_the_whole_draws():
     plan = BatchPlan([(np.arange(50), 1.0)], 8, seed=1)
     whole, parts = plan.part(5, 0, 1), [plan.part(5, i, 4) for i in range(4)]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import Attention
-from torch import nn
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
@@ -55,39 +52,6 @@ def validation_set(data: CaptionedImages, samples: int, seed: int) -> Validation
     chosen = choose_sets(data, [VALIDATION], samples)[0]
     seeds = tuple(picture_seed(seed, data.rows[i]["id"]) for i in chosen.indices)
     return Validation(chosen.captions, seeds)
-
-
-class Remembered(nn.Module):
-    """A layer that answers the same tensor again without computing it again.
-
-    A batch's text states are one tensor through all sampling steps, so the keys and values that cross-attention makes
-    of them are too: computing them once is exact, and at small latents they are a large part of a step.
-    """
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-        self._input: torch.Tensor | None = None
-        self._output = torch.empty(0)
-
-    def forward(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        """`layer(x)`; [B, T, D] → [B, T, C]."""
-        if x is not self._input:
-            self._input, self._output = x, self.layer(x, *arguments)
-        return self._output
-
-
-@contextmanager
-def remembered_text(unet: nn.Module) -> Iterator[None]:
-    """While it lasts, every cross-attention of `unet` keeps the keys and values of the last text states."""
-    layers = [m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
-    for layer in layers:
-        layer.to_k, layer.to_v = Remembered(layer.to_k), Remembered(layer.to_v)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.to_k, layer.to_v = layer.to_k.layer, layer.to_v.layer
 
 
 @dataclass(frozen=True)
@@ -136,7 +100,7 @@ class JudgeScorer:
             start += len(states)
             states = states.to(device)
             reduced = torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
-            with remembered_text(network), reduced:
+            with reduced:
                 latents = sample_latents(
                     network,
                     self.scheduler,

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.sampling import Guidance
@@ -45,25 +51,74 @@ def guided_prediction(
     guidance_scale: torch.Tensor,
     guidance: Guidance = "classifier-free",
 ) -> torch.Tensor:
-    """ṽ = w v(c) − (w − 1) v(∅), fp32, with the gradient through both branches (SnapFusion, arXiv 2306.00980).
+    """ṽ of `guided_predictor` for z_t [B, C, h, w] at timesteps [B] or scalar."""
+    return guided_predictor(unet, states, null_states, guidance_scale, guidance)(z_t, timesteps)
 
-    z_t [B, C, h, w], timesteps [B] or scalar, states [B, T, D], null_states [T, D] or [B, T, D], guidance_scale [B].
-    One call, whatever the guidance: the unconditional branch of the samples with w ≠ 1 is a part of the same batch and
-    sees the same z_t.
+
+def guided_predictor(
+    unet: UNet2DConditionModel,
+    states: torch.Tensor,
+    null_states: torch.Tensor,
+    guidance_scale: torch.Tensor,
+    guidance: Guidance = "classifier-free",
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(z_t, timesteps) → ṽ = w v(c) − (w − 1) v(∅), fp32, with the gradient through both branches (SnapFusion).
+
+    states [B, T, D], null_states [T, D] or [B, T, D], guidance_scale [B]. One call of the UNet, whatever the guidance:
+    the unconditional branch of the samples with w ≠ 1 is a part of the same batch and sees the same z_t. Every call
+    passes one and the same tensor of states, so that `remembered_text` knows it again.
     """
-    timesteps = torch.as_tensor(timesteps, device=z_t.device).expand(len(z_t))
-    if guidance == "folded":
-        return unet(z_t, timesteps, states).sample.float()
-    if guidance == "embedded":
-        config = getattr(unet, "module", unet).config  # a distributed wrapper has none of its own
-        condition = guidance_embedding(guidance_scale.to(z_t.device), config.time_cond_proj_dim)
-        return unet(z_t, timesteps, states, timestep_cond=condition.to(z_t.dtype)).sample.float()
-    scale = guidance_scale.to(z_t.device).float()
-    guided = scale != 1  # the others need no unconditional branch
-    if not bool(guided.any()):
-        return unet(z_t, timesteps, states).sample.float()
-    null = null_states.expand_as(states)[guided]
-    both = unet(torch.cat([z_t, z_t[guided]]), torch.cat([timesteps, timesteps[guided]]), torch.cat([states, null]))
-    cond, uncond = both.sample.float().split([len(z_t), len(null)])
-    offset = (scale[guided] - 1).view(-1, *[1] * (z_t.ndim - 1)) * (cond[guided] - uncond)
-    return cond.index_add(0, guided.nonzero()[:, 0], offset)
+    scale = guidance_scale.to(states.device).float()
+    # the others need no unconditional branch
+    guided = scale != 1 if guidance == "classifier-free" else torch.zeros_like(scale, dtype=torch.bool)
+    if bool(guided.any()):
+        null = null_states.expand_as(states)[guided]
+        states = torch.cat([states, null])
+
+    def predict(z_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        timesteps = torch.as_tensor(timesteps, device=z_t.device).expand(len(z_t))
+        if guidance == "embedded":
+            config = getattr(unet, "module", unet).config  # a distributed wrapper has none of its own
+            condition = guidance_embedding(scale, config.time_cond_proj_dim)
+            return unet(z_t, timesteps, states, timestep_cond=condition.to(z_t.dtype)).sample.float()
+        if len(states) == len(z_t):
+            return unet(z_t, timesteps, states).sample.float()
+        both = unet(torch.cat([z_t, z_t[guided]]), torch.cat([timesteps, timesteps[guided]]), states).sample.float()
+        cond, uncond = both.split([len(z_t), len(states) - len(z_t)])
+        offset = (scale[guided] - 1).view(-1, *[1] * (z_t.ndim - 1)) * (cond[guided] - uncond)
+        return cond.index_add(0, guided.nonzero()[:, 0], offset)
+
+    return predict
+
+
+class Remembered(nn.Module):
+    """A layer that answers the same tensor again without computing it again."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self._input: torch.Tensor | None = None
+        self._output = torch.empty(0)
+
+    def forward(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """`layer(x)`; [B, T, D] → [B, T, C]."""
+        if x is not self._input:
+            self._input, self._output = x, self.layer(x, *arguments)
+        return self._output
+
+
+@contextmanager
+def remembered_text(unet: nn.Module) -> Iterator[None]:
+    """While it lasts, every cross-attention of `unet` keeps the keys and values of the last text states.
+
+    A batch's states are one tensor through all sampling steps, so the keys and values that are made of them are too:
+    computing them once is exact, and at small latents they are a large part of a step. Not for training.
+    """
+    layers = [m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
+    for layer in layers:
+        layer.to_k, layer.to_v = Remembered(layer.to_k), Remembered(layer.to_v)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.to_k, layer.to_v = layer.to_k.layer, layer.to_v.layer

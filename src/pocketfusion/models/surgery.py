@@ -103,8 +103,12 @@ def _narrowed(source: Weights, target: nn.Module) -> Weights:
 
 
 def _resnet_copy(source: Weights, target: ResnetBlock2D) -> Weights:
-    """A ResNet for other channels in: what fits is copied, the rest is new, the last convolution is zero."""
-    with torch.device("cpu"):
+    """A ResNet for other channels in: what fits is copied, the rest is new, the last convolution is zero.
+
+    What is new is the same whenever it is made, so that a search that goes on copies what it would have copied.
+    """
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         made = ResnetBlock2D(
             in_channels=target.in_channels,
             out_channels=target.out_channels,

@@ -76,8 +76,9 @@ def real_calls(system: Any, data: CaptionedImages, split: str, count: int, seed:
         return vae.encode(to_tensor(data.images[chosen.indices[part]]).to(device)).latent_dist.mean
 
     x = torch.cat([encode(part) for part in batches]) * vae.config.scaling_factor
-    system.scheduler.set_timesteps(system.sampling.num_inference_steps if system.sampling else _STEPS)
-    times = system.scheduler.timesteps
+    steps = system.sampling.num_inference_steps if system.sampling else _STEPS
+    system.scheduler.set_timesteps(steps)
+    times = system.scheduler.timesteps[:steps]  # as `sample_latents` takes them
     timesteps = times[torch.arange(len(x)) % len(times)].to(device)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     states = torch.cat([system.text.encode([chosen.captions[i] for i in part])[0] for part in batches])

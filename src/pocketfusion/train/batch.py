@@ -6,6 +6,7 @@ one process would have drawn and take their slice of it.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,8 +57,19 @@ class BatchPlan:
         total = sum(share for _, share in pools)
         self.counts = [int(batch_size * share / total) for _, share in pools]
         self.counts[0] += batch_size - sum(self.counts)
-        self.pools, self.batch_size, self.seed = [indices for indices, _ in pools], batch_size, seed
+        self.pools, self.batch_size, self._seed = [indices for indices, _ in pools], batch_size, seed
         self._passes: dict[tuple[int, int], np.ndarray] = {}
+
+    @property
+    def seed(self) -> int:
+        """Fixed: the passes that are kept depend on it."""
+        return self._seed
+
+    def reseeded(self, seed: int) -> BatchPlan:
+        """The same pools and shares, drawn by another seed."""
+        other = copy(self)
+        other._seed, other._passes = seed, {}
+        return other
 
     def _pass(self, pool: int, number: int) -> np.ndarray:
         if (pool, number) not in self._passes:

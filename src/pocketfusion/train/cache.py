@@ -89,5 +89,8 @@ class CaptionTable:
         self.choices = [np.array([number[caption] for caption in row["captions"]]) for row in rows]
 
     def pick(self, rows: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """One caption number a row; `u` uniform in [0, 1) favours the earlier captions as u² does."""
+        """One caption number a row: of n the first ⌊n u^1.5⌋ are passed over, so that earlier ones are likelier.
+
+        `u` uniform in [0, 1): of two captions the first is taken with 0.63, of three with 0.48, 0.28 and 0.24.
+        """
         return np.array([self.choices[i][int(len(self.choices[i]) * x**1.5)] for i, x in zip(rows, u, strict=True)])

@@ -94,7 +94,7 @@ class RobustTrainer:
         settings = self.settings.train.model_copy(
             update={"steps": steps, "seed": seed, "warmup_steps": min(self.settings.train.warmup_steps, steps // 10)}
         )
-        self.task.plan.seed = seed
+        self.task.plan = self.task.plan.reseeded(seed)
         fingerprint = {
             "stage": "evolve",
             "settings": settings.model_dump(mode="json"),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from pocketfusion.models.guidance import guided_prediction
+from pocketfusion.models.guidance import guided_predictor, remembered_text
 from pocketfusion.models.sampling import Guidance
 from pocketfusion.models.text_encoder import TextEncoder
 from pocketfusion.runtime.noise import seeded_noise
@@ -41,9 +41,11 @@ def sample_latents(
     scheduler.set_timesteps(num_inference_steps)
     scale = torch.full((len(noise),), guidance_scale, device=noise.device)
     latents = noise * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        prediction = guided_prediction(unet, latents, t, prompt_embeds, negative_prompt_embeds, scale, guidance)
-        latents = scheduler.step(prediction, t, latents).prev_sample
+    predict = guided_predictor(unet, prompt_embeds, negative_prompt_embeds, scale, guidance)
+    with remembered_text(unet):
+        # for some counts (61 is one) diffusers' rounding adds a step at timestep -1
+        for t in scheduler.timesteps[:num_inference_steps]:
+            latents = scheduler.step(predict(latents, t), t, latents).prev_sample
     return latents
 
 
