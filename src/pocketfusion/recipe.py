@@ -118,12 +118,14 @@ class StepDistillSettings(_Settings):
 
     `guidance_probability` p and `guidance_range` of L_cfg, `original_weight` γ of L_ori, as the paper names them.
     `original_share`: share of each batch that L_ori is computed on. `grid`: the sampler's timesteps, or real times.
+    `guidance_normalised`: divide a guided sample's loss by w² + (w − 1)²; false is the paper's form.
     """
 
     steps: int = Field(default=8, gt=0)
     teacher_steps: int = Field(default=16, gt=0)
     guidance_probability: float = Field(default=0.1, ge=0, le=1)
     guidance_range: tuple[float, float] = (2.0, 14.0)
+    guidance_normalised: bool = False
     original_weight: float = Field(default=0.2, ge=0)
     original_share: float = Field(default=1.0, gt=0, le=1)
     dynamic_scaling: bool = True

@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from pocketfusion.distill import ddim
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.manifest import SchedulerSpec
+from pocketfusion.runtime.scheduler import DDIMScheduler as RuntimeScheduler
 
 SD = {
     "num_train_timesteps": 1000,
@@ -78,29 +81,59 @@ def test_v_is_the_derivative_of_z_by_the_angle():
         torch.testing.assert_close((z(phi + h) - z(phi - h)) / (2 * h), ddim.v_of(x, noise, at), rtol=0, atol=1e-6)
 
 
+def waves(z, t):
+    """A made-up network's output for z [B, ...] at one time."""
+    return torch.sin(z * 1.3 + float(t) / 700)
+
+
+def numpy_runtime(stock) -> RuntimeScheduler:
+    return RuntimeScheduler(
+        SchedulerSpec(**{key: value for key, value in stock.config.items() if key in SchedulerSpec.model_fields})
+    )
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
-@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 10, 20, 25, 50, 100])
-def test_sampling_is_diffusers(steps, kind):
-    """The whole chain from noise, at step counts that divide 1000, with a made-up network."""
-    stock = scheduler(prediction_type=kind, set_alpha_to_one=True)
-    stock.set_timesteps(steps)
-    times = ddim.timesteps(steps, 1000)
-    assert times[:-1].long().tolist() == stock.timesteps.tolist() and times[-1] == -1
-    ours, z = ddim.NoiseSchedule(stock), draw(3, 4, 2, 2)
-    theirs = z.clone()
-    columns = times[:, None].expand(-1, 3)
+@pytest.mark.parametrize("to_one", [True, False])
+def test_every_step_of_every_count_is_diffusers_and_the_runtimes(to_one, kind):
+    """Step by step, from one to 64 steps: the times that are told, and where each step lands."""
+    stock = scheduler(prediction_type=kind, set_alpha_to_one=to_one)
+    runtime, ours = numpy_runtime(stock), ddim.NoiseSchedule(stock)
+    for steps in range(1, 65):
+        stock.set_timesteps(steps)
+        grid = ddim.sampler_steps(steps, 1000)
+        told = grid.begins.long().tolist()
+        assert told == runtime.set_timesteps(steps).tolist() == stock.timesteps.tolist()[:steps]
+        z, out = draw(2, steps, 4, 2, 2, seed=steps)
+        at, to = ours.at(grid.begins, z), ours.at(grid.ends, z)
+        v = out if kind == "v_prediction" else ddim.v_from_noise(z, out, at)
+        made = ddim.ddim_step(z, v, at, to)
+        theirs = torch.stack([stock.step(out[i], t, z[i]).prev_sample for i, t in enumerate(told)])
+        runs = np.stack([runtime.step(out[i].numpy(), t, z[i].numpy()) for i, t in enumerate(told)])
+        torch.testing.assert_close(made, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made, torch.from_numpy(runs), rtol=1e-4, atol=1e-4)
 
-    def output(z, t):
-        return torch.sin(z * 1.3 + t.float().mean() / 700)
 
-    def predict(z, now):
-        made = output(z, now)
-        return made if kind == "v_prediction" else ddim.v_from_noise(z, made, ours.at(now, z))
-
-    ours_end = ddim.rollout(predict, z, columns, ours)
-    for t in stock.timesteps:
-        theirs = stock.step(output(theirs, t), t, theirs).prev_sample
-    torch.testing.assert_close(ours_end, theirs, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("ratio", [2, 3])
+def test_a_student_on_the_targets_draws_what_the_teacher_draws(schedule, ratio):
+    """Both by diffusers' own scheduler, N steps of the one and K N of the other, whatever the grids' rounding."""
+    off = {}
+    for steps in (1, 2, 3, 6, 8, 11, 16, 40, 48, 61):
+        one, many = scheduler(), scheduler()
+        one.set_timesteps(steps)
+        many.set_timesteps(ratio * steps)
+        start = draw(1, 4, 2, 2, seed=steps)
+        theirs, z = start, start
+        for t in many.timesteps[: ratio * steps]:
+            theirs = many.step(waves(theirs, t), t, theirs).prev_sample
+        for number, t in enumerate(one.timesteps[:steps]):
+            span = ddim.spans(torch.tensor([number]), ratio * steps, steps, 1000)
+            assert span.begins[0].item() == t
+            z_end = ddim.rollout(lambda z, now: waves(z, now[0]), z, span.begins, span.ends, schedule)
+            v = ddim.v_target(z, z_end, schedule.at(span.begins[0], z), schedule.at(span.end, z))
+            z = one.step(v, t, z).prev_sample
+        off[steps] = (z - theirs).abs().max().item()
+    half = off.pop({2: 48, 3: 16}[ratio])  # there diffusers rounds a time of both to neighbours
+    assert max(off.values()) < 2e-4 and half < 5e-3
 
 
 @pytest.mark.parametrize("ratio", [2, 4])
@@ -110,14 +143,14 @@ def test_one_student_step_on_the_target_lands_on_the_teachers_end(schedule, step
     generator = torch.Generator().manual_seed(steps)
     numbers = torch.rand(64, generator=generator) * steps
     numbers = numbers.floor() if discrete else numbers.clamp(max=steps - 1)
-    times = ddim.spans(numbers, ratio * steps, steps, 1000, discrete)
+    span = ddim.spans(numbers, ratio * steps, steps, 1000, discrete)
     z = draw(64, 4, 3, 3, seed=steps)
 
     def teacher(z, now):
         return torch.tanh(z * 0.7 + now.float().view(-1, 1, 1, 1) / 500) * 1.5
 
-    end = ddim.rollout(teacher, z, times, schedule)
-    at, to = schedule.at(times[0], z), schedule.at(times[-1], z)
+    end = ddim.rollout(teacher, z, span.begins, span.ends, schedule)
+    at, to = schedule.at(span.begins[0], z), schedule.at(span.end, z)
     v = ddim.v_target(z, end, at, to)
     torch.testing.assert_close(ddim.ddim_step(z, v, at, to), end, rtol=0, atol=1e-5)
     # the paper's form of the same target, in float64 because it divides by as little as 0.03
@@ -139,7 +172,8 @@ def test_the_two_teacher_steps_are_the_papers_equation_seven(schedule):
     end = ddim.rollout(
         lambda z, now: torch.full_like(z, next(said)),
         torch.full((1, 1), z),
-        torch.tensor([[t], [t1], [t2]]),
+        torch.tensor([[t], [t1]]),
+        torch.tensor([[t1], [t2]]),
         schedule,
     )
     assert end.item() == pytest.approx(z2, abs=1e-6)
@@ -149,14 +183,30 @@ def test_the_two_teacher_steps_are_the_papers_equation_seven(schedule):
 
 
 def test_grids():
-    assert ddim.timesteps(8, 1000).tolist() == [999, 874, 749, 624, 499, 374, 249, 124, -1]
-    assert ddim.timesteps(16, 1000, discrete=False)[:3].tolist() == [999, 936.5, 874]
-    student, teacher = ddim.timesteps(8, 1000), ddim.timesteps(16, 1000)
-    assert teacher[::2].tolist() == student.tolist()
-    times = ddim.spans(torch.tensor([0.0, 7.0]), 32, 8, 1000)
-    assert times.shape == (5, 2) and times[0].tolist() == [999, 124] and times[-1].tolist() == [874, -1]
+    eight = ddim.sampler_steps(8, 1000)
+    assert eight.begins.tolist() == [999, 874, 749, 624, 499, 374, 249, 124]
+    assert eight.ends.tolist() == [874, 749, 624, 499, 374, 249, 124, -1]
+    sixteen = ddim.sampler_steps(16, 1000)  # steps of 62: what is left of 62.5 lies between them
+    assert sixteen.begins[:3].tolist() == [999, 937, 874] and sixteen.ends[:3].tolist() == [937, 875, 812]
+    assert ddim.sampler_steps(6, 1000).ends[-1] == 0  # 166 - 166: diffusers ends at alphas_cumprod[0] here too
+    assert ddim.sampler_steps(16, 1000, discrete=False).begins[:3].tolist() == [999, 936.5, 874]
+    span = ddim.spans(torch.tensor([0.0, 7.0]), 32, 8, 1000)
+    assert span.begins.tolist() == [[999, 124], [968, 93], [937, 61], [905, 30]]
+    assert span.ends.tolist() == [[968, 93], [937, 62], [906, 30], [874, -1]] and span.end.tolist() == [874, -1]
+    half = ddim.spans(torch.tensor([1]), 48, 16, 1000)  # 48 steps have 936
+    assert half.begins[:, 0].tolist() == [937, 916, 895] and half.end.tolist() == [875]
     continuous = ddim.spans(torch.tensor([0.5]), 16, 8, 1000, discrete=False)
-    assert continuous[:, 0].tolist() == [936.5, 874.0, 811.5]
+    assert continuous.begins[:, 0].tolist() == [936.5, 874.0] and continuous.ends[:, 0].tolist() == [874.0, 811.5]
+    assert continuous.end.tolist() == [811.5]
+
+
+def test_steps_without_noise_to_take_away_are_refused(schedule):
+    for steps, ends_at in ((500, -1), (1000, -1)):
+        grid = ddim.sampler_steps(steps, 1000)
+        assert grid.ends[-1] == ends_at
+    with pytest.raises(PocketfusionError, match="1000 steps are finer than the noise schedule"):
+        ddim.check_falling(schedule, grid.begins, grid.ends, "1000 steps")
+    ddim.check_falling(schedule, *ddim.sampler_steps(500, 1000), "500 steps")
 
 
 @pytest.mark.parametrize(("teacher", "student"), [(16, 16), (8, 16), (15, 8), (16, 0)])
@@ -168,4 +218,4 @@ def test_steps_that_do_not_divide_are_refused(teacher, student):
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_more_steps_than_timesteps_are_refused(steps):
     with pytest.raises(PocketfusionError, match=f"number of steps is {steps}"):
-        ddim.timesteps(steps, 1000)
+        ddim.sampler_steps(steps, 1000)

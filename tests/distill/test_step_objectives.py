@@ -11,6 +11,7 @@ from pocketfusion.distill.objectives import (
     Vanilla,
     distillation_loss,
     dynamic_scale,
+    evenly_shared,
     step_objective,
 )
 from pocketfusion.models.guidance import guided_prediction
@@ -49,6 +50,20 @@ def test_the_loss_in_v_is_the_papers_loss_in_x():
     error = (x_from_v(z, v, at) - x_from_v(z, target, at)).square().flatten(1).mean(1).numpy()
     assert distillation_loss(v, target, at).item() == pytest.approx((weight * error).mean(), rel=1e-6)
     torch.testing.assert_close(v_from_x(z, x_from_v(z, v, at), at), v)
+
+
+def test_a_loss_normalised_by_guidance_by_hand():
+    at = Level(*(torch.tensor(value).view(1, 1, 1, 1).expand(3, 1, 1, 1) for value in (0.6, 0.8)))
+    v, target = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1), torch.zeros(3, 1, 1, 1)
+    w = torch.tensor([1.0, 2.0, 14.0])
+    assert distillation_loss(v, target, at).item() == pytest.approx(0.64 * (1 + 4 + 9) / 3)
+    assert distillation_loss(v, target, at, w).item() == pytest.approx(0.64 * (1 + 4 / 5 + 9 / 365) / 3)
+
+
+def test_a_share_is_spread_evenly_and_never_nothing():
+    assert evenly_shared(8, 0.25).tolist() == [False] * 3 + [True] + [False] * 3 + [True]
+    assert evenly_shared(4, 1.0).all() and evenly_shared(1000, 0.1).sum() == 100
+    assert evenly_shared(4, 0.1).tolist() == [True, False, False, False]
 
 
 def test_the_scale_of_the_original_loss():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from pocketfusion.data.sources import open_dataset
@@ -18,6 +19,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, read_provenance
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.recipe import load_recipe
+from pocketfusion.train.loop import train
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.start import open_start
 from processes import assert_same_training, launch_two
@@ -56,17 +58,18 @@ def task(trained, tiny_recipe, tiny_data, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
-def test_a_step_with_the_target_lands_where_two_guided_teacher_steps_of_diffusers_do(task, probability):
-    made = task(guidance_probability=probability)
+@pytest.mark.parametrize(("steps", "probability"), [(2, 0.0), (2, 0.5), (2, 1.0), (16, 0.5)])
+def test_a_step_with_the_target_lands_where_two_guided_teacher_steps_of_diffusers_do(task, steps, probability):
+    made = task(guidance_probability=probability, steps=steps, teacher_steps=2 * steps)
     batch, _ = made.distilled(made.plan.part(2, 0, 1))
-    stock = DDIMScheduler.from_config(made.scheduler.config)
-    stock.set_timesteps(4)
-    at, to = (made.schedule.at(batch.times[k], batch.z_t) for k in (0, -1))
-    landed = ddim.ddim_step(batch.z_t, batch.target, at, to)
+    stock, own = (DDIMScheduler.from_config(made.scheduler.config) for _ in range(2))
+    stock.set_timesteps(2 * steps)
+    own.set_timesteps(steps)
+    drawn = zip(batch.span.begins[0], batch.target.split(1), batch.z_t.split(1), strict=True)
+    landed = torch.cat([own.step(v, int(t), z).prev_sample for t, v, z in drawn])
     for i, w in enumerate(batch.scale):
         z = batch.z_t[i : i + 1]
-        for t in batch.times[:2, i]:
+        for t in batch.span.begins[:, i]:
             with torch.no_grad():
                 cond = made.teacher(z, t, batch.states[i : i + 1]).sample
                 uncond = made.teacher(z, t, made.null[None]).sample
@@ -79,16 +82,16 @@ def test_a_step_with_the_target_lands_where_two_guided_teacher_steps_of_diffuser
 def test_noise_times_and_guidance_come_from_the_grid_and_one_draw(task):
     made = task(steps=2, teacher_steps=8, guidance_probability=1.0)
     batch, _ = made.distilled(made.plan.part(0, 0, 1))
-    assert batch.times.shape[0] == 5
-    assert set(batch.times[0].tolist()) <= set(ddim.timesteps(2, 1000)[:-1].tolist())
+    assert batch.span.begins.shape[0] == 4
+    assert set(batch.span.begins[0].tolist()) <= set(ddim.sampler_steps(2, 1000).begins.tolist())
     whole, _ = made.distilled(made.plan.part(1, 0, 1))
     halves = [made.distilled(made.plan.part(1, part, 2))[0] for part in range(2)]
     for name in ("z_t", "scale", "states"):
         torch.testing.assert_close(torch.cat([getattr(h, name) for h in halves]), getattr(whole, name))
     torch.testing.assert_close(torch.cat([h.target for h in halves]), whole.target, rtol=1e-3, atol=1e-4)
     real = task(grid="continuous")
-    times = real.spans(real.plan.part(0, 0, 1))
-    assert (times[0] != times[0].round()).any() and (times >= -1).all()
+    span = real.spans(real.plan.part(0, 0, 1))
+    assert (span.begins != span.begins.round()).any() and (span.ends >= -1).all()
 
 
 def test_a_student_that_is_exact_has_no_loss_and_learning_lowers_it(task):
@@ -250,12 +253,69 @@ def test_nan_in_either_network_is_refused(arguments, trained, tmp_path, cli):
         assert done.returncode == 2 and "conv_in.weight holds NaN" in done.stderr
 
 
-def test_the_share_of_the_original_loss_is_the_same_samples_in_parts(task):
-    made = task(original_share=0.5, guidance_probability=0.0)
+@pytest.mark.parametrize(("share", "parts"), [(0.5, 2), (0.5, 4), (0.25, 4), (0.1, 2)])
+def test_the_share_of_the_original_loss_is_the_same_samples_in_parts(task, share, parts):
+    """Also where some parts have none of them, and where the share is less than a sample."""
+    made = task(original_share=share, guidance_probability=0.0)
 
     def original(batch):
         batch_, x = made.distilled(batch)
         return made.original(made.model, x, batch_.states, batch).item()
 
-    parts = [original(made.plan.part(1, part, 2)) for part in range(2)]
-    assert np.mean(parts) == pytest.approx(original(made.plan.part(1, 0, 1)), rel=1e-4)
+    with torch.no_grad():
+        found = [original(made.plan.part(1, part, parts)) for part in range(parts)]
+        assert np.mean(found) == pytest.approx(original(made.plan.part(1, 0, 1)), rel=1e-4)
+
+
+def test_a_guided_sample_weighs_what_an_unguided_one_does_if_it_is_normalised(task):
+    plain, normalised = (
+        task(guidance_probability=0.5, guidance_normalised=on, original_weight=0.0) for on in (False, True)
+    )
+    batch, found = plain.distilled(plain.plan.part(0, 0, 1))[0], {}
+    assert 0 < (batch.scale == 1).sum() < len(batch.scale)
+    v = batch.target + 0.1 * batch.scale.view(-1, 1, 1, 1)
+    for name, made in (("plain", plain), ("normalised", normalised)):
+        made.student = lambda model, given: v  # type: ignore[method-assign]
+        found[name] = made.loss(made.model, made.plan.part(0, 0, 1))[0].item()
+    weight = ddim.truncated_snr_in_v(plain.schedule.at(batch.span.begins[0], v)).flatten()
+    w = batch.scale
+    assert found["plain"] == pytest.approx((weight * (0.1 * w) ** 2).mean().item(), rel=1e-4)
+    assert found["normalised"] == pytest.approx(
+        (weight * (0.1 * w) ** 2 / (w**2 + (w - 1) ** 2)).mean().item(), rel=1e-4
+    )
+    # held-out figures stay the paper's, so that runs compare
+    for made in (plain, normalised):
+        made.student = lambda model, given: given.target + given.scale.view(-1, 1, 1, 1)  # type: ignore[method-assign]
+    assert plain.validate(plain.model) == normalised.validate(normalised.model)
+    assert plain.validate(plain.model)["val_guided"] > 10
+
+
+def test_what_has_one_branch_is_not_normalised(trained, tiny_recipe, tiny_data, tmp_path):
+    base = shutil.copytree(trained / "base", tmp_path / "base")
+    write_sampling(base, Sampling(num_inference_steps=4, guidance_scale=3, guidance="folded"))
+    recipe = load_recipe(tiny_recipe)
+    settings = recipe.step_distillation.model_copy(update={"guidance_probability": 0.0, "guidance_normalised": True})
+    with pytest.raises(PocketfusionError, match="has folded guidance, whose errors no scale multiplies"):
+        distill_steps(recipe, settings, open_dataset(tiny_data, 64), base, base, StageRun.at(tmp_path / "out"))
+
+
+def test_accumulation_trains_the_same_network(task, tmp_path):
+    """Also with dynamic scaling, a ratio of two losses of the whole step."""
+    ends, asked = {}, {}
+    for parts in (1, 2, 4):
+        made = task(guidance_probability=0.5, original_weight=1.0, original_share=0.5)
+        forward, asked[parts] = made.teacher.forward, []
+        made.teacher.forward = lambda *a, calls=asked[parts], forward=forward, **k: (
+            calls.append(1),
+            forward(*a, **k),
+        )[1]
+        before = {name: value.clone() for name, value in made.model.state_dict().items()}
+        short = made.distill.train.model_copy(update={"steps": 2, "warmup_steps": 0, "gradient_accumulation": parts})
+        made.validate, made.preview = (lambda model: {}), (lambda model: Image.new("RGB", (1, 1)))
+        train(made, short, tmp_path / f"run-{parts}", fingerprint={})
+        ends[parts] = {name: value - before[name] for name, value in made.model.state_dict().items()}
+    whole = torch.cat([value.flatten() for value in ends[1].values()])
+    for parts in (2, 4):
+        other = torch.cat([value.flatten() for value in ends[parts].values()])
+        assert (other - whole).norm() < 0.02 * whole.norm()
+        assert len(asked[parts]) == parts * len(asked[1])  # the teacher is asked once, though there are two passes

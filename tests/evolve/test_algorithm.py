@@ -52,11 +52,35 @@ def test_thinning_competes_with_removal(tmp_path):
     # removing A costs 40 for 4 ms (10 a ms); its self-attention 1 for 0.8 (1.25), half its FFN 1.5 for 0.8
     world = World(MS, worth=dict.fromkeys(STOCK.names(), 40.0))
     kinds = ("remove", "remove-self-attention", "narrow-feed-forward")
-    outcome = run(world, tmp_path / "run", settings(27.0, group=2, kinds=kinds))
+    outcome = run(world, tmp_path / "run", settings(27.0, group=8, kinds=kinds))
     # after the first of A's, 0.2 ms are missing: B's self-attention saves 0.6 for 1 (1.67)
     assert taken(outcome)[0] == [f"remove-self-attention:{A}", f"remove-self-attention:{B}"]
     assert outcome.rounds[-1].latency_ms == pytest.approx(28 - 0.8 - 0.6)
     assert not outcome.network.architecture.get(A).self_attention and A in outcome.network.architecture.names()
+
+
+def test_a_level_without_worth_goes_whole_with_its_samplers(tmp_path):
+    """Removing its blocks would leave the two samplers, 1 ms of the 9 that it has."""
+    level = dict.fromkeys(
+        (name for name in STOCK.names() if name.startswith(("down_blocks.1", "mid", "up_blocks.0"))), 0.0
+    )
+    world = World(MS, worth=level)
+    outcome = run(world, tmp_path / "run", settings(19.0, group=4, kinds=("remove", "drop")))
+    assert taken(outcome)[0] == ["drop:down_blocks.1"] and len(outcome.rounds) == 2
+    assert outcome.rounds[1].latency_ms == 28 - 8 - 2 * 0.5
+    assert outcome.network.architecture.depth == 0 and outcome.rounds[1].score == outcome.rounds[0].score
+    # the outer level's layers are a pair, and then the up stage has one layer of two blocks left, for conv_in's skip
+    assert world.latency(smallest(STOCK, ["drop"], CONFIG, world.latency)) == 19 - 5 - 3
+
+
+def test_a_run_folder_of_other_actions_is_refused(tmp_path):
+    world, wanted = World(MS, worth={A: 2, B: 3, C: 8}), settings(21.0)
+    run(world, tmp_path / "run", wanted)
+    for line in (tmp_path / "run" / "round-01").iterdir():
+        if line.name == "network.json":
+            line.write_text(STOCK.remove(C).model_dump_json())
+    with pytest.raises(PocketfusionError, match="round-01 is of other actions than round 1 takes: delete"):
+        run(world, tmp_path / "run", wanted)
 
 
 def test_copies_fill_the_budget_and_stay_if_they_help(tmp_path):
@@ -103,7 +127,7 @@ def test_killed_at_any_evaluation_it_goes_on_to_the_same_result(tmp_path):
     def world() -> World:
         return World(MS, worth={A: 2, B: 3, C: 8}, gain=0.25, copy=1.0)
 
-    wanted = settings(22.0, group=2, kinds=("remove", "remove-self-attention", "duplicate"))
+    wanted = settings(22.0, group=2, kinds=("remove", "drop", "duplicate"))
     whole = world()
     expected = run(whole, tmp_path / "whole", wanted)
     log = (tmp_path / "whole" / "evaluations.jsonl").read_text().splitlines()
@@ -177,15 +201,15 @@ def test_budgets():
 
 def test_a_budget_that_cannot_be_reached_names_the_least(tmp_path):
     world = World(MS)
-    assert smallest(STOCK, ["remove"], world.latency).names() == []
+    assert smallest(STOCK, ["remove"], CONFIG, world.latency).names() == []
     with pytest.raises(PocketfusionError, match="below what these actions can reach, 10 ms"):
-        check_reachable(9.0, STOCK, ["remove"], world.latency)
+        check_reachable(9.0, STOCK, ["remove"], CONFIG, world.latency)
     # self-attention saves a fifth of 4 + 3 + 2 + 1 ms
     with pytest.raises(PocketfusionError, match="can reach, 26 ms"):
-        check_reachable(20.0, STOCK, ["remove-self-attention"], world.latency)
+        check_reachable(20.0, STOCK, ["remove-self-attention"], CONFIG, world.latency)
     # feed-forwards at a quarter: 30 % of 10 ms
-    assert world.latency(smallest(STOCK, ["narrow-feed-forward"], world.latency)) == pytest.approx(25.0)
-    check_reachable(10.0, STOCK, ["remove"], world.latency)
+    assert world.latency(smallest(STOCK, ["narrow-feed-forward"], CONFIG, world.latency)) == pytest.approx(25.0)
+    check_reachable(10.0, STOCK, ["remove"], CONFIG, world.latency)
     with pytest.raises(PocketfusionError, match="nothing to remove"):
-        check_reachable(28.0, STOCK, ["remove"], world.latency)
-    check_reachable(28.0, STOCK, ["remove", "duplicate"], world.latency)
+        check_reachable(28.0, STOCK, ["remove"], CONFIG, world.latency)
+    check_reachable(28.0, STOCK, ["remove", "duplicate"], CONFIG, world.latency)

@@ -4,6 +4,7 @@ import pytest
 from search_world import CONFIG, milliseconds
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.evolve.actions import Action, apply_all, reductions
 from pocketfusion.evolve.baselines import bk_sdm, random_removal
 from pocketfusion.models.architecture import Architecture
 from pocketfusion.models.skips import check_architecture
@@ -92,3 +93,21 @@ def test_bases_of_one_layer_a_stage_and_impossible_budgets():
             method(9.0)
         with pytest.raises(PocketfusionError, match="nothing to remove"):
             method(48.0)
+
+
+def test_the_search_may_drop_what_bk_sdm_does():
+    found = {action.block: action.apply(STOCK) for action in reductions(STOCK, ["drop"], SD)}
+    assert set(found) == {
+        *("down_blocks.0.1+up_blocks.3.1", "down_blocks.0.0+up_blocks.3.1"),
+        *("down_blocks.1.1+up_blocks.2.1", "down_blocks.2.1+up_blocks.1.0"),
+        *("down_blocks.3.1+up_blocks.0.0", "down_blocks.3.0+up_blocks.0.1"),
+        *("mid_block", "down_blocks.3"),
+    }
+    # BK-SDM-Tiny, but for its pair in stage 2, of which the search drops the up layer that takes that skip
+    named = ["down_blocks.0.1+up_blocks.3.1", "down_blocks.1.1+up_blocks.2.1", "down_blocks.2.1+up_blocks.1.1"]
+    now = apply_all([Action(kind="drop", block=what) for what in (*named, "mid_block", "down_blocks.3")], STOCK)
+    asked = []
+    bk_sdm(SD, lambda architecture: asked.append(architecture) or latency(architecture), 15.0)
+    assert now in asked
+    # 64 channels become 128 in level 2, so that it cannot go whole after level 3
+    assert not [action for action in reductions(now, ["drop"], SD) if action.block == "down_blocks.2"]

@@ -9,9 +9,12 @@ import pytest
 
 from pocketfusion.artefact import sha256_folder
 from pocketfusion.cli import main
+from pocketfusion.evolve.actions import Action
 from pocketfusion.evolve.figures import removal_drops
+from pocketfusion.evolve.inputs import open_latency
 from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
 from pocketfusion.models.elastic_unet import load_elastic
+from pocketfusion.models.surgery import with_architecture
 
 
 @pytest.fixture
@@ -62,10 +65,26 @@ def test_a_dry_run_ranks_and_changes_nothing(command, inputs, tmp_path, tiny_fol
     assert removal_drops({"rounds": [ranked, {}]}, "a search's log") == removal_drops(ranked, "a ranking")
 
 
+def test_drops_are_ranked_as_the_network_without_them_draws_and_as_the_table_says(command, inputs, table, tiny_folder):
+    code, printed, said = command(*inputs(samples=2), "--actions", "drop", "--dry-run", "--json")
+    assert code == 0, said
+    ranked = json.loads(printed)
+    found = {value["action"]["block"]: value for value in ranked["values"]}
+    assert {"mid_block", "down_blocks.3", "down_blocks.1.1+up_blocks.2.1"} <= found.keys()
+    # of the level: 2 + 2 + 3 ResNets of 1 ms, the mid block's attention of 2, two samplers of 0.1
+    assert found["down_blocks.3"]["saved_ms"] == pytest.approx(7 + 2 + 2 * 0.1)
+    unet = load_elastic(tiny_folder)
+    predict = open_latency(table, unet, False)
+    for block, value in found.items():
+        smaller = Action(kind="drop", block=block).apply(unet.architecture)
+        assert value["saved_ms"] == pytest.approx(predict(unet.architecture) - predict(smaller)) and value["error"] > 0
+        assert len(with_architecture(unet, smaller).state_dict()) < len(unet.state_dict())
+
+
 def test_evolve_writes_a_model_folder_with_its_log(command, inputs, tmp_path, tiny_folder):
     out = tmp_path / "evolved"
-    # 16 x 2 + 22 + what every network keeps; without half of the attention blocks' parts 0.8 are met
-    more = ("--actions", "self-attention", "--group", 16, "--budget-ratio", 0.8, "--train-steps", 2, "--out", out)
+    # 16 x 2 + 22 + what every network keeps; without half of the attention blocks' parts 0.8 are met, in one group
+    more = ("--actions", "self-attention", "--group", 48, "--budget-ratio", 0.8, "--train-steps", 2, "--out", out)
     code, printed, said = command(*inputs(), *more)
     assert code == 0, said
     assert "budget met" in printed and "evaluations of" in printed

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from search_world import STOCK, milliseconds
+from search_world import CONFIG, STOCK, milliseconds
 
 from pocketfusion.evolve.actions import Action
 from pocketfusion.evolve.values import ActionValue, action_value, choose_copies, choose_reductions, ranking
@@ -38,7 +38,7 @@ def latency(architecture) -> float:
 
 
 def chosen(ranked, budget, group):
-    taken = choose_reductions(ranked, STOCK, latency, budget, group)
+    taken = choose_reductions(ranked, STOCK, CONFIG, latency, budget, group)
     return [v.action.block for v in taken]
 
 
@@ -46,15 +46,32 @@ def test_a_group_stops_at_the_budget_and_leaves_out_what_it_does_not_need():
     ranked = [value(D, 1, 1), value(C, 3, 2), value(B, 6, 3), value(A, 12, 4)]
     assert chosen(ranked, budget=1.0, group=2) == [D, C]  # far away: a whole group
     assert chosen(ranked, budget=25.0, group=4) == [D, C]  # exactly met by 1 + 2
-    assert chosen(ranked, budget=24.0, group=4) == [D, B]  # 1 + 2 + 3 saves 6 of 4 needed: C is not needed
-    assert chosen(ranked, budget=26.0, group=4) == [C]  # 1 is too little, 2 alone is enough
+    assert chosen(ranked[::-1], budget=25.0, group=4) == [A]  # 4 alone is enough
+    assert chosen(ranked, budget=26.0, group=8) == [C]  # 1 is too little, 2 alone is enough
     assert chosen(ranked, budget=28.0, group=4) == []
+
+
+def test_groups_shrink_near_the_budget():
+    others = [name for name in STOCK.names() if name not in MS]  # eight of 1 ms
+    ranked = [value(name, 1, 1) for name in [D, *others]]
+    assert len(chosen(ranked, budget=12.0, group=8)) == 8  # 16 ms are missing: half of them in one group
+    assert len(chosen(ranked, budget=20.0, group=8)) == 4  # 8 are missing: a group of 4, then of 2
+    assert len(chosen(ranked, budget=24.0, group=8)) == 2
+    assert len(chosen(ranked, budget=26.5, group=8)) == 2  # a quarter of the group at least, if it needs it
+    assert len(chosen(ranked, budget=27.0, group=8)) == 1
+
+
+def test_actions_that_do_not_go_together_are_passed_over():
+    level, pair = (value(what, 0, 9, "drop") for what in ("down_blocks.1", "down_blocks.1.0+up_blocks.0.0"))
+    inside, beside = value(D, 0, 1), value(A, 0, 1)
+    assert chosen([level, pair, inside, beside], budget=1.0, group=4) == [level.action.block, A]
+    assert chosen([pair, level, inside], budget=1.0, group=4) == [pair.action.block, D]
 
 
 def test_one_action_a_block_in_a_group():
     thin = value(A, 0.1, 0.8, "remove-self-attention")
     ranked = ranking([value(A, 4, 4), thin, value(B, 6, 3)])
-    taken = choose_reductions(ranked, STOCK, latency, 1.0, 2)
+    taken = choose_reductions(ranked, STOCK, CONFIG, latency, 1.0, 2)
     assert [v.action for v in taken] == [thin.action, Action(kind="remove", block=B)]
 
 

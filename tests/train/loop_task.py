@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from pocketfusion.processes import mean_over_processes
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.held_out import shared
@@ -59,6 +60,25 @@ class LineTask:
         return {"slope": model.weight.item(), "error": shared(100, 1, errors).mean().item()}
 
 
+class RatioTask(LineTask):
+    """A loss whose second half is scaled to the size of its first, as step distillation's dynamic scaling does."""
+
+    def halves(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        x = batch.randn(1)
+        y = 2 * x + torch.from_numpy(batch.indices)[:, None].float() / 10
+        return torch.stack([(model(x) - y).square().mean(), model(x + 1).abs().mean()])
+
+    def means(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return self.halves(model, batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        one, two = self.halves(model, batch)
+        means = batch.means
+        if means is None:
+            means = mean_over_processes(torch.stack([one, two]).detach())
+        return one + means[0] / means[1] * two, {}
+
+
 if __name__ == "__main__":
 
     def kill(step: int, _: dict) -> None:
@@ -69,3 +89,4 @@ if __name__ == "__main__":
     run, task = Path(sys.argv[1]), LineTask(infinite_at=(4, 9))
     train(task, settings(), run, fingerprint={}, on_step=kill)
     (run / f"looked-{os.environ['RANK']}").write_text(str(task.looked))
+    train(RatioTask(), settings(gradient_accumulation=2), run / "ratio", fingerprint={})

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pocketfusion.data.sources import open_dataset
@@ -20,6 +21,7 @@ from pocketfusion.models.surgery import with_architecture
 from pocketfusion.recipe import ElasticSettings, load_recipe
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.elastic import ElasticTask, RobustTrainer, draw_skipped, train_elastic
+from pocketfusion.train.loop import train
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.recovery import RecoveryTask, StageFeatures, feature_loss, recover
 from pocketfusion.train.start import open_start
@@ -131,11 +133,13 @@ def test_an_evolved_folder_loads_in_diffusers(smaller):
 
 
 def test_feature_loss_by_hand():
-    student = [torch.tensor([1.0, 3.0]), torch.zeros(3)]
-    teacher = [torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0, 0.0])]
-    # (0 + 4)/2 over a mean square of 1, and 4/3 over 4/3
-    assert feature_loss(student, teacher).item() == pytest.approx((2 + 1) / 2)
-    assert feature_loss([student[0], torch.zeros(1)], teacher).item() == pytest.approx(2)
+    student = [torch.tensor([[1.0, 3.0], [1.0, 2.0]]), torch.zeros(2, 3)]
+    teacher = [torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 1.0]])]
+    # samples of the first stage: (0 + 4)/2 over a mean square of 1, (1 + 0)/2 over 4; of the second: all of it
+    assert feature_loss(student, teacher).item() == pytest.approx(((2 + 1 / 8) / 2 + 1) / 2)
+    assert feature_loss([student[0], torch.zeros(2, 1)], teacher).item() == pytest.approx((2 + 1 / 8) / 2)
+    parts = [feature_loss([s[i : i + 1] for s in student], [t[i : i + 1] for t in teacher]) for i in range(2)]
+    assert torch.stack(parts).mean().item() == pytest.approx(feature_loss(student, teacher).item())
 
 
 def test_features_are_those_of_every_stage(elastic):
@@ -159,6 +163,23 @@ def test_a_network_recovers_nothing_from_itself(elastic, tiny_recipe, tiny_data,
     assert logged["output"] == 0 and logged["features"] == 0 and logged["mse"] > 0
     loss.backward()
     assert all(p.grad is None for p in base.unet.parameters())
+
+
+def test_recovery_in_parts_trains_the_same_network(smaller, elastic, tiny_recipe, tiny_data, tmp_path):
+    recipe, ends = load_recipe(tiny_recipe), {}
+    settings = recipe.recovery.model_copy(update={"task_weight": 0.0, "output_weight": 0.0})
+    for parts in (1, 2, 4):
+        start, base = open_start(smaller, recipe), open_start(elastic, recipe)
+        task = RecoveryTask(recipe, settings, open_dataset(tiny_data, 64), start, base.unet)
+        task.prepare(tmp_path, start.vae_hash, start.text.fingerprint, torch.device("cpu"))
+        task.to(torch.device("cpu"))
+        task.validate, task.preview = (lambda model: {}), (lambda model: Image.new("RGB", (1, 1)))
+        short = settings.train.model_copy(update={"steps": 2, "warmup_steps": 0, "gradient_accumulation": parts})
+        before = torch.cat([value.flatten() for value in start.unet.state_dict().values()])
+        train(task, short, tmp_path / f"run-{parts}", fingerprint={})
+        ends[parts] = torch.cat([value.flatten() for value in start.unet.state_dict().values()]) - before
+    for parts in (2, 4):
+        assert (ends[parts] - ends[1]).norm() < 0.02 * ends[1].norm()
 
 
 def test_recovery_keeps_the_architecture_and_the_history(smaller, elastic, tiny_recipe, tiny_data, tmp_path, cli):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from loop_task import LineTask, settings
+from loop_task import LineTask, RatioTask, settings
 from safetensors.torch import load_file
 
 from pocketfusion.errors import PocketfusionError
@@ -175,6 +175,18 @@ def test_two_processes_equal_one(tmp_path):
     found = [[line["held_out"] for line in read_log(tmp_path / name) if "held_out" in line] for name in ("one", "two")]
     assert len(found[1]) == 3 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(*found, strict=True))
     assert [int((tmp_path / "two" / f"looked-{rank}").read_text()) for rank in (0, 1)] == [3 * 64, 3 * 36]
+    # a loss that depends on means of the whole step, in two parts of each of the two processes
+    ratio = train(RatioTask(), settings(), tmp_path / "ratio", fingerprint={})
+    two = load_file(tmp_path / "two" / "ratio" / "checkpoints" / "step_00000012" / "ema.safetensors")
+    assert torch.allclose(torch.cat([two["weight"].flatten(), two["bias"]]), weights(ratio), atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_loss_of_the_whole_steps_means_is_equal_in_parts(tmp_path, parts):
+    one = train(RatioTask(), settings(), tmp_path / "one", fingerprint={})
+    more = train(RatioTask(), settings(gradient_accumulation=parts), tmp_path / "more", fingerprint={})
+    assert torch.allclose(weights(more), weights(one), atol=1e-5)
+    assert np.allclose(losses(tmp_path / "more"), losses(tmp_path / "one"), rtol=1e-4)
 
 
 def test_a_lost_process_is_told_of_and_the_run_goes_on(tmp_path):

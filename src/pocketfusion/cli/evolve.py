@@ -48,10 +48,10 @@ def evolve_command(
     budget_ms: MsOpt = None,
     budget_ratio: RatioOpt = None,
     rounds: Annotated[int, typer.Option("--rounds", help="Most rounds.")] = 10,
-    group: Annotated[int, typer.Option("--group", help="Actions a round.")] = 4,
+    group: Annotated[int, typer.Option("--group", help="Most actions a round.")] = 4,
     actions: Annotated[
         str, typer.Option("--actions", help="Kinds, with commas.")
-    ] = "remove,self-attention,feed-forward,duplicate",
+    ] = "remove,self-attention,feed-forward,drop,duplicate",
     samples: Annotated[int, typer.Option("--samples", help="Validation pictures of each evaluation.")] = 256,
     steps: Annotated[int, typer.Option("--steps", help="Sampling steps of each.")] = 10,
     train_steps: Annotated[int, typer.Option("--train-steps", help="Robust training after each round.")] = 200,

@@ -19,15 +19,14 @@ from pocketfusion.distill.ddim import (
     Level,
     NoiseSchedule,
     add_noise,
+    check_falling,
     ddim_step,
     rollout,
     spans,
     step_ratio,
-    timesteps,
     truncated_snr_in_v,
     v_target,
 )
-from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.models.guidance import guided_prediction
 from pocketfusion.models.sampling import Guidance, Sampling
@@ -48,13 +47,17 @@ class RowPredictor(Protocol):
 
 
 def phase_times(numbers: torch.Tensor, teacher_steps: int, steps: int, num_train_timesteps: int) -> torch.Tensor:
-    """Where teacher steps `numbers` [B] in 0 … K N − 1 begin, where they end, and where their phases end: [3, B].
+    """Times of teacher steps `numbers` [B] in 0 … K N − 1, [4, B]: begin, end, the next step's begin, the phase's end.
 
+    Phases are the student's steps as it is drawn (see `spans`); in a phase's last step the third is the phase's end.
     Raises PocketfusionError as `step_ratio` does.
     """
-    ratio = step_ratio(teacher_steps, steps)
-    grid, numbers = timesteps(teacher_steps, num_train_timesteps), numbers.long()
-    return torch.stack([grid[numbers], grid[numbers + 1], grid[(numbers // ratio + 1) * ratio]])
+    ratio, numbers = step_ratio(teacher_steps, steps), numbers.long()
+    phase, at = numbers // ratio, numbers % ratio
+    span = spans(phase, teacher_steps, steps, num_train_timesteps)
+    afters = torch.cat([span.begins[1:], span.end[None]])
+    rows = torch.arange(len(numbers))
+    return torch.stack([span.begins[at, rows], span.ends[at, rows], afters[at, rows], span.end])
 
 
 @torch.no_grad()
@@ -64,16 +67,17 @@ def consistency_target(
     """ṽ: one teacher step from z_t, the student's own jump from there to the phase's end, as the v of a single jump.
 
     Where the teacher's step reaches the phase's end there is nothing left to jump over (the boundary condition holds
-    by construction) and the target is the teacher's own v: step distillation. An error of the student's at t′ enters
-    as sin(φ_t′ − φ_s) / sin(φ_t − φ_s) of itself, less than whole. times [3, B] as of `phase_times`.
+    by construction) and the target is the teacher's own v but for the grid's rounding: step distillation. An error of
+    the student's at t′ enters as sin(φ_t′ − φ_s) / sin(φ_t − φ_s) of itself, less than whole. times [4, B] as of
+    `phase_times`.
     """
-    at, then, end = (schedule.at(now, z_t) for now in times)
+    at, then, after, end = (schedule.at(now, z_t) for now in times)
     z_end = ddim_step(z_t, teacher(z_t, times[0]), at, then)
-    inside = (times[1] != times[2]).nonzero()[:, 0]
+    inside = (times[2] != times[3]).nonzero()[:, 0]
     if len(inside):
         rows = inside.to(z_t.device)
-        begun, levels = z_end[rows], [Level(level.alpha[rows], level.sigma[rows]) for level in (then, end)]
-        z_end[rows] = ddim_step(begun, student(begun, times[1][inside], rows), *levels)
+        begun, levels = z_end[rows], [Level(level.alpha[rows], level.sigma[rows]) for level in (after, end)]
+        z_end[rows] = ddim_step(begun, student(begun, times[2][inside], rows), *levels)
     return v_target(z_t, z_end, at, end)
 
 
@@ -87,7 +91,10 @@ def consistency_loss(v: torch.Tensor, target: torch.Tensor, at: Level, huber_c: 
 
 
 class Jumps(NamedTuple):
-    """A batch on the device: z_t, times [3, B] on the CPU, caption states, guidance scales [B]."""
+    """A batch on the device: z_t, caption states, guidance scales [B]; on the CPU the times of `phase_times` [4, B].
+
+    Of held-out jumps, `times` are where they begin alone, [1, B].
+    """
 
     z_t: torch.Tensor
     times: torch.Tensor
@@ -120,11 +127,9 @@ class ConsistencyTask(TeacherTask):
         self.scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
         self.schedule = NoiseSchedule(self.scheduler)
         step_ratio(settings.teacher_steps, settings.steps)
-        angles = self.schedule.angle(timesteps(settings.teacher_steps, self.scheduler.config.num_train_timesteps))
-        if not bool((angles.diff() < 0).all()):
-            raise PocketfusionError(
-                f"{settings.teacher_steps} teacher steps are finer than the noise schedule: choose fewer, such as 32"
-            )
+        count = settings.teacher_steps
+        jumps = phase_times(torch.arange(count), count, settings.steps, self.scheduler.config.num_train_timesteps)
+        check_falling(self.schedule, jumps[0], jumps[3], f"{count} teacher steps")
         self._held_out: dict[int, tuple[Jumps, torch.Tensor, torch.Tensor]] = {}  #: by their first row
 
     def to(self, device: torch.device) -> None:
@@ -199,13 +204,14 @@ class ConsistencyTask(TeacherTask):
         """Held-out jumps, their targets and the teacher's first v there; made once, as the teacher is frozen."""
         x, noise, states = (value[rows] for value in self.held_out_pairs())
         steps, table = self.consistency.steps, self.scheduler.config.num_train_timesteps
-        times = spans(rows % steps, self.consistency.teacher_steps, steps, table)
-        z_t = add_noise(x, noise, self.schedule.at(times[0], x)).to(self.device)
+        span = spans(rows % steps, self.consistency.teacher_steps, steps, table)
+        begin = span.begins[0]
+        z_t = add_noise(x, noise, self.schedule.at(begin, x)).to(self.device)
         scale = torch.full((len(rows),), self.sampling.guidance_scale, device=self.device)
-        made = Jumps(z_t, times, states.to(self.device), scale)
+        made = Jumps(z_t, begin[None], states.to(self.device), scale)
         predict = self.predictor(self.teacher, self.teacher_guidance, made)
         with self._precision():
-            first = predict(z_t, times[0])
-            z_end = rollout(predict, z_t, times, self.schedule)
-        ends = self.schedule.at(times[0], z_t), self.schedule.at(times[-1], z_t)
+            first = predict(z_t, begin)
+            z_end = rollout(predict, z_t, span.begins, span.ends, self.schedule)
+        ends = self.schedule.at(begin, z_t), self.schedule.at(span.end, z_t)
         return made, v_target(z_t, z_end, *ends), first

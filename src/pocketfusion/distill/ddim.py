@@ -16,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.scheduler import trailing_timesteps
 
 #: z_t [B, C, h, w] and times [B] → ṽ [B, C, h, w]
 Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -93,9 +94,11 @@ def ddim_step(z: torch.Tensor, v: torch.Tensor, at: Level, to: Level) -> torch.T
     return to.alpha * x_from_v(z, v, at) + to.sigma * noise_from_v(z, v, at)
 
 
-def rollout(predict: Predictor, z: torch.Tensor, times: torch.Tensor, schedule: NoiseSchedule) -> torch.Tensor:
-    """DDIM steps of `predict` along times [K + 1, B] from z at times[0] to times[K] (SnapFusion eq. 7 for K = 2)."""
-    for now, then in zip(times[:-1], times[1:], strict=True):
+def rollout(
+    predict: Predictor, z: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, schedule: NoiseSchedule
+) -> torch.Tensor:
+    """K DDIM steps of `predict` from z, with their `begins` and `ends` [K, B] (SnapFusion eq. 7 for K = 2)."""
+    for now, then in zip(begins, ends, strict=True):
         z = ddim_step(z, predict(z, now), schedule.at(now, z), schedule.at(then, z))
     return z
 
@@ -127,18 +130,30 @@ def truncated_snr_in_v(at: Level) -> torch.Tensor:
     return torch.maximum(at.alpha.square(), at.sigma.square())
 
 
-def timesteps(num_inference_steps: int, num_train_timesteps: int, discrete: bool = True) -> torch.Tensor:
-    """The times that N steps visit and end at, [N + 1] float64: T − k T/N − 1 for k = 0 … N; the last is −1.
+class Steps(NamedTuple):
+    """Where DDIM steps begin (the times that the network is told) and where they end, float64; −1 is the end."""
 
-    `discrete` rounds to whole timesteps as diffusers' `trailing` spacing does. Raises PocketfusionError unless
-    1 <= N <= T.
+    begins: torch.Tensor
+    ends: torch.Tensor
+
+
+def sampler_steps(num_inference_steps: int, num_train_timesteps: int, discrete: bool = True) -> Steps:
+    """The N steps [N] of a sampler with `trailing` spacing, as diffusers' DDIMScheduler and the runtime take them.
+
+    They begin at T − k T/N − 1 rounded, and each ends ⌊T/N⌋ timesteps further (below 0 at −1): what rounding leaves
+    between a step's end and the next one's beginning (of 16 steps: 875 and 874) is those samplers' own. In continuous
+    time (`discrete` false) nothing is rounded. Raises PocketfusionError unless 1 <= N <= T.
     """
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise PocketfusionError(f"the number of steps is {num_inference_steps}: choose 1 to {num_train_timesteps}")
-    # arange, as diffusers has it: its own rounding decides where a timestep falls halfway
-    falling = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_inference_steps)[:num_inference_steps]
-    times = np.append((np.round(falling) if discrete else falling) - 1, -1.0)
-    return torch.from_numpy(times)
+    if discrete:
+        begins = torch.from_numpy(trailing_timesteps(num_inference_steps, num_train_timesteps)).double()
+        ends = begins - num_train_timesteps // num_inference_steps
+    else:
+        steps = torch.arange(num_inference_steps + 1, dtype=torch.float64)
+        times = num_train_timesteps * (1 - steps / num_inference_steps) - 1
+        begins, ends = times[:-1], times[1:]
+    return Steps(begins, ends.clamp(min=-1.0))
 
 
 def step_ratio(teacher_steps: int, steps: int) -> int:
@@ -154,17 +169,43 @@ def step_ratio(teacher_steps: int, steps: int) -> int:
     return teacher_steps // steps
 
 
+class Span(NamedTuple):
+    """Student steps and the teacher's K in each: the teacher's `begins` and `ends` [K, B], the student's `end` [B].
+
+    Both begin at `begins[0]`.
+    """
+
+    begins: torch.Tensor
+    ends: torch.Tensor
+    end: torch.Tensor
+
+
 def spans(
     numbers: torch.Tensor, teacher_steps: int, steps: int, num_train_timesteps: int, discrete: bool = True
-) -> torch.Tensor:
-    """Teacher times [K + 1, B] inside student steps `numbers` [B]: whole ones in 0 … N − 1 lie on the student's grid.
+) -> Span:
+    """The student's steps `numbers` [B]: whole ones in 0 … N − 1 are those of its sampler (`sampler_steps`).
 
-    In continuous time (`discrete` false) numbers are real in [0, N − 1] and the times are not rounded.
+    Student and teacher step as they are drawn: a student that lands where the span's teacher does, by its own
+    sampler's step, draws in N steps what the teacher draws in K N, whatever the two grids' rounding. Where a time of
+    both falls halfway, diffusers may round it to neighbours (16 steps of 48: 937, 936): then the teacher is told the
+    student's. In continuous time (`discrete` false) numbers are real in [0, N − 1] and nothing is rounded.
     """
     ratio = step_ratio(teacher_steps, steps)
     if discrete:
-        grid = timesteps(teacher_steps, num_train_timesteps)
-        return torch.stack([grid[numbers.long() * ratio + k] for k in range(ratio + 1)])
-    begins = num_train_timesteps * (1 - numbers.double() / steps) - 1
+        student, teacher = (sampler_steps(count, num_train_timesteps) for count in (steps, teacher_steps))
+        numbers = numbers.long()
+        rows = numbers[None] * ratio + torch.arange(ratio)[:, None]
+        begins, ends = teacher.begins[rows], teacher.ends[rows]
+        begins[0] = student.begins[numbers]
+        ends[0] = (begins[0] - num_train_timesteps // teacher_steps).clamp(min=-1.0)
+        return Span(begins, ends, student.ends[numbers])
+    first = num_train_timesteps * (1 - numbers.double() / steps) - 1
     offsets = torch.arange(ratio + 1, dtype=torch.float64) * (num_train_timesteps / teacher_steps)
-    return (begins[None] - offsets[:, None]).clamp(min=-1.0)
+    times = (first[None] - offsets[:, None]).clamp(min=-1.0)
+    return Span(times[:-1], times[1:], times[-1])
+
+
+def check_falling(schedule: NoiseSchedule, begins: torch.Tensor, ends: torch.Tensor, what: str) -> None:
+    """Raises PocketfusionError, of `what`, if a jump from `begins` to `ends` has no less noise where it ends."""
+    if not bool((schedule.angle(ends) < schedule.angle(begins)).all()):
+        raise PocketfusionError(f"{what} are finer than the noise schedule: choose fewer, such as 32")

@@ -68,14 +68,33 @@ def step_objective(probability: float, low: float, high: float) -> StepObjective
     return guided if probability == 1 else Mixed(probability, guided)
 
 
-def distillation_loss(v: torch.Tensor, target: torch.Tensor, at: Level) -> torch.Tensor:
-    """Mean over samples of max(α², σ²) |v − ṽ|², scalar in fp32: eq. 8's max(SNR, 1) |x̂ − x̃|² written in v."""
-    error = (v.float() - target).square().flatten(1).mean(1)
-    return (truncated_snr_in_v(at).flatten() * error).mean()
+def distillation_loss(
+    v: torch.Tensor, target: torch.Tensor, at: Level, guidance_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean over samples of max(α², σ²) |v − ṽ|², scalar in fp32: eq. 8's max(SNR, 1) |x̂ − x̃|² written in v.
+
+    With `guidance_scale` [B] each sample's is divided by w² + (w − 1)², by which guidance multiplies the variance of
+    independent errors of its two branches: ours, not the paper's. Unguided samples (w = 1) stay as they are.
+    """
+    error = truncated_snr_in_v(at).flatten() * (v.float() - target).square().flatten(1).mean(1)
+    if guidance_scale is not None:
+        w = guidance_scale.to(error.device).float()
+        error = error / (w.square() + (w - 1).square())
+    return error.mean()
+
+
+def evenly_shared(total: int, share: float) -> torch.Tensor:
+    """Which of a batch's samples are a `share` of it, spread evenly and at least one: bool [total]."""
+    position = torch.arange(total)
+    chosen = ((position + 1) * share).floor() > (position * share).floor()
+    chosen[0] |= not bool(chosen.any())
+    return chosen
 
 
 def dynamic_scale(distilled: torch.Tensor, original: torch.Tensor) -> float:
     """What L_ori is multiplied by, before γ, to be of L_dstl's size; a constant for the gradient.
+
+    Both are means over the whole step's batch, whatever the parts that it is done in.
 
     SnapFusion section 4.2 and appendix C: without it, L_ori outweighs a distillation loss that shrinks.
     """

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffusers import DDIMScheduler
+
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.distill.compatible import check_teacher
 from pocketfusion.distill.ddim import step_ratio
-from pocketfusion.distill.steps import StepTask, identity_settings
+from pocketfusion.distill.steps import StepTask, targets_depend_on
 from pocketfusion.distill.targets import TargetCache
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash
@@ -69,10 +71,16 @@ def distill_steps(
             "a folder with folded guidance knows one scale, so it cannot be distilled over a range: set "
             f"guidance_probability {settings.guidance_probability:g} to 0"
         )
+    if settings.guidance_normalised and sampling.guidance != "classifier-free":
+        raise PocketfusionError(
+            f"{folder} has {sampling.guidance} guidance, whose errors no scale multiplies: set guidance_normalised "
+            "to false"
+        )
     shared = None
     if targets is not None:
+        table = DDIMScheduler(**recipe.teacher.scheduler).config.num_train_timesteps
         depends = {"teacher": parents["teacher"], "data": made_by["data"], "seed": settings.train.seed}
-        depends |= {"batch": settings.train.batch_size, "settings": identity_settings(settings)}
+        depends |= {"batch": settings.train.batch_size, "settings": targets_depend_on(settings, table)}
         depends |= {key: made_by["settings"][key] for key in ("data", "text", "objective")}
         shared = TargetCache(targets, {"of": depends})
     task = StepTask(recipe, settings, data, student, taught_by.unet, (guided_by, sampling), shared)

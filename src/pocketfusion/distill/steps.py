@@ -14,17 +14,20 @@ from torch import nn
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.distill.ddim import (
     NoiseSchedule,
+    Span,
     add_noise,
+    check_falling,
     rollout,
+    sampler_steps,
     spans,
     step_ratio,
     v_of,
     v_target,
 )
-from pocketfusion.distill.objectives import distillation_loss, dynamic_scale, step_objective
+from pocketfusion.distill.objectives import distillation_loss, dynamic_scale, evenly_shared, step_objective
 from pocketfusion.distill.targets import TargetCache
 from pocketfusion.models.elastic_unet import ElasticUNet
-from pocketfusion.models.guidance import guidance_of, guided_prediction
+from pocketfusion.models.guidance import guidance_of, guided_prediction, guided_predictor, remembered_text
 from pocketfusion.models.sampling import Guidance, Sampling
 from pocketfusion.processes import mean_over_processes
 from pocketfusion.recipe import Recipe, StepDistillSettings
@@ -35,10 +38,10 @@ from pocketfusion.train.teacher import TeacherTask
 
 
 class Distilled(NamedTuple):
-    """A batch on the device: z_t and times [K + 1, B] of its student steps, caption states, w [B], targets ṽ."""
+    """A batch on the device: z_t and span of its student steps, caption states, w [B], targets ṽ."""
 
     z_t: torch.Tensor
-    times: torch.Tensor
+    span: Span
     states: torch.Tensor
     scale: torch.Tensor
     target: torch.Tensor
@@ -65,10 +68,13 @@ class StepTask(TeacherTask):
         self.schedule = NoiseSchedule(self.scheduler)
         guided_by, self.sampling = sampling
         step_ratio(settings.teacher_steps, settings.steps)
+        drawn = sampler_steps(settings.steps, self.scheduler.config.num_train_timesteps, settings.grid == "discrete")
+        check_falling(self.schedule, drawn.begins, drawn.ends, f"{settings.steps} steps")
         self.guided = step_objective(settings.guidance_probability, *settings.guidance_range)
         # a model whose guidance is inside it has one branch: its w only chooses what it is asked for
         self.guidance: Guidance = guidance_of(student.unet, self.sampling.guidance)
         self.teacher_guidance: Guidance = guidance_of(teacher, guided_by.guidance)
+        self._made: dict[tuple[int, int], torch.Tensor] = {}  # targets of a step's first pass, for its second
 
     def to(self, device: torch.device) -> None:
         """Moves the teacher too."""
@@ -80,100 +86,114 @@ class StepTask(TeacherTask):
         """The teacher's networks run in fp32 unless the recipe says bf16; the algebra always is fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.distill.teacher_precision == "bf16")
 
-    def spans(self, batch: Batch) -> torch.Tensor:
-        """Times [K + 1, B] of random student steps of the grid, or of continuous time."""
+    def spans(self, batch: Batch) -> Span:
+        """Random student steps of the grid, or of continuous time."""
         discrete, steps = self.distill.grid == "discrete", self.distill.steps
         u = batch.rand()
         numbers = (u * steps).floor().clamp(max=steps - 1) if discrete else u * (steps - 1)
         return spans(numbers, self.distill.teacher_steps, steps, self.scheduler.config.num_train_timesteps, discrete)
 
     @torch.no_grad()
-    def target(
-        self, z_t: torch.Tensor, times: torch.Tensor, states: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
-        """ṽ: where K guided teacher steps from z_t end, as the v of one step that ends there."""
-
-        def predict(z: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-            return guided_prediction(
-                self.teacher, z, now.float().to(z.device), states, self.null.to(z.device), scale, self.teacher_guidance
-            )
-
-        with self._precise():
-            z_end = rollout(predict, z_t, times, self.schedule)
-        return v_target(z_t, z_end, self.schedule.at(times[0], z_t), self.schedule.at(times[-1], z_t))
+    def target(self, z_t: torch.Tensor, span: Span, states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """ṽ: where K guided teacher steps from z_t end, as the v of the one student step that lands there."""
+        guided = guided_predictor(self.teacher, states, self.null.to(z_t.device), scale, self.teacher_guidance)
+        with self._precise(), remembered_text(self.teacher):
+            z_end = rollout(lambda z, now: guided(z, now.float()), z_t, span.begins, span.ends, self.schedule)
+        return v_target(z_t, z_end, self.schedule.at(span.begins[0], z_t), self.schedule.at(span.end, z_t))
 
     def distilled(self, batch: Batch) -> tuple[Distilled, torch.Tensor]:
         """The batch with its targets, and its clean latents x."""
         x, states = self.clean(batch)
-        times, scale, noise = self.spans(batch), self.guided.guidance_scale(batch), batch.randn(*x.shape[1:])
-        z_t = add_noise(x, noise, self.schedule.at(times[0], x))
+        span, scale, noise = self.spans(batch), self.guided.guidance_scale(batch), batch.randn(*x.shape[1:])
+        z_t = add_noise(x, noise, self.schedule.at(span.begins[0], x))
         x, z_t, states, scale = (value.to(self.device) for value in (x, z_t, states, scale))
-        make = partial(self.target, z_t, times, states, scale)
-        target = (self.targets.get(batch, make) if self.targets else make()).to(self.device)
-        return Distilled(z_t, times, states, scale, target), x
+        target = self._made.pop((batch.step, batch.start), None)
+        if target is None:
+            make = partial(self.target, z_t, span, states, scale)
+            target = (self.targets.get(batch, make) if self.targets else make()).to(self.device)
+        return Distilled(z_t, span, states, scale, target), x
 
     def student(self, model: nn.Module, made: Distilled) -> torch.Tensor:
         """The student's guided v [B, C, h, w], fp32."""
-        now = made.times[0].float().to(self.device)
+        now = made.span.begins[0].float().to(self.device)
         return guided_prediction(model, made.z_t, now, made.states, self.null, made.scale, self.guidance)  # type: ignore[arg-type]
 
     def original(self, model: nn.Module, x: torch.Tensor, states: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """L_ori = |v_η(z_t) − v|² at t ~ U[0, T), unguided, on an `original_share` of the global batch."""
-        # spread evenly, so that every process has its share
-        position = torch.arange(batch.start, batch.start + len(x))
-        share = self.distill.original_share
-        part = (((position + 1) * share).floor() > (position * share).floor()).to(x.device)
+        """L_ori = |v_η(z_t) − v|² at t ~ U[0, T), unguided, on an `original_share` of the global batch.
+
+        The mean of it over equal parts of a batch is that of the whole, also where parts have unequal shares.
+        """
+        chosen = evenly_shared(batch.total, self.distill.original_share)
+        weights = chosen[batch.start : batch.start + len(x)] * (batch.total / chosen.sum())
         times = batch.rand() * (self.scheduler.config.num_train_timesteps - 1)
         noise = batch.randn(*x.shape[1:]).to(self.device)
-        if not bool(part.any()):
-            part = torch.ones_like(part)
-        x, noise, states, times = x[part], noise[part], states[part], times[part.cpu()]
+        rows = weights.nonzero()[:, 0] if bool(weights.any()) else torch.arange(1)  # all processes call the network
+        here = rows.to(self.device)
+        count, x, noise, states, times = len(x), x[here], noise[here], states[here], times[rows]
         at, ones = self.schedule.at(times, x), torch.ones(len(x))
         z_t, given = add_noise(x, noise, at), times.to(self.device)
         v = guided_prediction(model, z_t, given, states, self.null, ones, self.guidance)  # type: ignore[arg-type]
-        return (v - v_of(x, noise, at)).square().mean()
+        error = (v - v_of(x, noise, at)).square().flatten(1).mean(1)
+        return (error * weights[rows].to(self.device)).sum() / count
+
+    def _distilled_loss(self, model: nn.Module, made: Distilled) -> torch.Tensor:
+        at = self.schedule.at(made.span.begins[0], made.z_t)
+        normalised = made.scale if self.distill.guidance_normalised else None
+        return distillation_loss(self.student(model, made), made.target, at, normalised)
+
+    def means(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """L_dstl and L_ori, [2], which dynamic scaling compares over the whole step."""
+        if not (self.distill.original_weight and self.distill.dynamic_scaling):
+            return None
+        made, x = self.distilled(batch)
+        found = torch.stack([self._distilled_loss(model, made), self.original(model, x, made.states, batch)])
+        self._made[batch.step, batch.start] = made.target
+        return found
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        """Logs L_dstl and L_ori unweighted."""
+        """Logs L_dstl as it is trained and L_ori, unweighted."""
         made, x = self.distilled(batch)
-        at = self.schedule.at(made.times[0], made.z_t)
-        distilled = distillation_loss(self.student(model, made), made.target, at)
+        distilled = self._distilled_loss(model, made)
         logged = {"distilled": distilled.item()}
         if not self.distill.original_weight:
             return distilled, logged
         original = self.original(model, x, made.states, batch)
         scale = 1.0
-        if self.distill.dynamic_scaling:  # of the whole batch's losses, whatever this process's part of it
-            means = mean_over_processes(torch.stack([distilled.detach(), original.detach()]))
+        if self.distill.dynamic_scaling:
+            means = batch.means
+            if means is None:  # this part is all that this process has of the step
+                means = mean_over_processes(torch.stack([distilled.detach(), original.detach()]))
             scale = dynamic_scale(means[0], means[1])
         loss = distilled + self.distill.original_weight * scale * original
         return loss, logged | {"original": original.item()}
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """L_vani and L_cfg at the middle of the range, on held-out pairs at fixed noise and every step of the grid."""
+        """L_vani and L_cfg at the middle of the range, on held-out pairs at fixed noise and every step of the grid.
+
+        Both in the paper's form, whether training normalises by guidance or not, so that runs can be compared.
+        """
         x, noise, states = self.held_out_pairs()
         steps, table = self.distill.steps, self.scheduler.config.num_train_timesteps
 
         def losses(rows: torch.Tensor) -> torch.Tensor:
-            times = spans(rows % steps, self.distill.teacher_steps, steps, table)
-            z_t = add_noise(x[rows], noise[rows], self.schedule.at(times[0], x)).to(self.device)
+            span = spans(rows % steps, self.distill.teacher_steps, steps, table)
+            z_t = add_noise(x[rows], noise[rows], self.schedule.at(span.begins[0], x)).to(self.device)
             given, found = states[rows].to(self.device), []
             for w in (1.0, float(np.mean(self.distill.guidance_range))):
                 scale = torch.full((len(rows),), w, device=self.device)
-                made = Distilled(z_t, times, given, scale, self.target(z_t, times, given, scale))
-                found.append(
-                    distillation_loss(self.student(model, made), made.target, self.schedule.at(times[0], z_t))
-                )
+                made = Distilled(z_t, span, given, scale, self.target(z_t, span, given, scale))
+                at = self.schedule.at(span.begins[0], z_t)
+                found.append(distillation_loss(self.student(model, made), made.target, at))
             return torch.stack(found)
 
         vanilla, guided = shared(len(x), 2, losses).mean(0).tolist()
         return {"val_vanilla": vanilla, "val_guided": guided}
 
 
-def identity_settings(settings: StepDistillSettings) -> dict[str, Any]:
-    """What targets depend on."""
-    return settings.model_dump(
-        mode="json",
-        include={"steps", "teacher_steps", "guidance_probability", "guidance_range", "grid", "teacher_precision"},
-    )
+def targets_depend_on(settings: StepDistillSettings, num_train_timesteps: int) -> dict[str, Any]:
+    """What shared targets depend on: settings, and the times of every student step."""
+    discrete = settings.grid == "discrete"
+    times = spans(torch.arange(settings.steps), settings.teacher_steps, settings.steps, num_train_timesteps, discrete)
+    named = {"steps", "teacher_steps", "guidance_probability", "guidance_range", "grid", "teacher_precision"}
+    return settings.model_dump(mode="json", include=named) | {"times": [value.tolist() for value in times]}

@@ -1,12 +1,13 @@
 """SnapFusion's Algorithm 1 (arXiv 2306.00980): rank the blocks, change a group of them, train, and again.
 
-The paper gives neither group size, number of rounds nor stopping rule; those here are ours (docs/efficient-unet.md).
+The paper gives neither group size, number of rounds nor stopping rule; those here are ours, and so are the actions
+beside removing and copying blocks (docs/efficient-unet.md).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.evolve.actions import Action, ActionKind, apply_all, copies, reductions
 from pocketfusion.evolve.ledger import Ledger
 from pocketfusion.evolve.values import (
@@ -43,6 +45,7 @@ class Tools:
 
     scorer: Scorer
     latency: Latency
+    config: Mapping[str, Any]  #: of the base: which actions its shapes allow
     rebuild: Callable[[Any, Architecture], Any]  #: the network with another architecture; the given one is untouched
     train: Callable[[Any, int], Any]  #: robust training after round n; goes on from its own checkpoints if killed
     save: Callable[[Any, Path], None]  #: writes the folder atomically
@@ -50,7 +53,7 @@ class Tools:
 
 
 class Settings(BaseModel):
-    """Budget in ms of one guided step; most rounds; actions a round; kinds of action."""
+    """Budget in ms of one guided step; most rounds; most actions a round; kinds of action."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -124,14 +127,23 @@ class Search:
         return found
 
     def train(self, number: int, network: Any) -> Any:
-        """The network after the round's robust training, from disk if that is done."""
+        """The network after the round's robust training, from disk if that is done.
+
+        Raises PocketfusionError if what is there is of other actions: an older version's search chose otherwise.
+        """
         assert self.ledger.run is not None
         folder = self.ledger.run / f"round-{number + 1:02}"
         if not folder.is_dir():
             if time.monotonic() > self.deadline:
                 raise OutOfTime
             self.tools.save(self.tools.train(network, number), folder)
-        return self.tools.load(folder)
+        trained = self.tools.load(folder)
+        if trained.architecture != network.architecture:
+            raise PocketfusionError(
+                f"{folder} is of other actions than round {number + 1} takes: delete {self.ledger.run} or give "
+                "another --run"
+            )
+        return trained
 
 
 def evolve(search: Search, start: Any, settings: Settings) -> Outcome:
@@ -161,8 +173,9 @@ def evolve(search: Search, start: Any, settings: Settings) -> Outcome:
         if reason:
             return Outcome(network, [*rounds, here], reason)
         if over:
-            values = search.values(number, network, reductions(network.architecture, kinds))
-            taken = choose_reductions(ranking(values), network.architecture, latency, budget, settings.group)
+            config, architecture = search.tools.config, network.architecture
+            values = search.values(number, network, reductions(architecture, kinds, config))
+            taken = choose_reductions(ranking(values), architecture, config, latency, budget, settings.group)
         else:
             removals = [Action(kind="remove", block=block) for block in fitting]
             values = search.values(number, network, removals)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evolve.actions import reductions
+from pocketfusion.evolve.actions import applied, reductions
 from pocketfusion.evolve.values import Latency
 from pocketfusion.models.architecture import Architecture
 
@@ -24,21 +24,23 @@ def budget_in_ms(ms: float | None, ratio: float | None, config: Mapping[str, Any
     return value if ratio is None else value * latency(Architecture.stock(config))
 
 
-def smallest(architecture: Architecture, kinds: Collection[str], latency: Latency) -> Architecture:
+def smallest(
+    architecture: Architecture, kinds: Collection[str], config: Mapping[str, Any], latency: Latency
+) -> Architecture:
     """What is left when every action of `kinds` that saves time is taken, removals first."""
     now, changed = latency(architecture), True
     while changed:
         changed = False
-        for action in reductions(architecture, kinds):
-            if action.block not in architecture.names():
-                continue
-            after = action.apply(architecture)
-            if (then := latency(after)) < now:
+        for action in reductions(architecture, kinds, config):
+            after = applied([action], architecture, config)
+            if after is not None and (then := latency(after)) < now:
                 architecture, now, changed = after, then, True
     return architecture
 
 
-def check_reachable(budget_ms: float, architecture: Architecture, kinds: Collection[str], latency: Latency) -> None:
+def check_reachable(
+    budget_ms: float, architecture: Architecture, kinds: Collection[str], config: Mapping[str, Any], latency: Latency
+) -> None:
     """Raises PocketfusionError if no set of actions of `kinds` meets the budget, or if there is nothing to do."""
     now = latency(architecture)
     if now <= budget_ms:
@@ -48,7 +50,7 @@ def check_reachable(budget_ms: float, architecture: Architecture, kinds: Collect
                 f"{budget_ms:.4g} ms; lower the budget"
             )
         return
-    least = latency(smallest(architecture, kinds, latency))
+    least = latency(smallest(architecture, kinds, config, latency))
     if least > budget_ms:
         raise PocketfusionError(
             f"the budget of {budget_ms:.4g} ms is below what these actions can reach, {least:.4g} ms "

@@ -23,8 +23,14 @@ def frontier_points(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
         taken = [value["action"] for value in entry["taken"]]
         removed = sum(action["kind"] == "remove" for action in taken)
         copied = sum(action["kind"] == "duplicate" for action in taken)
-        thinned = len(taken) - removed - copied
-        counts = ((f"-{removed}", removed), (f"{thinned} thinner", thinned), (f"+{copied}", copied))
+        dropped = sum(action["kind"] == "drop" for action in taken)
+        thinned = len(taken) - removed - copied - dropped
+        counts = (
+            (f"-{removed}", removed),
+            (f"{dropped} dropped", dropped),
+            (f"{thinned} thinner", thinned),
+            (f"+{copied}", copied),
+        )
         label = ", ".join(text for text, count in counts if count)
     return points
 

@@ -39,9 +39,10 @@ def rank_folder(
     """
     opened = Opened(inputs)
     ledger = Ledger(run, opened.identity({"dry_run": True}))
-    tools = Tools(opened.scorer, opened.latency, with_architecture, _no_training, _save, load_elastic)
+    config = opened.unet.config
+    tools = Tools(opened.scorer, opened.latency, config, with_architecture, _no_training, _save, load_elastic)
     search = Search(tools, ledger, deadline, progress)
-    actions = reductions(opened.unet.architecture, kinds)
+    actions = reductions(opened.unet.architecture, kinds, config)
     values = search.values(0, opened.unet, actions)
     score, error = mean_and_error(search.scores(0, opened.unet))
     return {
@@ -96,10 +97,11 @@ def evolve_folder(
     identity = opened.identity({**asked, "rounds": rounds})
     if (finished := finished_result(stage, identity)) is not None:
         return finished
-    check_reachable(budget, opened.unet.architecture, kinds, opened.latency)
+    config = opened.unet.config
+    check_reachable(budget, opened.unet.architecture, kinds, config, opened.latency)
     ledger = Ledger(stage.run, begun)
     train = _no_training if train_steps == 0 else _robust_training(opened, stage.run, train_steps, cache)
-    tools = Tools(opened.scorer, opened.latency, with_architecture, train, _save, load_elastic)
+    tools = Tools(opened.scorer, opened.latency, config, with_architecture, train, _save, load_elastic)
     outcome = evolve(Search(tools, ledger, deadline, progress), opened.unet, settings)
     before = read_provenance(inputs.folder)
     trained = sum(bool(entry.taken) for entry in outcome.rounds) * train_steps * _batch_size(inputs.recipe)

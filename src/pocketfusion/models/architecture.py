@@ -212,6 +212,24 @@ class Architecture(_Value):
             raise PocketfusionError(f"{stage} has no layer {index}")
         return Architecture(stages={**self.stages, stage: content.model_copy(update={"layers": kept})})
 
+    def drop_stage(self, stage: str) -> Architecture:
+        """Without any layer of that stage, their blocks and their skips; a sampler stays."""
+        return Architecture(stages={**self.stages, stage: self.stages[stage].model_copy(update={"layers": ()})})
+
+    @property
+    def depth(self) -> int:
+        """The innermost level that the network still goes down to; 0 is the latents' resolution."""
+        return sum(stage.sampler for name, stage in self.stages.items() if name.startswith("down"))
+
+    def drop_level(self, level: int) -> Architecture:
+        """Without that level, the innermost: its down and up stage, the mid block and the samplers that lead there."""
+        if level != self.depth or not level:
+            raise PocketfusionError(f"level {level} cannot be dropped: the innermost is {self.depth}, and 0 stays")
+        outermost = sum(name.startswith("down") for name in self.stages) - 1
+        down, up = f"down_blocks.{level}", f"up_blocks.{outermost - level}"
+        smaller = self.drop_stage(MID).drop_stage(down).drop_stage(up)
+        return smaller.drop_sampler(f"down_blocks.{level - 1}").drop_sampler(up)
+
     def drop_sampler(self, stage: str) -> Architecture:
         """That stage keeps its resolution at its end, and so gives (down) or changes nothing there."""
         return Architecture(stages={**self.stages, stage: self.stages[stage].model_copy(update={"sampler": False})})

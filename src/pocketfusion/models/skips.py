@@ -117,6 +117,15 @@ def check_architecture(architecture: Architecture, config: Mapping[str, Any]) ->
         )
 
 
+def is_sound(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Whether `check_architecture` finds nothing."""
+    try:
+        check_architecture(architecture, config)
+    except PocketfusionError:
+        return False
+    return True
+
+
 def _take(skips: list[Skip], where: str, shape: Shape) -> None:
     if not skips:
         raise PocketfusionError(f"{where} finds no skip left: drop it too, or keep the down layer that gave its skip")

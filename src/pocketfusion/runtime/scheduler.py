@@ -11,6 +11,13 @@ from pocketfusion.runtime.manifest import SchedulerSpec
 Array = npt.NDArray[np.float32]
 
 
+def trailing_timesteps(num_inference_steps: int, num_train_timesteps: int) -> npt.NDArray[np.int64]:
+    """T − k T/N − 1 for k = 0 … N − 1, rounded: [num_inference_steps] int64, falling from T − 1."""
+    # arange, as diffusers has it: its own rounding decides where a timestep falls halfway (48 steps: 937.5)
+    falling = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_inference_steps)[:num_inference_steps]
+    return np.round(falling).astype(np.int64) - 1
+
+
 class DDIMScheduler:
     """Deterministic DDIM steps for epsilon- and v-prediction (v: Salimans & Ho, arXiv 2202.00512, appendix D).
 
@@ -43,9 +50,7 @@ class DDIMScheduler:
             timesteps = np.arange(num_inference_steps)[::-1] * (n // num_inference_steps)
             self.timesteps = timesteps + min(self.spec.steps_offset, n - 1 - int(timesteps[0]))
         else:
-            # arange, as diffusers has it: its own rounding decides where a timestep falls halfway (48 steps: 937.5)
-            falling = np.arange(n, 0, -n / num_inference_steps)[:num_inference_steps]
-            self.timesteps = np.round(falling).astype(np.int64) - 1
+            self.timesteps = trailing_timesteps(num_inference_steps, n)
         return self.timesteps
 
     def coefficients(self, timestep: int) -> tuple[float, float]:

@@ -24,6 +24,7 @@ class Batch:
     total: int  #: samples in the global batch
     step: int  #: from 0
     generator: torch.Generator = field(repr=False)
+    means: torch.Tensor | None = None  #: `Task.means` of the whole step, where this process does it in several parts
 
     def _part(self, values: torch.Tensor) -> torch.Tensor:
         return values[self.start : self.start + len(self.indices)]

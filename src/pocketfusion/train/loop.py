@@ -17,7 +17,7 @@ from torch import nn
 
 from pocketfusion.artefact import write_json
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.processes import lost_processes_are_told
+from pocketfusion.processes import lost_processes_are_told, mean_over_processes
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -28,7 +28,9 @@ from pocketfusion.train.log import TrainLog
 class Task(Protocol):
     """What a stage gives to the loop.
 
-    A task whose loss leaves some parameters without a gradient also has `unused_parameters = True`.
+    A task whose loss leaves some parameters without a gradient also has `unused_parameters = True`. One whose loss is
+    no mean over samples, but depends on means over the whole step (as a ratio of two losses does), also has
+    `means(model, batch)`: these means of a part, 1-d, or None if its settings need none. See `means_of_step`.
     """
 
     plan: BatchPlan
@@ -162,8 +164,12 @@ def train(
                 group["lr"] = learning_rate_at(step, settings)
             loss_sum, gradient_norm = 0.0, math.nan
             logged: dict[str, float] = {}
-            for micro in range(settings.gradient_accumulation):
-                batch = task.plan.part(step, micro * accelerator.num_processes + accelerator.process_index, parts)
+            own = range(accelerator.process_index, parts, accelerator.num_processes)
+            with accelerator.autocast():
+                means = means_of_step(task, model, step, own, parts)
+            for part in own:
+                batch = task.plan.part(step, part, parts)
+                batch.means = means
                 with accelerator.accumulate(model):
                     with accelerator.autocast():
                         loss, logged = task.loss(model, batch)
@@ -205,6 +211,21 @@ def train(
     raw.eval()
     finished, samples = step >= settings.steps, step * settings.batch_size
     return TrainResult(raw, step, samples, log.seconds, finished, figures, log.skipped)
+
+
+@torch.no_grad()
+def means_of_step(task: Task, model: nn.Module, step: int, own: Sequence[int], parts: int) -> torch.Tensor | None:
+    """`Task.means` over all parts of a step, of which `own` are this process's; None where the loss needs none.
+
+    Where the step is one part a process the loss has its part's means already and `mean_over_processes` is enough, so
+    this gives None. With accumulation it is a first pass over the parts without gradients: their gradients are then
+    those of the whole batch at once, exactly, at the price of one more forward pass (a value of the step before would
+    be free and not equal; the graphs of all parts at once are the memory that accumulation is to save).
+    """
+    if len(own) == 1 or not hasattr(task, "means"):
+        return None
+    found = [task.means(model, task.plan.part(step, part, parts)) for part in own]
+    return None if found[0] is None else mean_over_processes(torch.stack(found).mean(0))
 
 
 def begin_run(run: Path, fingerprint: dict, accelerator: Accelerator) -> None:

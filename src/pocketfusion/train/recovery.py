@@ -38,14 +38,20 @@ class StageFeatures:
 
 
 def feature_loss(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over stages of the squared error relative to the teacher's mean square, scalar in fp32.
+    """Mean over stages and samples of the squared error relative to the teacher's mean square, scalar in fp32.
 
     BK-SDM sums the plain squared errors; ours are relative, because a stage's magnitude depends on the model (at
-    emoji64 the stages differ a hundredfold) and would else decide which stage is learned. Stages whose shapes differ
+    emoji64 the stages differ a hundredfold) and would else decide which stage is learned. Relative for each sample,
+    so that the loss is a mean over samples and a batch in parts trains as the whole does. Stages whose shapes differ
     (a dropped sampler) are left out.
     """
-    pairs = [(s.float(), t.float()) for s, t in zip(student, teacher, strict=True) if s.shape == t.shape]
-    return torch.stack([F.mse_loss(s, t) / t.square().mean().clamp(min=1e-8) for s, t in pairs]).mean()
+    pairs = [
+        (s.float().flatten(1), t.float().flatten(1))
+        for s, t in zip(student, teacher, strict=True)
+        if s.shape == t.shape
+    ]
+    errors = [(s - t).square().mean(1) / t.square().mean(1).clamp(min=1e-8) for s, t in pairs]
+    return torch.stack([error.mean() for error in errors]).mean()
 
 
 class RecoveryTask(TeacherTask):
