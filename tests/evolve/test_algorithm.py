@@ -8,6 +8,7 @@ from search_world import CONFIG, STOCK, Network, World
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evolve.algorithm import OutOfTime, Search, Settings, evolve
 from pocketfusion.evolve.budget import budget_in_ms, check_reachable, smallest
+from pocketfusion.evolve.figures import frontier_points
 from pocketfusion.evolve.ledger import Ledger
 
 A, B, C = "down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0"
@@ -68,6 +69,8 @@ def test_a_level_without_worth_goes_whole_with_its_samplers(tmp_path):
     outcome = run(world, tmp_path / "run", settings(19.0, group=4, kinds=("remove", "drop")))
     assert taken(outcome)[0] == ["drop:down_blocks.1"] and len(outcome.rounds) == 2
     assert outcome.rounds[1].latency_ms == 28 - 8 - 2 * 0.5
+    points = frontier_points([entry.model_dump(mode="json") for entry in outcome.rounds])
+    assert [point["actions"] for point in points] == ["start", "1 dropped"]
     assert outcome.network.architecture.depth == 0 and outcome.rounds[1].score == outcome.rounds[0].score
     # the outer level's layers are a pair, and then the up stage has one layer of two blocks left, for conv_in's skip
     assert world.latency(smallest(STOCK, ["drop"], CONFIG, world.latency)) == 19 - 5 - 3

@@ -12,7 +12,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.evolve.budget import check_reachable
 from pocketfusion.evolve.values import Latency
 from pocketfusion.models.architecture import MID, Architecture
-from pocketfusion.models.skips import is_sound
+from pocketfusion.models.skips import check_architecture
 
 METHODS = ("bk-sdm", "random")
 _PATIENT = 12  #: blocks of a step whose subsets are all tried
@@ -89,7 +89,9 @@ def _steps(config: Mapping[str, Any], stock: Architecture) -> Iterator[tuple[str
     steps += [("mid block", without_mid), ("innermost stage", without_innermost)]
     now = stock
     for name, change in steps:
-        if not is_sound(change(now), config):
+        try:
+            check_architecture(change(now), config)
+        except PocketfusionError:
             continue
         now = change(now)
         yield name, change

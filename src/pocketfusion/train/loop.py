@@ -165,7 +165,7 @@ def train(
             loss_sum, gradient_norm = 0.0, math.nan
             logged: dict[str, float] = {}
             own = range(accelerator.process_index, parts, accelerator.num_processes)
-            with accelerator.autocast():
+            with accelerator.autocast():  # one of its own: the casts that it keeps have no gradients
                 means = means_of_step(task, model, step, own, parts)
             for part in own:
                 batch = task.plan.part(step, part, parts)
