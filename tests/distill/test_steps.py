@@ -100,7 +100,7 @@ def test_a_student_that_is_exact_has_no_loss_and_learning_lowers_it(task):
     batch, _ = made.distilled(part)
     found = made.validate(made.model)
     assert found["val_vanilla"] > 0 and found["val_guided"] > 0
-    optimizer = torch.optim.Adam(made.model.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(made.model.parameters(), lr=1e-3)
     losses = []
     for _ in range(8):
         loss, logged = made.loss(made.model, made.plan.part(0, 0, 1))
