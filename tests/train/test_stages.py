@@ -97,11 +97,12 @@ def test_the_base_loads_in_stock_diffusers_and_draws_what_our_sampler_draws(trai
 def test_guidance_one_runs_the_conditional_branch_alone():
     calls = []
 
-    def unet(sample, timestep, states):
-        calls.append(len(sample))
-        return type("Output", (), {"sample": sample * 0})
+    class Still(torch.nn.Module):
+        def forward(self, sample, timestep, states):
+            calls.append(len(sample))
+            return type("Output", (), {"sample": sample * 0})
 
-    scheduler = DDIMScheduler()
+    unet, scheduler = Still(), DDIMScheduler()
     states = torch.zeros(2, 4, 8)
     for guidance, batch in ((1.0, 2), (3.0, 4)):
         calls.clear()
