@@ -29,7 +29,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
 
 
-def _text_config(width: int) -> CLIPTextConfig:
+def text_config(width: int) -> CLIPTextConfig:
     tokenizer = clip_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -58,7 +58,7 @@ def save_as_stable_diffusion(tokenizer: CLIPTokenizer, folder: Path) -> None:
 def make_text_encoder(folder: Path, width: int = 32, seed: int = 0) -> Path:
     """`text_encoder/` and `tokenizer/` as a model folder of SD-1.5 has them."""
     torch.manual_seed(seed)
-    CLIPTextModel(_text_config(width)).eval().save_pretrained(folder / "text_encoder")
+    CLIPTextModel(text_config(width)).eval().save_pretrained(folder / "text_encoder")
     save_as_stable_diffusion(clip_tokenizer(), folder / "tokenizer")
     return folder
 
@@ -69,7 +69,7 @@ def make_clip(folder: Path, seed: int = 0) -> Path:
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
-    config = CLIPConfig(text_config=_text_config(16), vision_config=vision, projection_dim=12)
+    config = CLIPConfig(text_config=text_config(16), vision_config=vision, projection_dim=12)
     CLIPModel(config).eval().save_pretrained(folder)
     clip_tokenizer().save_pretrained(folder)
     return folder

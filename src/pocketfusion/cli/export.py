@@ -34,8 +34,10 @@ def export_command(
     rewrites: Annotated[
         str, typer.Option(help="Rewrites beside the target's own: attention,serialise-conv.", show_default=False)
     ] = "",
-    lora: Annotated[Path | None, typer.Option(help="LoRA adapter (safetensors) to merge into the weights.")] = None,
-    lora_scale: Annotated[float, typer.Option(help="How much of the adapter.")] = 1.0,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA adapter (safetensors) to merge, and how much of it: FILE[:SCALE]. Repeatable."),
+    ] = None,
     two_calls: Annotated[
         bool, typer.Option("--two-calls", help="Classifier-free guidance as two calls of batch 1: less memory.")
     ] = False,
@@ -90,8 +92,7 @@ def export_command(
             target=target.value,
             size=None if size is None else _parse_size(size),
             rewrites=_names(rewrites),
-            lora=lora,
-            lora_scale=lora_scale,
+            lora=tuple(_parse_lora(each) for each in lora or ()),
             two_calls=two_calls,
             scheduler_step=scheduler_step,
             decoder_tile=decoder_tile,
@@ -119,6 +120,15 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _parse_lora(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:SCALE`; a file whose own name ends so is meant whole."""
+    file, colon, scale = text.rpartition(":")
+    try:
+        return (Path(text), 1.0) if not colon or Path(text).exists() else (Path(file), float(scale))
+    except ValueError:
+        return Path(text), 1.0
+
+
 def _print(report: ExportReport, console: Console) -> None:
     from rich.table import Table
 
@@ -131,5 +141,7 @@ def _print(report: ExportReport, console: Console) -> None:
         table.add_row(row.name.replace("_", " "), row.weights, *cells, f"{row.sqnr_db:.1f}", delta)
     console.print(table)
     if report.lora_layers_left_out:
-        console.print(f"{report.lora_layers_left_out} layers of the LoRA are not in this model and were left out")
+        console.print(
+            f"{report.lora_layers_left_out} LoRA layers are of blocks that were cut from this model and are left out"
+        )
     console.print(f"{report.bundle}: {report.size / 1e6:.2f} MB; peak memory {report.peak_rss / 1e6:,.0f} MB")

@@ -58,7 +58,7 @@ STAGES = (
 @dataclass(frozen=True)
 class ExportReport:
     """What `export` did: the bundle, its size in bytes, its networks, the process's peak memory in bytes, and how many
-    layers of a LoRA adapter had no place."""
+    layers of LoRA adapters are of blocks that were cut from the model."""
 
     bundle: str
     size: int
@@ -105,7 +105,7 @@ def export(
     stage()
     with quiet():
         pipeline: StablePipeline = load_pipeline(folder)
-    left_out = merge_lora(pipeline, settings.lora, settings.lora_scale) if settings.lora else 0
+    left_out = sum(merge_lora(pipeline, file, scale) for file, scale in settings.lora)
     settings.resize(pipeline)
     plain = wrap(pipeline)
     guidance = guidance_of(pipeline.unet, stated.guidance if stated else None)
@@ -253,9 +253,7 @@ def _file(path: Path, bundle: Path) -> BundleFile:
 
 def _provenance(folder: Path, settings: ExportSettings) -> dict[str, Any]:
     provenance = read_provenance(folder)
-    lora = None
-    if settings.lora is not None:
-        lora = {"file": settings.lora.name, "sha256": sha256_file(settings.lora), "scale": settings.lora_scale}
+    lora = [{"file": file.name, "sha256": sha256_file(file), "scale": scale} for file, scale in settings.lora]
     return (
         {"model_folder": folder_hash(folder)}
         | ({"model": provenance.model_dump()} if provenance else {})

@@ -15,7 +15,7 @@ from pocketfusion.artefact import check_writable_parent, sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash
 from pocketfusion.mobile.inputs import STEPS
-from pocketfusion.mobile.lora import check_lora
+from pocketfusion.mobile.lora_file import check_lora
 from pocketfusion.mobile.pack import FORMS
 from pocketfusion.mobile.rewrites import PASSES
 from pocketfusion.mobile.targets import TARGETS, Target, TargetName
@@ -37,8 +37,8 @@ class ExportSettings:
     each layer's instead. `rewrites`: passes beside the target's own (`mobile.rewrites.PASSES`). `two_calls`:
     classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM step in the UNet's graph.
     `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and width of the pictures in
-    pixels, the folder's where None. `gpu_fp32`: networks that need fp32 on the GPU, for the manifest
-    (`check` says which). `gate_steps`: sampling steps, for each of two prompts, that the gate compares.
+    pixels, the folder's where None. `lora`: adapters to merge, each with its scale. `gpu_fp32`: networks that need
+    fp32 on the GPU, for the manifest (`check` says which). `gate_steps`: sampling steps, for each of two prompts, that the gate compares.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -51,8 +51,7 @@ class ExportSettings:
     scheduler_step: bool = False
     decoder_tile: int | None = None
     size: tuple[int, int] | None = None
-    lora: Path | None = None
-    lora_scale: float = 1.0
+    lora: tuple[tuple[Path, float], ...] = ()
     gate_steps: int = STEPS
     gpu_fp32: tuple[str, ...] = ()
 
@@ -88,8 +87,8 @@ class ExportSettings:
             raise PocketfusionError(
                 f"{out} exists and is not a bundle: it is not replaced, choose another output path"
             )
-        if self.lora is not None:
-            check_lora(self.lora, self.lora_scale)
+        for file, scale in self.lora:
+            check_lora(file, scale)
 
     @property
     def device(self) -> Target:
@@ -147,7 +146,7 @@ class ExportSettings:
     def conversion_key(self, folder: Path, network: str) -> str:
         """Names the converted network: another folder, adapter, form or version gives another key."""
         said = {k: v for k, v in asdict(self).items() if k not in _NOT_IN_THE_GRAPH}
-        said["lora"] = None if self.lora is None else sha256_file(self.lora)
+        said["lora"] = [(sha256_file(file), scale) for file, scale in self.lora]
         made_by = [version(package) for package in ("litert-torch", "torch", "diffusers", "pocketfusion")]
         parts = [folder_hash(folder), network, json.dumps(said, sort_keys=True, default=str), *made_by]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
