@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,25 @@ if TYPE_CHECKING:
 
 PROVENANCE = "provenance.json"
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_NETWORKS = ("unet", "vae", "text_encoder")
+#: What the pipeline's class of another family is called, and what it is.
+_OTHER_PIPELINES = {
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Sana": "SANA",
+    "Flux": "Flux",
+    "PixArt": "PixArt",
+    "XL": "SDXL",
+    "Inpaint": "inpainting",
+    "InstructPix2Pix": "InstructPix2Pix",
+    "Upscale": "upscaling",
+    "Depth2Img": "depth-to-image",
+    "Kandinsky": "Kandinsky",
+}
+#: What a UNet takes beside the latents, by the channels of its input beyond those of its output.
+_OTHER_INPUTS = {5: "inpainting", 4: "InstructPix2Pix", 3: "upscaling", 1: "depth-to-image"}
+_LFS = b"version https://git-lfs"
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+))?\.safetensors")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 #: What of an autoencoder makes the latents, by the names of its weights.
 ENCODER = ("encoder.", "quant_conv.")
 _NO_WEIGHT = ("position_ids",)  # a buffer that some transformers versions save
@@ -94,11 +114,7 @@ def tensors(folder: Path, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[s
     """Names and tensors of a network's safetensors; raises PocketfusionError if it has none or one is damaged."""
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
-    files = [file for file in files if ".fp16." not in file.name] or files  # a variant beside the full weights
-    if not files:
-        raise PocketfusionError(f"{folder} holds no safetensors: convert its weights first")
-    for file in files:
+    for file in weight_files(folder)[0]:
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118  (not a dict)
@@ -108,24 +124,102 @@ def tensors(folder: Path, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[s
             raise PocketfusionError(f"{file} is damaged: restore it from its source") from None
 
 
+def weight_files(folder: Path) -> tuple[list[Path], str | None]:
+    """The safetensors that are a network's weights, and the variant in their names (`fp16`; None: the usual one).
+
+    Of several variants the usual one is taken, then any but the weights without averaging (`non_ema`).
+    Raises PocketfusionError if there are none.
+    """
+    found: dict[str | None, list[Path]] = {}
+    every = sorted(folder.glob("*.safetensors"))
+    for file in every:
+        if match := _WEIGHTS.fullmatch(_SHARD.sub("", file.name)):
+            found.setdefault(match["variant"], []).append(file)
+    if not every:
+        raise PocketfusionError(f"{folder} holds no safetensors: convert its weights first")
+    if not found:
+        return every, None
+    variant = min(found, key=lambda name: (name is not None, name == "non_ema", name != "fp16", name))
+    return found[variant], variant
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; raises PocketfusionError if it is missing or holds none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PocketfusionError(f"{file} cannot be read ({error.strerror}): restore it from its source") from None
+    except (ValueError, RecursionError):
+        raise PocketfusionError(f"{file} is not valid JSON: restore it from its source") from None
+    if not isinstance(value, dict):
+        raise PocketfusionError(f"{file} does not hold a JSON object: restore it from its source")
+    return value
+
+
 def check_folder(path: Path, components: tuple[str, ...] = COMPONENTS) -> None:
-    """Raises PocketfusionError unless `path` is a model folder with `components` and no pickled weights."""
+    """Raises PocketfusionError unless `path` is a model folder of SD's family with `components`, none of it pickled.
+
+    Another family is refused by its name, and so is a file that git-lfs has not fetched.
+    """
+    if path.is_file():
+        raise PocketfusionError(_what_file(path))
     if not path.is_dir():
         raise PocketfusionError(f"there is no model folder at {path}: check the path")
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise PocketfusionError(f"{path} is not a model folder: it has no model_index.json")
-    try:
-        json.loads(index.read_text(encoding="utf-8"))
-    except ValueError:
-        raise PocketfusionError(f"{index} is not valid JSON: restore it from its source") from None
+    if not (path / "model_index.json").is_file():
+        raise PocketfusionError(
+            f"{path} is not a model folder: it has no model_index.json, which names its parts: copy it from "
+            "the model's source"
+        )
+    _check_pipeline(path, read_json(path / "model_index.json"))
     missing = [name for name in components if not (path / name).is_dir()]
     if missing:
         raise PocketfusionError(f"{path} lacks {', '.join(missing)}/: a model folder has {', '.join(components)}")
     for name in components:
+        for file in (path / name).iterdir():
+            if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS):
+                raise PocketfusionError(f"{file} is a git-lfs pointer, not the file itself: run git lfs pull there")
         weights = [p for p in (path / name).iterdir() if p.suffix in _PICKLED]
         if weights and not list((path / name).glob("*.safetensors")):
             raise PocketfusionError(f"{weights[0]} is pickled and is never read: convert it to safetensors first")
+    if "unet" in components and (path / "unet" / "config.json").is_file():
+        config = read_json(path / "unet" / "config.json")
+        taken, given = config.get("in_channels", 4), config.get("out_channels", 4)
+        if taken != given:
+            what = _OTHER_INPUTS.get(taken - given) if isinstance(taken, int) and isinstance(given, int) else None
+            raise PocketfusionError(
+                f"{path} is {f'a model for {what}' if what else 'of another family'}, which is not supported: its "
+                f"UNet takes {taken} channels and gives {given}"
+            )
+
+
+def _check_pipeline(path: Path, index: dict[str, Any]) -> None:
+    """By the pipeline's class and the parts that it lists; raises PocketfusionError with the family's name."""
+    kind = str(index.get("_class_name", ""))
+    family = next((name for mark, name in _OTHER_PIPELINES.items() if mark in kind), None)
+    listed = {name for name, value in index.items() if isinstance(value, list) and any(value)}
+    if "transformer" in listed and "unet" not in listed:
+        why = "its network is a transformer (transformer/), not a UNet"
+    elif "text_encoder_2" in listed:
+        family, why = family or "SDXL", "it has a second text encoder (text_encoder_2/)"
+    elif family:
+        why = f"its pipeline is {kind[:80]!a}"
+    else:
+        return
+    raise PocketfusionError(
+        f"{path} is of {family or 'another family'}, which is not supported: {why}; models of Stable Diffusion 1 and "
+        "2 are"
+    )
+
+
+def _what_file(path: Path) -> str:
+    """Why a file is no model folder."""
+    with path.open("rb") as file:
+        if b"lora" in file.read(1 << 16):
+            return f"{path} is a LoRA adapter, not a model folder: give it to export with --lora"
+    return (
+        f"{path} is a file, not a model folder: make one of a checkpoint with diffusers' "
+        "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
+    )
 
 
 def check_finite(module: nn.Module, name: str) -> None:
@@ -136,34 +230,15 @@ def check_finite(module: nn.Module, name: str) -> None:
 
 
 def load_pipeline(path: Path) -> StableDiffusionPipeline:
-    """Loads a model folder as a stock diffusers pipeline in fp32, checked; a safety checker is left out, there or not.
+    """Loads a model folder as a stock diffusers pipeline in fp32, whole and finite.
 
-    Raises PocketfusionError if it is not a model folder, holds pickled weights, a component does not load, or a
-    weight is NaN.
+    A safety checker is left out, there or not; learnt tokens of several vectors are spelt out by the tokenizer (see
+    `models.learnt_tokens`). Raises PocketfusionError if it is not a model folder of the family, holds pickled weights,
+    a component does not load, lacks a weight, or a weight is NaN.
     """
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    # diffusers finds our classes only once they are imported
-    import pocketfusion.models.elastic_unet
-    import pocketfusion.models.slim_autoencoder  # noqa: F401
+    from pocketfusion.models.loading import assemble
 
     check_folder(path)
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-        )
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PocketfusionError(f"{path} could not be loaded ({reason[:200]})") from None
-    for name in ("unet", "vae", "text_encoder"):
-        check_finite(getattr(pipeline, name), f"{path}/{name}")
+    pipeline = assemble(path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +13,13 @@ from typing import Any, cast
 import numpy as np
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_folder, folder_hash, read_provenance
+from pocketfusion.folder import check_folder, folder_hash, read_json, read_provenance, weight_files
 from pocketfusion.models.sampling import read_sampling
 from pocketfusion.runtime.manifest import MANIFEST, Bundle
 
 _HEADER_LIMIT = 100 << 20  # the format's own limit on its JSON header
+#: The first diffusers' names of an autoencoder's attention.
+_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # floating types; others cannot hold NaN
 
 
@@ -29,6 +31,8 @@ def describe(path: Path, on_stage: Callable[[str], None] = lambda stage: None) -
     """
     if not path.exists():
         raise PocketfusionError(f"there is nothing at {path}: check the path")
+    if path.is_file():
+        check_folder(path)  # says what file it is
     if (path / MANIFEST).is_file():
         return describe_bundle(path)
     if (path / "model_index.json").is_file():
@@ -76,15 +80,16 @@ def describe_model_folder(path: Path, on_stage: Callable[[str], None] = lambda s
     on_stage("reading the weights")
     networks = {name: _weights(path / name) for name in ("text_encoder", "unet", "vae")}
     problems = [problem for network in networks.values() for problem in network.pop("problems")]
-    unet, vae = (_read_json(path / name / "config.json") for name in ("unet", "vae"))
+    unet, vae = (read_json(path / name / "config.json") for name in ("unet", "vae"))
     size = unet.get("sample_size")
     height, width = (size, size) if isinstance(size, int) else size or (None, None)
-    scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     provenance, sampling = _provenance(path), read_sampling(path)
     embeds = unet.get("time_cond_proj_dim") is not None
     factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
     on_stage("counting multiply-adds")
-    macs, note = _multiply_adds(path)
+    macs, note, lacking = _multiply_adds(path)
+    problems += lacking
     on_stage("hashing the files")
     return {
         "kind": "model folder",
@@ -118,7 +123,7 @@ def describe_single_model(path: Path) -> dict[str, Any]:
         "size": _size(path),
         "problems": weights.pop("problems"),
         "networks": {path.resolve().name: weights},
-        "config": _read_json(path / "config.json"),
+        "config": read_json(path / "config.json"),
         "licences": _licence_files(path),
         "provenance": _provenance(path),
     }
@@ -149,17 +154,14 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]
 
 def _weights(folder: Path) -> dict[str, Any]:
     """Class, parameters, dtypes and size of the network in `folder`, and its weights that hold NaN or infinity."""
-    files = sorted(folder.glob("*.safetensors"))
-    files = [file for file in files if ".fp16." not in file.name] or files  # a variant beside the full weights
-    if not files:
-        raise PocketfusionError(f"{folder} holds no safetensors: convert its weights first")
+    files, _ = weight_files(folder)
     parameters, dtypes, problems = 0, set[str](), list[str]()
     for file in files:
         header, start = read_safetensors_header(file)
         parameters += sum(math.prod(tensor["shape"]) for tensor in header.values())
         dtypes |= {tensor["dtype"] for tensor in header.values()}
         problems += [f"{file}: the weight {name} holds NaN or infinity" for name in _unsound(file, header, start)]
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     return {
         "class": config.get("_class_name") or next(iter(config.get("architectures") or []), "unknown"),
         "parameters": parameters,
@@ -182,17 +184,18 @@ def _unsound(file: Path, header: dict[str, dict[str, Any]], start: int) -> Itera
             yield name
 
 
-def _multiply_adds(path: Path) -> tuple[dict[str, int] | None, str]:
-    """Multiply-adds of one call per network at batch 1, counted on shapes alone (meta tensors), and a note if not."""
+def _multiply_adds(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
+    """Multiply-adds of one call per network at batch 1, counted on shapes alone (meta tensors), a note if not, and
+    what weights the files lack."""
     if find_spec("torch") is None or find_spec("diffusers") is None:
-        return None, "to count them: pip install 'pocketfusion[compress]'"
+        return None, "to count them: pip install 'pocketfusion[compress]'", []
     from pocketfusion.quiet import quiet
 
     with quiet():  # what the libraries say on import is of no use here
         return _count_on_meta(path)
 
 
-def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str]:
+def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -207,19 +210,39 @@ def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str]:
             config = UNet2DConditionModel.load_config(path / "unet")
             kind = ElasticUNet if config.get("_class_name") == "ElasticUNet" else UNet2DConditionModel
             unet = kind.from_config(config)
-            about_vae = AutoencoderKL.load_config(path / "vae")
-            vae = vae_class(about_vae).from_config(about_vae)
+            vae = vae_class(path / "vae").from_config(AutoencoderKL.load_config(path / "vae"))
             text_encoder = AutoModel.from_config(AutoConfig.from_pretrained(path / "text_encoder"))
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
         pipeline = cast(Any, SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer))
         inputs = samples(pipeline, batch=1)
-        return {
-            name: multiply_adds(network, {key: value.to("meta") for key, value in inputs[name].items()})
-            for name, network in wrap(pipeline).items()
-        }, ""
+        return (
+            {
+                name: multiply_adds(network, {key: value.to("meta") for key, value in inputs[name].items()})
+                for name, network in wrap(pipeline).items()
+            },
+            "",
+            [
+                f"{path / part} lacks the weight {name}"
+                for part, network in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder))
+                for name in _lacking(network.state_dict(), path / part)
+            ],
+        )
     except Exception as error:  # an architecture that stock diffusers does not know; the rest is still shown
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        return None, f"not counted ({reason})"
+        return None, f"not counted ({reason})", []
+
+
+def _lacking(wanted: Iterable[str], folder: Path) -> list[str]:
+    """Weights of a network that its files do not have, under today's names or those that the libraries still read."""
+
+    def today(name: str) -> str:
+        name = name.removeprefix("text_model.")
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(old, new)
+        return name
+
+    there = {today(name) for file in weight_files(folder)[0] for name in read_safetensors_header(file)[0]}
+    return [name for name in wanted if today(name) not in there and not name.startswith("pooler.")]
 
 
 def _provenance(path: Path) -> dict[str, Any] | None:
@@ -233,15 +256,3 @@ def _licence_files(path: Path) -> list[dict[str, str]]:
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PocketfusionError(f"{file} cannot be read ({error.strerror}): restore it from its source") from None
-    except ValueError:
-        raise PocketfusionError(f"{file} is not valid JSON: restore it from its source") from None
-    if not isinstance(value, dict):
-        raise PocketfusionError(f"{file} does not hold a JSON object: restore it from its source")
-    return value

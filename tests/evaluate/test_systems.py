@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import BundleSystem, ModelFolder, SamplerSettings
-from pocketfusion.evaluate.systems import DEFAULT_STEPS, labels, named_systems, system_spec
+from pocketfusion.evaluate.systems import labels, named_systems, system_spec
 from pocketfusion.models.sampling import Sampling, write_sampling
 from pocketfusion.runtime.pipeline import Pipeline
 
@@ -28,7 +28,7 @@ def test_steps_come_from_the_name_the_option_or_the_system(folder, tiny_bundle):
     assert [s.num_inference_steps for s in named_systems([str(folder), str(tiny_bundle)], "4")] == [4, 4]
     plain, bundle = named_systems([str(folder), str(tiny_bundle)])
     manifest = Pipeline.load(tiny_bundle, 1).manifest
-    assert plain.num_inference_steps == DEFAULT_STEPS
+    assert plain.num_inference_steps == 25
     assert bundle.num_inference_steps == manifest.defaults.num_inference_steps and bundle.kind == "bundle"
     write_sampling(folder, Sampling(num_inference_steps=6, guidance_scale=3))
     assert system_spec(folder).num_inference_steps == 6 and system_spec(folder).scales((1, 2)) == (1, 2)

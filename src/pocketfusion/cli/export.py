@@ -38,6 +38,9 @@ def export_command(
         list[str] | None,
         typer.Option(help="LoRA adapter (safetensors) to merge, and how much of it: FILE[:SCALE]. Repeatable."),
     ] = None,
+    embedding: Annotated[
+        list[Path] | None, typer.Option(help="Textual inversion (safetensors) to add. Repeatable.", show_default=False)
+    ] = None,
     two_calls: Annotated[
         bool, typer.Option("--two-calls", help="Classifier-free guidance as two calls of batch 1: less memory.")
     ] = False,
@@ -54,10 +57,10 @@ def export_command(
         int, typer.Option(help="Sampling steps, for each of two prompts, that the result is compared on.")
     ] = 5,
     steps: Annotated[
-        int | None, typer.Option(help="The bundle's default number of steps.", show_default="sampling.json's, else 25")
+        int | None, typer.Option(help="The bundle's default number of steps.", show_default="the folder's, else 25")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="The bundle's default guidance scale.", show_default="sampling.json's, else 4")
+        float | None, typer.Option(help="The bundle's default guidance scale.", show_default="the folder's, else 4")
     ] = None,
     name: Annotated[str | None, typer.Option(help="The bundle's name. Default: OUT's last part.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at OUT.")] = False,
@@ -93,6 +96,7 @@ def export_command(
             size=None if size is None else _parse_size(size),
             rewrites=_names(rewrites),
             lora=tuple(_parse_lora(each) for each in lora or ()),
+            embedding=tuple(embedding or ()),
             two_calls=two_calls,
             scheduler_step=scheduler_step,
             decoder_tile=decoder_tile,

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import ENCODER, check_folder, tensors, weights_hash
+from pocketfusion.models.noise_schedule import read_ddim_scheduler
 
 #: What of a scheduler decides z_t and the meaning of a prediction; the others only choose timesteps to sample at.
 _SCHEDULE = (
@@ -82,8 +83,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _scheduler(folder: Path) -> dict[str, Any]:
-    config = _json(folder / "scheduler" / "scheduler_config.json")
-    return dict(DDIMScheduler.from_config(config).config)  # keys that the file leaves out at their defaults
+    return dict(read_ddim_scheduler(folder).config)
 
 
 def _text_config(folder: Path) -> dict[str, Any]:

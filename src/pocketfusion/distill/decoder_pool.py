@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -25,6 +25,7 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline
 from pocketfusion.models.guidance import guidance_of, guided_prediction
+from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import Sampling, read_sampling
 from pocketfusion.models.text_encoder import TextEncoder
 from pocketfusion.recipe import DecoderDistillSettings
@@ -90,7 +91,7 @@ class LatentSampler:
         self.unet = pipeline.unet.to(device, self.dtype).eval()
         self.guidance = guidance_of(self.unet, self.sampling.guidance if self.sampling else None)
         self.text = TextEncoder(pipeline.text_encoder.to(device), pipeline.tokenizer)
-        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        self.scheduler = ddim_scheduler(pipeline.scheduler)
         self.null = self.text.encode([""])[0].to(self.dtype)
 
     @torch.no_grad()

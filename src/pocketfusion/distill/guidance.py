@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from pocketfusion.data.packed import CaptionedImages
@@ -21,6 +21,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.models.guidance import guidance_embedding, guidance_of, guided_prediction
+from pocketfusion.models.noise_schedule import read_ddim_scheduler
 from pocketfusion.models.sampling import Guidance, Sampling, read_sampling
 from pocketfusion.recipe import GuidanceDistillSettings, Recipe
 from pocketfusion.train.batch import Batch
@@ -166,7 +167,7 @@ def distill_guidance(
     settings = guidance_settings(recipe, scale_range)
     teacher = teacher or folder
     check_teacher(folder, teacher)
-    scheduler = DDIMScheduler.from_pretrained(teacher / "scheduler")
+    scheduler = read_ddim_scheduler(teacher)
     sampling, timesteps = plan_sampling(recipe, settings, scheduler, read_sampling(teacher), fixed, steps)
     grid = None if timesteps is None else timesteps.tolist()
     made_by = identity(

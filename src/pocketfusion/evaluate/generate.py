@@ -68,10 +68,10 @@ class ModelFolder:
         Raises PocketfusionError if it is not a sound model folder.
         """
         import torch
-        from diffusers import DDIMScheduler
 
         from pocketfusion.folder import folder_hash, load_pipeline
         from pocketfusion.models.guidance import guidance_of
+        from pocketfusion.models.noise_schedule import ddim_scheduler
         from pocketfusion.models.sampling import read_sampling
         from pocketfusion.models.text_encoder import TextEncoder
 
@@ -80,7 +80,7 @@ class ModelFolder:
         self.unet, self.vae = pipeline.unet.to(self.device).eval(), pipeline.vae.to(self.device).eval()
         self.sha256, self.precision = folder_hash(path), precision
         self.text = TextEncoder(pipeline.text_encoder.to(self.device), pipeline.tokenizer)
-        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        self.scheduler = ddim_scheduler(pipeline.scheduler)
         self.image_size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.sampling = read_sampling(path)  #: how it is meant to be drawn, if its folder says so
         self.guidance = guidance_of(self.unet, self.sampling.guidance if self.sampling else None)

@@ -13,10 +13,9 @@ from pocketfusion.artefact import sha256_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import BundleSystem, ModelFolder, Precision, System
 from pocketfusion.folder import COMPONENTS, PROVENANCE, check_folder, folder_hash
-from pocketfusion.models.sampling import Guidance, read_sampling
+from pocketfusion.models.sampling import Guidance, usual_sampling
 from pocketfusion.runtime.manifest import MANIFEST, Bundle
 
-DEFAULT_STEPS = 25
 SAMPLER = "DDIM, eta 0; noise by numpy PCG64"
 
 
@@ -71,31 +70,19 @@ def _digest(parts: dict[str, Any]) -> str:
 
 def _folder_spec(path: Path, steps: int | None, precision: Precision) -> SystemSpec:
     check_folder(path)
-    sampling = read_sampling(path)
+    sampling = usual_sampling(path)
     parts = {name: sha256_folder(path / name, exclude=(PROVENANCE, "README.md")) for name in COMPONENTS}
-    guidance: Guidance = sampling.guidance if sampling else _guidance_of_config(path)
     return SystemSpec(
         path=path,
         kind="model folder",
         sha256=folder_hash(path),
         networks=_digest(parts),
-        num_inference_steps=steps or (sampling.num_inference_steps if sampling else DEFAULT_STEPS),
-        guidance=guidance,
-        fixed_scale=sampling.guidance_scale if sampling and guidance == "folded" else None,
+        num_inference_steps=steps or sampling.num_inference_steps,
+        guidance=sampling.guidance,
+        fixed_scale=sampling.guidance_scale if sampling.guidance == "folded" else None,
         precision=precision,
-        guidance_range=sampling.guidance_range if sampling else None,
+        guidance_range=sampling.guidance_range,
     )
-
-
-def _guidance_of_config(path: Path) -> Guidance:
-    """Of a folder that does not say: a UNet with an input for the scale is fed it."""
-    try:
-        config = json.loads((path / "unet" / "config.json").read_text(encoding="utf-8"))
-        return "embedded" if config.get("time_cond_proj_dim") is not None else "classifier-free"
-    except (OSError, ValueError):
-        raise PocketfusionError(
-            f"{path / 'unet' / 'config.json'} cannot be read: restore it from its source"
-        ) from None
 
 
 def _bundle_spec(path: Path, steps: int | None) -> SystemSpec:
@@ -117,7 +104,7 @@ def _bundle_spec(path: Path, steps: int | None) -> SystemSpec:
 
 
 def system_spec(path: Path, steps: int | None = None, precision: Precision = "fp32") -> SystemSpec:
-    """A model folder or a bundle at `steps` sampling steps (None: its own default, else DEFAULT_STEPS).
+    """A model folder or a bundle at `steps` sampling steps (None: its own default).
 
     Raises PocketfusionError if it is neither, or damaged.
     """

@@ -33,7 +33,8 @@ from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
 from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
-from pocketfusion.models.sampling import read_sampling
+from pocketfusion.models.learnt_tokens import add_embedding
+from pocketfusion.models.sampling import usual_sampling
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import (
     EMPTY_PROMPT,
@@ -83,7 +84,7 @@ def export(
     """Exports the model folder `folder` to the bundle `out`.
 
     `options` are `ExportSettings`' fields. Steps and guidance become the bundle's defaults, the latter also in the
-    gate's sampling; where not given they are those of the folder's `sampling.json`, else 25 and 4.
+    gate's sampling; where not given they are those of the folder (see `usual_sampling`).
     `name` is the bundle's (default: `out`'s last part). An existing `out` is replaced only with `overwrite`.
     Converted networks are kept beside `out` until the bundle is whole, so a killed export goes on where it was.
 
@@ -94,8 +95,10 @@ def export(
     settings = ExportSettings(**options)
     settings.check(folder, out, overwrite)
     kinds = settings.kinds()
-    stated = read_sampling(folder)
-    defaults = settings.defaults(folder, stated)
+    sampling = usual_sampling(folder)
+    defaults = settings.defaults(folder, sampling)
+    if defaults.guidance_scale <= 1 and not settings.scheduler_step:
+        settings = replace(settings, two_calls=True)  # one call a step is all that such a model needs
     stages = iter(STAGES)
 
     def stage() -> None:
@@ -106,9 +109,11 @@ def export(
     with quiet():
         pipeline: StablePipeline = load_pipeline(folder)
     left_out = sum(merge_lora(pipeline, file, scale) for file, scale in settings.lora)
+    for file in settings.embedding:
+        add_embedding(pipeline, file)
     settings.resize(pipeline)
     plain = wrap(pipeline)
-    guidance = guidance_of(pipeline.unet, stated.guidance if stated else None)
+    guidance = guidance_of(pipeline.unet, sampling.guidance)
     form = unet_form(guidance, settings.target, settings.two_calls, settings.scheduler_step)
     networks = wrap(pipeline, form.time_embedding, form.scheduler_step)
     inputs = specs.samples(pipeline, form.batch, form.time_embedding, form.scheduler_step)
@@ -176,7 +181,7 @@ def export(
             scheduler=scheduler,
             time_embedding=time_embedding_spec(pipeline.unet) if form.time_embedding == "outside" else None,
             guidance=guidance,
-            guidance_range=stated.guidance_range if stated else None,
+            guidance_range=sampling.guidance_range,
             defaults=defaults,
             licences=licences,
             provenance=_provenance(folder, settings),
@@ -254,8 +259,10 @@ def _file(path: Path, bundle: Path) -> BundleFile:
 def _provenance(folder: Path, settings: ExportSettings) -> dict[str, Any]:
     provenance = read_provenance(folder)
     lora = [{"file": file.name, "sha256": sha256_file(file), "scale": scale} for file, scale in settings.lora]
+    embeddings = [{"file": file.name, "sha256": sha256_file(file)} for file in settings.embedding]
     return (
         {"model_folder": folder_hash(folder)}
         | ({"model": provenance.model_dump()} if provenance else {})
         | ({"lora": lora} if lora else {})
+        | ({"embeddings": embeddings} if embeddings else {})
     )

@@ -21,6 +21,7 @@ from pocketfusion.mobile.rewrites import PASSES
 from pocketfusion.mobile.targets import TARGETS, Target, TargetName
 from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
 from pocketfusion.mobile.wrappers import StablePipeline
+from pocketfusion.models.learnt_tokens import read_embedding
 from pocketfusion.models.sampling import Sampling
 from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, Defaults
 from pocketfusion.runtime.tiles import check_tile
@@ -37,8 +38,9 @@ class ExportSettings:
     each layer's instead. `rewrites`: passes beside the target's own (`mobile.rewrites.PASSES`). `two_calls`:
     classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM step in the UNet's graph.
     `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and width of the pictures in
-    pixels, the folder's where None. `lora`: adapters to merge, each with its scale. `gpu_fp32`: networks that need
-    fp32 on the GPU, for the manifest (`check` says which). `gate_steps`: sampling steps, for each of two prompts, that the gate compares.
+    pixels, the folder's where None. `lora`: adapters to merge, each with its scale. `embedding`: textual inversions
+    to add. `gpu_fp32`: networks that need fp32 on the GPU, for the manifest (`check` says which). `gate_steps`:
+    sampling steps, for each of two prompts, that the gate compares.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class ExportSettings:
     decoder_tile: int | None = None
     size: tuple[int, int] | None = None
     lora: tuple[tuple[Path, float], ...] = ()
+    embedding: tuple[Path, ...] = ()
     gate_steps: int = STEPS
     gpu_fp32: tuple[str, ...] = ()
 
@@ -89,6 +92,8 @@ class ExportSettings:
             )
         for file, scale in self.lora:
             check_lora(file, scale)
+        for file in self.embedding:
+            read_embedding(file)
 
     @property
     def device(self) -> Target:
@@ -108,9 +113,8 @@ class ExportSettings:
             )
         return {network: getattr(recipe, network) for network in NETWORKS}
 
-    def defaults(self, folder: Path, stated: Sampling | None) -> Defaults:
-        """Given, else the folder's, else 25 and 4; raises PocketfusionError for a scale that is not the folded one."""
-        known = stated or Sampling(num_inference_steps=25, guidance_scale=4.0)
+    def defaults(self, folder: Path, known: Sampling) -> Defaults:
+        """Given, else `known`, the folder's; raises PocketfusionError for a scale that is not the folded one."""
         if known.guidance == "folded" and self.guidance_scale not in (None, known.guidance_scale):
             raise PocketfusionError(
                 f"--guidance is {self.guidance_scale:g} but {folder} has {known.guidance_scale:g} folded in: "
@@ -147,6 +151,7 @@ class ExportSettings:
         """Names the converted network: another folder, adapter, form or version gives another key."""
         said = {k: v for k, v in asdict(self).items() if k not in _NOT_IN_THE_GRAPH}
         said["lora"] = [(sha256_file(file), scale) for file, scale in self.lora]
+        said["embedding"] = [sha256_file(file) for file in self.embedding]
         made_by = [version(package) for package in ("litert-torch", "torch", "diffusers", "pocketfusion")]
         parts = [folder_hash(folder), network, json.dumps(said, sort_keys=True, default=str), *made_by]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]

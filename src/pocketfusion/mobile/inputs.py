@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 
 from pocketfusion.mobile.wrappers import StablePipeline
 from pocketfusion.models.guidance import guidance_embedding
+from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import Guidance
 
 PROMPTS = (
@@ -74,7 +74,7 @@ def reference_runs(
     embeds = [call("text_encoder", one) for one in texts]
     config = pipeline.unet.config
     height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler = ddim_scheduler(pipeline.scheduler)
     runs: dict[str, list[dict[str, np.ndarray]]] = {"text_encoder": texts, "unet": [], "decoder": []}
     outputs: dict[str, list[np.ndarray]] = {"text_encoder": embeds, "unet": [], "decoder": []}
     prompts: list[list[int]] = []
@@ -104,7 +104,8 @@ def reference_runs(
                 prompts.append(texted)
             outputs["unet"] += predictions
             uncond, cond, *_ = torch.from_numpy(np.concatenate(predictions)).split(1)
-            guided = uncond + guidance_scale * (cond - uncond) if guidance == "classifier-free" else cond
+            scale = max(guidance_scale, 1.0)  # at and below 1 there is no guidance, as in diffusers
+            guided = uncond + scale * (cond - uncond) if guidance == "classifier-free" else cond
             z = scheduler.step(guided, t, z).prev_sample
         runs["decoder"].append({"latents": z.numpy()})
         outputs["decoder"].append(call("decoder", runs["decoder"][-1]))

@@ -105,8 +105,7 @@ def _check_reached(pipeline: StablePipeline, file: Path, reached: list[str], abs
         missed = [name for name in absent if name.startswith(part)]
         if missed and not any(name.startswith(part) for name in reached):
             raise PocketfusionError(
-                f"the {what} half of {file} reaches nothing here, {missed[0][:120]!r} for one: it was made for another "
-                f"{what}"
+                f"the {what} half of {file} reaches nothing here, {missed[0][:120]!r} for one: it is of another {what}"
             )
     if not absent:
         return

@@ -223,7 +223,7 @@ def _peft_strength(file: Path, name: str, settings: Mapping[str, Any], rank: int
         )
     alpha = said.lora_alpha
     for pattern, value in said.alpha_pattern.items():
-        # PEFT takes these for regular expressions; one out of a file could run for ever, and they are names in practice
+        # PEFT takes these for regular expressions; a hostile one could run for ever, and in practice they are names
         literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not all(character.isalnum() or character in "._" for character in literal):
             raise PocketfusionError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.wrappers import StablePipeline, TimeEmbeddingAt
+from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.runtime.specs import ImageSpec, LatentSpec, SchedulerSpec, TensorSpec, TokenizerSpec
 
 Samples = dict[str, torch.Tensor]
@@ -41,7 +41,7 @@ def tokenizer_spec(pipeline: StablePipeline) -> TokenizerSpec:
 
 def scheduler_spec(pipeline: StablePipeline) -> SchedulerSpec:
     """The noise schedule as DDIM reads it. Raises PocketfusionError for schedules the runtime does not draw."""
-    config = DDIMScheduler.from_config(pipeline.scheduler.config).config
+    config = ddim_scheduler(pipeline.scheduler).config
     known = {
         "beta_schedule": ("linear", "scaled_linear"),
         "prediction_type": ("epsilon", "v_prediction"),
@@ -52,8 +52,8 @@ def scheduler_spec(pipeline: StablePipeline) -> SchedulerSpec:
             raise PocketfusionError(
                 f"the folder's scheduler has {key} {config[key]!r}: the runtime knows {' and '.join(values)}"
             )
-    for key in ("rescale_betas_zero_snr", "thresholding", "clip_sample"):
-        if config[key]:
+    for key in ("rescale_betas_zero_snr", "thresholding", "clip_sample", "trained_betas"):
+        if config[key] is not None and config[key] is not False:
             raise PocketfusionError(f"the folder's scheduler sets {key}, which the runtime does not know: turn it off")
     return SchedulerSpec(**{name: config[name] for name in SchedulerSpec.model_fields})
 

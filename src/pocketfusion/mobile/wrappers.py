@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextModel
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.rewrites.base import shared_copy
@@ -36,6 +37,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.text_encoder = text_encoder
         self.use_mask = bool(getattr(text_encoder.config, "use_attention_mask", False))
+        self.causal = isinstance(text_encoder, CLIPTextModel)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.use_mask:
@@ -45,6 +47,9 @@ class TextEncoder(nn.Module):
         # Additive and 4-D already: the library's own mask building lowers to GATHER_ND, which GPUs refuse.
         additive = (1.0 - attention_mask[:, None, None, :].float()) * -1e4
         additive = additive.expand(-1, 1, attention_mask.shape[1], -1)
+        if self.causal:  # the library takes such a mask for the whole one
+            length = attention_mask.shape[1]
+            additive = torch.clamp(additive + torch.full((length, length), -1e4).triu(1), min=-1e4)
         return {"prompt_embeds": self.text_encoder(input_ids, attention_mask=additive)[0]}
 
 

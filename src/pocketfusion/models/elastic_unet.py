@@ -7,6 +7,7 @@ blocks at random, which `ElasticUNet.skipped` does.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import read_json
 from pocketfusion.models.architecture import MID, Architecture, BlockName
 from pocketfusion.models.elastic_blocks import ElasticStage
+from pocketfusion.models.loading import load_part
 from pocketfusion.models.skips import check_architecture, layer_shapes
 
 #: What a UNet of SD's 1.x and 2.x family sets, key by key; other keys are free or at diffusers' default.
@@ -178,13 +181,8 @@ def as_stock(unet: ElasticUNet) -> UNet2DConditionModel:
 def load_elastic(path: Any) -> ElasticUNet:
     """The UNet of a model folder, stock or evolved, as an elastic one in fp32.
 
-    Raises PocketfusionError if it is not of SD's 1.x/2.x family or does not load.
+    Raises PocketfusionError if it is not of SD's 1.x/2.x family, does not load, or lacks a weight.
     """
-    try:
-        check_family(UNet2DConditionModel.load_config(path, subfolder="unet"), f"{path}/unet")
-        return ElasticUNet.from_pretrained(path, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True)
-    except PocketfusionError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PocketfusionError(f"the UNet of {path} could not be loaded ({reason[:200]})") from None
+    folder = Path(path) / "unet"
+    check_family(read_json(folder / "config.json"), str(folder))
+    return load_part(ElasticUNet, folder)

@@ -65,12 +65,12 @@ def guided_predictor(
     """(z_t, timesteps) → ṽ = w v(c) − (w − 1) v(∅), fp32, with the gradient through both branches (SnapFusion).
 
     states [B, T, D], null_states [T, D] or [B, T, D], guidance_scale [B]. One call of the UNet, whatever the guidance:
-    the unconditional branch of the samples with w ≠ 1 is a part of the same batch and sees the same z_t. Every call
+    the unconditional branch of the samples with w > 1 is a part of the same batch and sees the same z_t. Every call
     passes one and the same tensor of states, so that `remembered_text` knows it again.
     """
     scale = guidance_scale.to(states.device).float()
-    # the others need no unconditional branch
-    guided = scale != 1 if guidance == "classifier-free" else torch.zeros_like(scale, dtype=torch.bool)
+    # the others need no unconditional branch: at and below 1 there is no guidance, as in diffusers
+    guided = scale > 1 if guidance == "classifier-free" else torch.zeros_like(scale, dtype=torch.bool)
     if bool(guided.any()):
         null = null_states.expand_as(states)[guided]
         states = torch.cat([states, null])

@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pocketfusion.artefact import write_json
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import read_json
 from pocketfusion.runtime.manifest import Guidance
 
 SAMPLING = "sampling.json"
 
-__all__ = ["SAMPLING", "Guidance", "Sampling", "read_sampling", "write_sampling"]
+__all__ = ["SAMPLING", "Guidance", "Sampling", "read_sampling", "usual_sampling", "write_sampling"]
 
 
 class Sampling(BaseModel):
@@ -35,6 +36,25 @@ def read_sampling(folder: Path) -> Sampling | None:
         return Sampling.model_validate_json(file.read_text(encoding="utf-8"))
     except (ValidationError, ValueError):
         raise PocketfusionError(f"{file} is damaged: restore it from its source or remove it") from None
+
+
+def usual_sampling(folder: Path) -> Sampling:
+    """What the folder says, else how its kind of model is drawn: LCM in 4 steps, Turbo in 1, others in 25.
+
+    LCM (arXiv 2310.04378) is known by its scheduler, at diffusers' 8.5 where the UNet takes the scale and without
+    guidance where it does not; Turbo (arXiv 2311.17042) by Euler's `trailing` spacing, as its folders have it.
+    """
+    if (stated := read_sampling(folder)) is not None:
+        return stated
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    embedded = read_json(folder / "unet" / "config.json").get("time_cond_proj_dim") is not None
+    kind: Guidance = "embedded" if embedded else "classifier-free"
+    name = str(scheduler.get("_class_name"))
+    if name == "LCMScheduler":
+        return Sampling(num_inference_steps=4, guidance_scale=8.5 if embedded else 1.0, guidance=kind)
+    if name.startswith("Euler") and scheduler.get("timestep_spacing") == "trailing":
+        return Sampling(num_inference_steps=1, guidance_scale=0.0, guidance=kind)
+    return Sampling(num_inference_steps=25, guidance_scale=4.0, guidance=kind)
 
 
 def write_sampling(folder: Path, sampling: Sampling) -> None:

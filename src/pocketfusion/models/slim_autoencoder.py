@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (pipelines look for ModelMixin here to load it)
 from diffusers.models.autoencoders.vae import Decoder
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import read_json
+from pocketfusion.models.loading import load_part
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,18 @@ class SlimAutoencoderKL(AutoencoderKL):
         }
 
 
-def vae_class(config: dict[str, Any]) -> type[AutoencoderKL]:
-    """The class that a `vae/config.json` names; raises PocketfusionError if it is neither AutoencoderKL nor ours."""
-    name = config.get("_class_name", "AutoencoderKL")
+def vae_class(folder: Path) -> type[AutoencoderKL]:
+    """The class that the `config.json` in `folder` names; raises PocketfusionError if it is another's than ours."""
+    name = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
     known = {kind.__name__: kind for kind in (AutoencoderKL, SlimAutoencoderKL)}
     if name not in known:
-        raise PocketfusionError(f"the vae is a {name}: only {' and '.join(known)} are supported")
+        raise PocketfusionError(f"{folder}: the vae is a {name!a}: only {' and '.join(known)} are supported")
     return known[name]
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
     """The autoencoder in `folder` (a model folder's `vae/`), stock or slim, frozen in fp32.
 
-    Raises PocketfusionError if it is of another class or does not load.
+    Raises PocketfusionError if it is of another class, does not load, or lacks a weight.
     """
-    try:
-        kind = vae_class(AutoencoderKL.load_config(folder))
-        return kind.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False).eval()
-    except PocketfusionError as error:
-        raise PocketfusionError(f"{folder}: {error}") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PocketfusionError(f"the autoencoder {folder} could not be loaded ({reason[:200]})") from None
+    return load_part(vae_class(folder), folder).requires_grad_(False).eval()

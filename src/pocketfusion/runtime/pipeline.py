@@ -119,7 +119,7 @@ class Pipeline:
         callback: Callback | None = None,
     ) -> GenerationResult:
         """Draws `num_images` pictures of `prompt` with DDIM and guidance: classifier-free (Ho & Salimans, arXiv
-        2207.12598, in diffusers' convention: `guidance_scale` 1 is the plain conditional model), or whatever the
+        2207.12598, in diffusers' convention: `guidance_scale` up to 1 is the plain conditional model), or whatever the
         bundle's is. Where it is embedded or folded a step is one prediction and there is no negative prompt.
 
         Picture i starts from the noise of seed + i (a random seed if None) or from `latents`

@@ -36,7 +36,7 @@ def sample_latents(
 ) -> torch.Tensor:
     """DDIM (η = 0), guided: noise [B, C, h, w], prompt states [B, T, D] → latents [B, C, h, w].
 
-    guidance_scale 1 runs the conditional branch alone.
+    guidance_scale 1 or less runs the conditional branch alone.
     """
     scheduler.set_timesteps(num_inference_steps)
     scale = torch.full((len(noise),), guidance_scale, device=noise.device)

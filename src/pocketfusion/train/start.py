@@ -21,6 +21,7 @@ from pocketfusion.folder import (
 )
 from pocketfusion.models.base import copy_with_unet, write_scheduler
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
+from pocketfusion.models.noise_schedule import read_ddim_scheduler
 from pocketfusion.models.sampling import Sampling, write_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
@@ -56,7 +57,7 @@ def open_start(folder: Path, recipe: Recipe, prediction_type: str | None = None)
     text = load_text_encoder(recipe.text)
     check_text_encoder(recipe.text, text, folder)
     check_shapes(unet.config, recipe, vae, text, where=str(folder / "unet"))
-    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler").config
+    scheduler = read_ddim_scheduler(folder).config
     wanted = recipe.teacher.scheduler | ({"prediction_type": prediction_type} if prediction_type else {})
     for name, value in wanted.items():
         if scheduler[name] != value:

@@ -1,0 +1,116 @@
+"""A model folder's parts, each loaded whole or refused: what a file lacks, the libraries fill in at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import torch
+import transformers
+from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import BertModel, CLIPTextModel, PreTrainedTokenizerBase
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import check_finite, read_json, weight_files
+from pocketfusion.models.learnt_tokens import spell_out
+
+Network = TypeVar("Network", bound=nn.Module)
+_TEXT_ENCODERS: dict[str, type[Any]] = {"CLIPTextModel": CLIPTextModel, "BertModel": BertModel}
+_UNUSED = ("pooler.",)  # BERT's, which no prompt state depends on
+
+
+def load_part(kind: type[Network], folder: Path, **options: Any) -> Network:
+    """The network in `folder` (a model folder's `unet/`, say) in fp32; `options` are `from_pretrained`'s.
+
+    Of files in several variants `folder.weight_files` says which is read. Raises PocketfusionError if it does not
+    load, lacks a weight, has one of another shape, or one is NaN.
+    """
+    _, variant = weight_files(folder)
+    network, said = _loaded(
+        lambda: kind.from_pretrained(  # type: ignore[attr-defined]  # diffusers' and transformers' models have it
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            variant=variant,
+            output_loading_info=True,
+            **options,
+        ),
+        folder,
+    )
+    missing = sorted(key for key in said["missing_keys"] if not key.startswith(_UNUSED))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PocketfusionError(f"{folder} lacks the weight {missing[0]}{more}: restore it from its source")
+    if said["mismatched_keys"]:
+        key, *shapes = sorted(said["mismatched_keys"])[0]
+        raise PocketfusionError(f"{folder}: the weight {key} is {shapes} in the file and by the config: restore both")
+    check_finite(network, str(folder))
+    return network
+
+
+def assemble(path: Path) -> StableDiffusionPipeline:
+    """The parts of the model folder `path` as a stock pipeline; raises PocketfusionError as `load_part` does."""
+    from pocketfusion.models.elastic_unet import ElasticUNet
+    from pocketfusion.models.slim_autoencoder import vae_class
+
+    index = read_json(path / "model_index.json")
+    config = read_json(path / "unet" / "config.json")
+    name = config.get("_class_name", "UNet2DConditionModel")
+    unets = {kind.__name__: kind for kind in (UNet2DConditionModel, ElasticUNet)}
+    if name not in unets:
+        raise PocketfusionError(f"{path / 'unet'} is a {name!a}: only {' and '.join(unets)} are supported")
+    encoder = _listed(index, "text_encoder")
+    if encoder not in _TEXT_ENCODERS:
+        raise PocketfusionError(
+            f"{path / 'text_encoder'} is a {encoder!a}: only {' and '.join(_TEXT_ENCODERS)} are supported"
+        )
+    tokenizer = _loaded(
+        lambda: _kind(transformers, _listed(index, "tokenizer"), PreTrainedTokenizerBase).from_pretrained(
+            path / "tokenizer", local_files_only=True
+        ),
+        path / "tokenizer",
+    )
+    spell_out(tokenizer)
+    return StableDiffusionPipeline(
+        unet=load_part(unets[name], path / "unet"),
+        vae=load_part(vae_class(path / "vae"), path / "vae"),
+        text_encoder=load_part(_TEXT_ENCODERS[encoder], path / "text_encoder"),
+        tokenizer=tokenizer,
+        scheduler=_loaded(
+            lambda: _kind(diffusers, _listed(index, "scheduler"), SchedulerMixin).from_pretrained(path / "scheduler"),
+            path / "scheduler",
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+
+
+def _listed(index: dict[str, Any], part: str) -> str:
+    """The class that model_index.json names for a part."""
+    entry = index.get(part)
+    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "None"
+
+
+def _kind(library: Any, name: str, base: type) -> Any:
+    """A class of the library by its name; no code but the library's is imported for it."""
+    kind = getattr(library, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise PocketfusionError(f"model_index.json names the class {name!a}, which is not known")
+    return kind
+
+
+def _loaded(read: Callable[[], Any], folder: Path) -> Any:
+    """What `read` gives; whatever the libraries raise over a damaged file ends in one sentence."""
+    try:
+        return read()
+    except PocketfusionError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PocketfusionError(f"{folder} could not be loaded ({reason[:200]})") from None
