@@ -186,7 +186,7 @@ def test_a_killed_export_leaves_no_bundle_and_goes_on_where_it_was(
             "--gpu-fp32 has 'unit': choose among text_encoder, unet, dec",
         ),
         ({"gpu_fp32": ("unet",)}, "--gpu-fp32 is 'unet' and the target litert-cpu: it is of litert-gpu"),
-        ({"lora": ((Path("nowhere.safetensors"), 1.0),)}, "there is no LoRA at nowhere.safetensors"),
+        ({"lora": ((Path("nowhere.safetensors"), 1.0),)}, "the LoRA nowhere.safetensors is not there"),
         ({"recipe": Path("nowhere.yaml")}, "nowhere.yaml cannot be read"),
         ({"recipe": Path("nowhere.yaml"), "weights": {"unet": "int8"}}, "--recipe and --weights both"),
     ],

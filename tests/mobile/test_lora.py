@@ -287,6 +287,7 @@ def test_an_unsound_file_is_refused_in_a_sentence(
         ('{"alpha_pattern": [1]}', "alpha_pattern is not what PEFT writes"),
         ('{"alpha_pattern": {"(a+)+$": 1}}', "it is no layer's name"),
         ('{"init_lora_weights": "pissa"}', "was begun with pissa, which changes the base"),
+        ('{"use_dora": true}', "is a DoRA without the magnitudes of"),
         ('{"unet.lora_alpha": {}}', "lora_alpha is not what PEFT writes"),
     ],
 )
@@ -304,7 +305,7 @@ def test_what_is_no_adapter_is_told(tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     for file, message in (
         ("plain", "holds no LoRA"), ("empty", "holds no LoRA"), ("text", "not a safetensors"),
-        ("folder", "is not a file"), ("none", "there is no LoRA"), ("n" * 400, "not a safetensors|there is no LoRA"),
+        ("folder", "is not a file"), ("none", "is not there"), ("n" * 400, "not a safetensors|is not there"),
     ):  # fmt: skip
         with pytest.raises(PocketfusionError, match=message):
             check_lora(tmp_path / f"{file}.safetensors", 1.0)

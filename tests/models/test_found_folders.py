@@ -46,6 +46,12 @@ def clip_folder(once: Callable) -> Path:
     return once("clip-model", make) / "model"
 
 
+@pytest.fixture(scope="session")
+def plain(clip_folder: Path) -> StableDiffusionPipeline:
+    """Its pipeline. Read only."""
+    return load_pipeline(clip_folder)
+
+
 @pytest.fixture
 def folder(clip_folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(clip_folder, tmp_path / "model")
@@ -132,17 +138,20 @@ def as_linked(folder: Path) -> None:
     [as_safety_checker_deleted, as_safety_checker_damaged, as_variant("fp16"), as_variant("non_ema"),
      with_other_weights_beside, as_sharded, as_old_layout, as_linked],
 )  # fmt: skip
-def test_it_loads_with_the_same_weights_and_tokens(clip_folder: Path, folder: Path, change: Callable) -> None:
-    plain = load_pipeline(clip_folder)
-    parameters = {name: n["parameters"] for name, n in describe(clip_folder)["networks"].items()}
+def test_it_loads_with_the_same_weights_and_tokens(
+    plain: StableDiffusionPipeline, folder: Path, change: Callable
+) -> None:
     change(folder)
     loaded = load_pipeline(folder)
     assert same_weights(plain, loaded) and loaded.safety_checker is None
     assert loaded.tokenizer("a red cat").input_ids == plain.tokenizer("a red cat").input_ids
-    described = describe(folder)
-    assert described["problems"] == []
-    extra = {"text_encoder": LENGTH} if change is as_old_layout else {}  # position_ids
-    assert {n: v["parameters"] - extra.get(n, 0) for n, v in described["networks"].items()} == parameters
+    if change in (as_old_layout, with_other_weights_beside):  # the others' names are told apart by the same function
+        described = describe(folder)
+        assert described["problems"] == []
+        for name, network in described["networks"].items():
+            parameters = sum(p.numel() for p in getattr(plain, name).parameters())
+            positions = LENGTH if change is as_old_layout and name == "text_encoder" else 0
+            assert network["parameters"] == parameters + positions
     assert torch.equal(load_elastic(folder).conv_in.weight, plain.unet.conv_in.weight)
     assert torch.equal(load_vae(folder / "vae").decoder.conv_in.weight, plain.vae.decoder.conv_in.weight)
 
@@ -164,7 +173,8 @@ def test_a_missing_weight_is_named(folder: Path, file: str, key: str) -> None:
     part = file.partition("/")[0]
     with pytest.raises(PocketfusionError, match=f"{part} lacks the weight {key}"):
         load_pipeline(folder)
-    assert describe(folder)["problems"] == [f"{folder / part} lacks the weight {key}"]
+    if key.startswith("decoder"):
+        assert describe(folder)["problems"] == [f"{folder / part} lacks the weight {key}"]
     loaders = {
         "unet": lambda: load_elastic(folder),
         "vae": lambda: load_vae(folder / "vae"),
@@ -174,11 +184,14 @@ def test_a_missing_weight_is_named(folder: Path, file: str, key: str) -> None:
         loaders[part]()
 
 
-def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
-    state = load_file(folder / "text_encoder/model.safetensors")
-    state["encoder.layers.0.mlp.fc1.weight"] = torch.zeros(3, 3)
-    save_file(state, folder / "text_encoder/model.safetensors", {"format": "pt"})
-    with pytest.raises(PocketfusionError, match=r"text_encoder.*fc1.weight"):
+@pytest.mark.parametrize(
+    ("file", "key"), [("text_encoder/model.safetensors", "encoder.layers.0.mlp.fc1.weight"), (UNET, "conv_in.weight")]
+)
+def test_a_weight_of_another_shape_is_refused(folder: Path, file: str, key: str) -> None:
+    state = load_file(folder / file)
+    state[key] = torch.zeros(3, 3)
+    save_file(state, folder / file, {"format": "pt"})
+    with pytest.raises(PocketfusionError, match=f"{file.partition('/')[0]}.*{key}"):
         load_pipeline(folder)
 
 
@@ -297,7 +310,8 @@ def test_other_samplers_configurations(tmp_path: Path, kind: str, said: dict, wa
         assert {key: config[key] for key in wanted} == wanted
         assert {key: config[key] for key in BETAS} == BETAS
     if kind == "DDIMScheduler":
-        assert ddim_scheduler(loaded).config == DDIMScheduler.from_config(loaded.config).config
+        same, stock = ddim_scheduler(loaded).config, DDIMScheduler.from_config(loaded.config).config
+        assert {k: v for k, v in same.items() if k[0] != "_"} == {k: v for k, v in stock.items() if k[0] != "_"}
 
 
 @pytest.mark.parametrize(

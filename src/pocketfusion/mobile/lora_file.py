@@ -91,6 +91,7 @@ class _Settings(BaseModel):
     lora_alpha: float | None = None
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str | None = True
 
 
@@ -117,10 +118,13 @@ def check_lora(file: Path, scale: float) -> list[LoraLayer]:
 def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors in fp32 and PEFT's settings."""
     try:
-        if not file.exists():
-            raise PocketfusionError(f"there is no LoRA at {file}: check the path")
         if not file.is_file():
-            raise PocketfusionError(f"{file} is not a file: give the adapter's .safetensors file")
+            kind = (
+                "is not a file: give the adapter's .safetensors file"
+                if file.exists()
+                else "is not there: check the path"
+            )
+            raise PocketfusionError(f"the LoRA {file} {kind}")
         state = load_file(str(file))
         with safe_open(str(file), "pt") as opened:
             said = (opened.metadata() or {}).get("lora_adapter_metadata")
@@ -128,10 +132,10 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if said is None and file.name == "adapter_model.safetensors" and config.is_file():
             said = config.read_text(encoding="utf-8") if config.stat().st_size < _CONFIG_LIMIT else "too long"
         settings = {} if said is None else json.loads(said)
-    except (OSError, SafetensorError):
-        raise PocketfusionError(f"{file} is not a safetensors file: only safetensors adapters are read") from None
     except (ValueError, RecursionError):
         raise PocketfusionError(f"the settings of {file} are damaged: they are not JSON") from None
+    except (OSError, SafetensorError, TypeError, AttributeError, KeyError, RuntimeError):  # the last four: odd types
+        raise PocketfusionError(f"{file} is not a safetensors file: only safetensors adapters are read") from None
     if not isinstance(settings, dict):
         raise PocketfusionError(f"the settings of {file} are damaged: they are not a JSON object")
     if not state:
@@ -194,13 +198,13 @@ def _layer(
         alpha = float(value) or rank
         strength = alpha / rank
     else:
-        strength = _peft_strength(file, name, settings, rank)
+        strength = _peft_strength(file, name, settings, rank, magnitude is not None)
     return LoraLayer(
         key.replace(".default.", "."), down, up, strength, magnitude, "lora_magnitude_vector" in magnitude_key
     )
 
 
-def _peft_strength(file: Path, name: str, settings: Mapping[str, Any], rank: int) -> float:
+def _peft_strength(file: Path, name: str, settings: Mapping[str, Any], rank: int, magnitudes: bool) -> float:
     """alpha/r, or alpha/√r (rsLoRA, arXiv 2312.03732), with the alpha of PEFT's settings; 1 without one.
 
     Settings of one part have its name before their keys in a file of both.
@@ -221,6 +225,8 @@ def _peft_strength(file: Path, name: str, settings: Mapping[str, Any], rank: int
             f"{file} was begun with {_short(said.init_lora_weights)}, which changes the base's weights as well: "
             "convert it to a plain LoRA with PEFT first"
         )
+    if said.use_dora and not magnitudes:
+        raise PocketfusionError(f"{file} is a DoRA without the magnitudes of {_short(name)}: it cannot be merged")
     alpha = said.lora_alpha
     for pattern, value in said.alpha_pattern.items():
         # PEFT takes these for regular expressions; a hostile one could run for ever, and in practice they are names

@@ -19,7 +19,7 @@ from pocketfusion.mobile.targets import TargetName
 from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.guidance import guidance_of
-from pocketfusion.models.sampling import read_sampling
+from pocketfusion.models.sampling import usual_sampling
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import NETWORKS
 
@@ -83,10 +83,9 @@ def plan(
     with quiet():
         pipeline = load_pipeline(folder)
     networks = wrap(pipeline)
-    stated = read_sampling(folder)
-    guidance = guidance_of(pipeline.unet, stated.guidance if stated else None)
-    scale = stated.guidance_scale if stated else 4.0
-    reference = reference_runs(pipeline, networks, tokenizer_spec(pipeline).max_length, scale, guidance)
+    sampling = usual_sampling(folder)
+    guidance, length = guidance_of(pipeline.unet, sampling.guidance), tokenizer_spec(pipeline).max_length
+    reference = reference_runs(pipeline, networks, length, sampling.guidance_scale, guidance)
     inner = {"text_encoder": pipeline.text_encoder, "unet": pipeline.unet, "decoder": networks["decoder"]}
     probes = {name: Probe(name, networks[name], inner[name], reference, samples) for name in NETWORKS}
     sensitivity = known

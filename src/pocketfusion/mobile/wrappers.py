@@ -33,11 +33,16 @@ class TextEncoder(nn.Module):
     (CLIP) the mask is taken and ignored.
     """
 
+    causal: torch.Tensor | None
+
     def __init__(self, text_encoder: nn.Module):
         super().__init__()
         self.text_encoder = text_encoder
         self.use_mask = bool(getattr(text_encoder.config, "use_attention_mask", False))
-        self.causal = isinstance(text_encoder, CLIPTextModel)
+        causal = None
+        if self.use_mask and isinstance(text_encoder, CLIPTextModel):
+            causal = torch.full((text_encoder.config.max_position_embeddings,) * 2, -1e4).triu(1)
+        self.register_buffer("causal", causal, persistent=False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.use_mask:
@@ -47,9 +52,8 @@ class TextEncoder(nn.Module):
         # Additive and 4-D already: the library's own mask building lowers to GATHER_ND, which GPUs refuse.
         additive = (1.0 - attention_mask[:, None, None, :].float()) * -1e4
         additive = additive.expand(-1, 1, attention_mask.shape[1], -1)
-        if self.causal:  # the library takes such a mask for the whole one
-            length = attention_mask.shape[1]
-            additive = torch.clamp(additive + torch.full((length, length), -1e4).triu(1), min=-1e4)
+        if self.causal is not None:  # the library takes such a mask for the whole one
+            additive = torch.minimum(additive, self.causal[: additive.shape[3], : additive.shape[3]])
         return {"prompt_embeds": self.text_encoder(input_ids, attention_mask=additive)[0]}
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import BertModel, CLIPTextModel, PreTrainedTokenizerBase
+from transformers import BertModel, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_finite, read_json, weight_files
@@ -29,6 +29,8 @@ def load_part(kind: type[Network], folder: Path, **options: Any) -> Network:
     load, lacks a weight, has one of another shape, or one is NaN.
     """
     _, variant = weight_files(folder)
+    if issubclass(kind, PreTrainedModel):
+        options["ignore_mismatched_sizes"] = True  # they are refused below, by name; diffusers does so itself
     network, said = _loaded(
         lambda: kind.from_pretrained(  # type: ignore[attr-defined]  # diffusers' and transformers' models have it
             folder,
