@@ -24,7 +24,10 @@ def spell_out(tokenizer: Any) -> None:
     diffusers keeps such a token as `<x>`, `<x>_1`, `<x>_2` … and expands it in the prompt (`maybe_convert_prompt`),
     which only its pipelines do. Here the tokenizer does it, so that it holds wherever that goes: the ids stay, their
     names become private code points, which a replacement before all other normalisation puts in.
+    Raises PocketfusionError for a tokenizer that the runtime cannot read.
     """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise PocketfusionError(f"the folder's tokenizer is a {type(tokenizer).__name__}, which has no tokenizer.json")
     said = json.loads(tokenizer.backend_tokenizer.to_str())
     ids = {token["content"]: token for token in said["added_tokens"]}
     spelt: list[tuple[str, str]] = []

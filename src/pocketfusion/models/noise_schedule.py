@@ -57,7 +57,7 @@ def read_ddim_scheduler(folder: Path) -> DDIMScheduler:
     """`ddim_scheduler` of the model folder's own; raises PocketfusionError as it does, or if the file is damaged."""
     file = folder / "scheduler" / "scheduler_config.json"
     said = read_json(file)
-    kind = getattr(diffusers, str(said.get("_class_name")), DDIMScheduler)
+    kind: Any = getattr(diffusers, str(said.get("_class_name")), DDIMScheduler)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise PocketfusionError(f"{file} names the class {str(said.get('_class_name'))!a}, which is not known")
     try:

@@ -15,6 +15,7 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash, read_provenance
 from pocketfusion.models.judge import JudgeModel, load_judge
+from pocketfusion.models.loading import load_part
 from pocketfusion.recipe import Recipe
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.held_out import shared, spread
@@ -203,12 +204,8 @@ def train_autoencoder(
         return finished
     torch.manual_seed(recipe.autoencoder.train.seed)
     try:
-        vae = (
-            AutoencoderKL.from_pretrained(init, torch_dtype=torch.float32)
-            if init
-            else AutoencoderKL(**recipe.autoencoder.config)
-        )
-    except (TypeError, ValueError, OSError) as error:
+        vae = load_part(AutoencoderKL, init) if init else AutoencoderKL(**recipe.autoencoder.config)
+    except (TypeError, ValueError) as error:
         raise PocketfusionError(f"the autoencoder cannot be made ({str(error).splitlines()[0]})") from None
     judge = load_judge(loss_judge, for_losses=True).model if loss_judge else None
     task = AutoencoderTask(recipe, data, TrainableAutoencoder(vae), judge)  # type: ignore[arg-type]

@@ -16,8 +16,9 @@ from torch import nn
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import Provenance, check_finite, folder_hash, read_provenance
+from pocketfusion.folder import Provenance, folder_hash, read_provenance
 from pocketfusion.models.base import write_base_folder
+from pocketfusion.models.loading import load_part
 from pocketfusion.models.sampling import Sampling
 from pocketfusion.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
 from pocketfusion.processes import process_state
@@ -229,15 +230,14 @@ def train_teacher(
     }
     if (finished := finished_result(stage, identity)) is not None:
         return finished
-    vae = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32).requires_grad_(False).eval()
+    vae = load_part(AutoencoderKL, autoencoder).requires_grad_(False).eval()
     check_shapes(recipe.teacher.unet, recipe, vae, text)
     torch.manual_seed(recipe.teacher.train.seed)
     if init is None:
         unet = UNet2DConditionModel(**recipe.teacher.unet)
     else:
         check_text_encoder(recipe.text, text, init)
-        unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet", torch_dtype=torch.float32)
-        check_finite(unet, str(init / "unet"))
+        unet = load_part(UNet2DConditionModel, init / "unet")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast_attention(unet, device)
     task = TeacherTask(recipe, data, unet, vae, text)
