@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 PROVENANCE = "provenance.json"
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_NETWORKS = ("unet", "vae", "text_encoder")
 #: What the pipeline's class of another family is called, and what it is.
 _OTHER_PIPELINES = {
     "StableDiffusion3": "Stable Diffusion 3",

@@ -222,9 +222,9 @@ def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
             },
             "",
             [
-                f"{path / part} lacks the weight {name}"
+                problem
                 for part, network in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder))
-                for name in _lacking(network.state_dict(), path / part)
+                for problem in _lacking(network.state_dict(), path / part)
             ],
         )
     except Exception as error:  # an architecture that stock diffusers does not know; the rest is still shown
@@ -232,8 +232,8 @@ def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
         return None, f"not counted ({reason})", []
 
 
-def _lacking(wanted: Iterable[str], folder: Path) -> list[str]:
-    """Weights of a network that its files do not have, under today's names or those that the libraries still read."""
+def _lacking(wanted: Iterable[str], folder: Path) -> Iterator[str]:
+    """A sentence if files lack weights of their network, under today's names or older ones that are read."""
 
     def today(name: str) -> str:
         name = name.removeprefix("text_model.")
@@ -242,7 +242,9 @@ def _lacking(wanted: Iterable[str], folder: Path) -> list[str]:
         return name
 
     there = {today(name) for file in weight_files(folder)[0] for name in read_safetensors_header(file)[0]}
-    return [name for name in wanted if today(name) not in there and not name.startswith("pooler.")]
+    missing = [name for name in wanted if today(name) not in there and not name.startswith("pooler.")]
+    if missing:
+        yield f"{folder} lacks the weight {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
 
 
 def _provenance(path: Path) -> dict[str, Any] | None:

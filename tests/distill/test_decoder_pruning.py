@@ -236,5 +236,5 @@ def test_a_slim_autoencoder_is_stored_and_loaded(tmp_path):
     teacher.save_pretrained(tmp_path / "stock")
     assert type(load_vae(tmp_path / "stock")) is AutoencoderKL
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
-    with pytest.raises(PocketfusionError, match="the vae is a AutoencoderTiny"):
+    with pytest.raises(PocketfusionError, match="the vae is a 'AutoencoderTiny'"):
         load_vae(tmp_path)

@@ -319,3 +319,18 @@ def test_a_file_and_its_scale(tmp_path: Path) -> None:
     assert _parse_lora("a.safetensors:0.7") == (Path("a.safetensors"), 0.7)
     assert _parse_lora("C:a.safetensors") == (Path("C:a.safetensors"), 1.0)
     assert _parse_lora(f"{tmp_path}/odd:2") == (tmp_path / "odd:2", 1.0)
+
+
+def test_the_command_takes_several(tiny_folder: Path, tmp_path: Path, fast_conversion: None) -> None:
+    """Two of no effect, as the networks here are converted already."""
+    from typer.testing import CliRunner
+
+    from pocketfusion.cli import app
+
+    layers = {name: layer._replace(up=layer.up * 0) for name, layer in random_layers(PLAIN, LAYERS[:10]).items()}
+    file = adapters.save_kohya(layers, tmp_path / "a.safetensors")
+    arguments = ["export", str(tiny_folder), str(tmp_path / "out"), "--lora", str(file), "--lora", f"{file}:0.5"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    said = json.loads((tmp_path / "out" / "bundle.json").read_text())["provenance"]["lora"]
+    assert [(one["file"], one["scale"]) for one in said] == [("a.safetensors", 1.0), ("a.safetensors", 0.5)]

@@ -127,11 +127,11 @@ def test_a_folder_of_another_family_is_refused_by_path(tiny_folder, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"addition_embed_type": "text_time"}))
     with pytest.raises(PocketfusionError, match=r"model/unet is not of .* addition_embed_type is 'text_time'"):
         load_elastic(folder)
-    with pytest.raises(PocketfusionError, match="the UNet of .*nowhere could not be loaded"):
+    with pytest.raises(PocketfusionError, match="nowhere/unet/config.json cannot be read"):
         load_elastic(tmp_path / "nowhere")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     path.write_text((tiny_folder / "unet" / "config.json").read_text())
-    with pytest.raises(PocketfusionError, match="the UNet of .*model could not be loaded"):
+    with pytest.raises(PocketfusionError, match="model/unet could not be loaded"):
         load_elastic(folder)
 
 

@@ -133,7 +133,7 @@ def test_nothing_known_there(run, tmp_path, folder):
     for path, part in (
         (tmp_path / "no", "there is nothing at"),
         (tmp_path, "neither a bundle"),
-        (tmp_path / "model" / "model_index.json", "neither a bundle"),
+        (tmp_path / "model" / "model_index.json", "is a file, not a model folder"),
     ):
         code, printed, notes = run("info", path)
         assert (code, printed) == (2, "") and part in notes and notes.count("\n") == 1

@@ -41,7 +41,8 @@ class TextEncoder(nn.Module):
         self.use_mask = bool(getattr(text_encoder.config, "use_attention_mask", False))
         causal = None
         if self.use_mask and isinstance(text_encoder, CLIPTextModel):
-            causal = torch.full((text_encoder.config.max_position_embeddings,) * 2, -1e4).triu(1)
+            side = text_encoder.config.max_position_embeddings
+            causal = torch.full((side, side), -1e4, device=text_encoder.device).triu(1)
         self.register_buffer("causal", causal, persistent=False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
