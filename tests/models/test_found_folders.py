@@ -22,6 +22,7 @@ from pocketfusion.info import describe
 from pocketfusion.mobile.specs import scheduler_spec
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.elastic_unet import load_elastic
+from pocketfusion.models.guidance import guided_prediction
 from pocketfusion.models.noise_schedule import ddim_scheduler, read_ddim_scheduler
 from pocketfusion.models.sampling import Sampling, usual_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
@@ -367,3 +368,15 @@ def test_a_padding_mask_is_added_to_clips_causal_one(folder: Path) -> None:
     unmasked = wrap(plain)["text_encoder"](*given)["prompt_embeds"]
     torch.testing.assert_close(unmasked, plain.encode_prompt("a red cat", "cpu", 1, False)[0], atol=1e-5, rtol=1e-5)
     assert not np.allclose(ours, unmasked, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_scale_up_to_one_draws_the_prompt_alone(plain: StableDiffusionPipeline) -> None:
+    """As in stock diffusers, where 0 is how Turbo is drawn."""
+    z, states, null = torch.randn(4, 4, 8, 8), torch.randn(4, 7, 32), torch.randn(7, 32)
+    scales = torch.tensor([0.0, 0.5, 1.0, 3.0])
+    drawn = guided_prediction(plain.unet, z, torch.tensor(300), states, null, scales)
+    alone = plain.unet(z, 300, states).sample
+    torch.testing.assert_close(drawn[:3], alone[:3], atol=1e-5, rtol=1e-5)
+    empty = plain.unet(z[3:], 300, null[None]).sample
+    torch.testing.assert_close(drawn[3:], empty + 3 * (alone[3:] - empty), atol=1e-5, rtol=1e-4)
