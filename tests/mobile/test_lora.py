@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import adapters
 import pytest
@@ -17,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from pocketfusion.cli.export import _parse_lora
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.lora import merge_lora
-from pocketfusion.mobile.lora_file import check_lora
+from pocketfusion.mobile.lora import _names, merge_lora
+from pocketfusion.mobile.lora_file import LoraLayer, check_lora
 from pocketfusion.models.elastic_unet import as_elastic
 from pocketfusion.models.surgery import with_architecture
 
@@ -101,6 +102,22 @@ def test_every_naming_merges_as_diffusers_fuses_it(
         torch.testing.assert_close(wanted[name], weight, atol=1e-5, rtol=1e-5)
     assert merge_lora(pipeline, file, 0.7) == 0
     weights_are(pipeline, wanted)
+
+
+@pytest.mark.parametrize("elastic", [False, True])
+def test_every_layer_is_found_under_kohyas_name(elastic: bool) -> None:
+    """Also under names that diffusers' converters were not written for, and in a UNet of our own class."""
+    pipeline = SimpleNamespace(unet=as_elastic(PLAIN.unet) if elastic else PLAIN.unet, text_encoder=PLAIN.text_encoder)
+    pipeline.lora_state_dict = PLAIN.lora_state_dict
+    names = [
+        f"{part}.{path}"
+        for part in ("unet", "text_encoder")
+        for path, layer in getattr(pipeline, part).named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+    some = torch.ones(1, 1)
+    layers = [LoraLayer(f"{adapters.kohya_name(name)}.lora_down.weight", some, some, 1.0) for name in names]
+    assert len(names) > 200 and _names(pipeline, layers, Path("a")) == names
 
 
 def test_several_adapters_add_up(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def assemble(path: Path) -> StableDiffusionPipeline:
             f"{path / 'text_encoder'} is a {encoder!a}: only {' and '.join(_TEXT_ENCODERS)} are supported"
         )
     tokenizer = _loaded(
-        lambda: _kind(transformers, _listed(index, "tokenizer"), PreTrainedTokenizerBase).from_pretrained(
+        lambda: library_class(transformers, _listed(index, "tokenizer"), PreTrainedTokenizerBase).from_pretrained(
             path / "tokenizer", local_files_only=True
         ),
         path / "tokenizer",
@@ -83,7 +83,9 @@ def assemble(path: Path) -> StableDiffusionPipeline:
         text_encoder=load_part(_TEXT_ENCODERS[encoder], path / "text_encoder"),
         tokenizer=tokenizer,
         scheduler=_loaded(
-            lambda: _kind(diffusers, _listed(index, "scheduler"), SchedulerMixin).from_pretrained(path / "scheduler"),
+            lambda: library_class(diffusers, _listed(index, "scheduler"), SchedulerMixin).from_pretrained(
+                path / "scheduler"
+            ),
             path / "scheduler",
         ),
         safety_checker=None,
@@ -99,11 +101,14 @@ def _listed(index: dict[str, Any], part: str) -> str:
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "None"
 
 
-def _kind(library: Any, name: str, base: type) -> Any:
-    """A class of the library by its name; no code but the library's is imported for it."""
+def library_class(library: Any, name: str, base: type) -> Any:
+    """A class of the library by the name in a folder's file; no code but the library's is imported for it.
+
+    Raises PocketfusionError if there is none of that name and kind.
+    """
     kind = getattr(library, name, None)
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise PocketfusionError(f"model_index.json names the class {name!a}, which is not known")
+        raise PocketfusionError(f"the folder names the class {name[:80]!a}, which is not known")
     return kind
 
 

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import read_json
+from pocketfusion.models.loading import library_class
 
 #: What says how the model was trained: it holds whatever class the file names.
 _OF_THE_MODEL = (
@@ -57,9 +58,7 @@ def read_ddim_scheduler(folder: Path) -> DDIMScheduler:
     """`ddim_scheduler` of the model folder's own; raises PocketfusionError as it does, or if the file is damaged."""
     file = folder / "scheduler" / "scheduler_config.json"
     said = read_json(file)
-    kind: Any = getattr(diffusers, str(said.get("_class_name")), DDIMScheduler)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise PocketfusionError(f"{file} names the class {str(said.get('_class_name'))!a}, which is not known")
+    kind = library_class(diffusers, str(said.get("_class_name", "DDIMScheduler")), SchedulerMixin)
     try:
         return ddim_scheduler(kind.from_config(said))
     except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
