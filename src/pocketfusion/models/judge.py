@@ -6,7 +6,6 @@ seen held-out pictures. At full size open_clip takes its place.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import read_json
+from pocketfusion.models.loading import load_part
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import TextSettings
 
@@ -140,14 +141,9 @@ def load_judge(path: Path, *, for_losses: bool = False) -> Judge:
     """
     if not (path / "config.json").is_file():
         raise PocketfusionError(f"there is no judge at {path}: train one with 'pocketfusion train-judge'")
-    try:
-        if json.loads((path / "config.json").read_text()).get("_class_name") != "JudgeModel":
-            raise PocketfusionError(f"{path} is not a judge: its config.json names another class")
-        model = JudgeModel.from_pretrained(path, torch_dtype=torch.float32, use_safetensors=True)
-    except PocketfusionError:
-        raise
-    except Exception as error:
-        raise PocketfusionError(f"the judge {path} is damaged ({str(error).splitlines()[0][:120]})") from None
+    if read_json(path / "config.json").get("_class_name") != "JudgeModel":
+        raise PocketfusionError(f"{path} is not a judge: its config.json names another class")
+    model = load_part(JudgeModel, path)
     if model.config.for_losses != for_losses:
         raise PocketfusionError(
             f"{path} was trained to give losses their features and must not score: name the recipe's other judge"
