@@ -21,6 +21,7 @@ from pocketfusion.folder import check_folder, load_pipeline, weight_files
 from pocketfusion.info import describe
 from pocketfusion.mobile.specs import scheduler_spec
 from pocketfusion.mobile.wrappers import wrap
+from pocketfusion.models.base import copy_with_unet
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.guidance import guided_prediction
 from pocketfusion.models.noise_schedule import ddim_scheduler, read_ddim_scheduler
@@ -155,6 +156,26 @@ def test_it_loads_with_the_same_weights_and_tokens(
             assert network["parameters"] == parameters + positions
     assert torch.equal(load_elastic(folder).conv_in.weight, plain.unet.conv_in.weight)
     assert torch.equal(load_vae(folder / "vae").decoder.conv_in.weight, plain.vae.decoder.conv_in.weight)
+
+
+def as_sharded_variant(folder: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    for part in ("unet", "vae", "text_encoder"):
+        shutil.rmtree(folder / part)
+        getattr(pipeline, part).save_pretrained(folder / part, max_shard_size="100KB", variant="fp16")
+
+
+@pytest.mark.parametrize("change", [as_variant("fp16"), as_sharded_variant])
+def test_a_copy_of_a_variant_loads_in_stock_diffusers(
+    plain: StableDiffusionPipeline, folder: Path, tmp_path: Path, change: Callable
+) -> None:
+    """Beside a UNet of the usual name, which a stage writes."""
+    change(folder)
+    assert same_weights(plain, load_pipeline(folder))
+    (tmp_path / "out").mkdir()
+    copy_with_unet(folder, tmp_path / "out", load_elastic(folder), torch.float32)
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
+    assert same_weights(plain, stock)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from pocketfusion.artefact import write_json
-from pocketfusion.folder import COMPONENTS, PROVENANCE
+from pocketfusion.folder import COMPONENTS, PROVENANCE, weight_files
 from pocketfusion.models.elastic_unet import ElasticUNet, as_stock
 from pocketfusion.models.licences import LicenceNote, write_licences
 from pocketfusion.models.sampling import SAMPLING
@@ -59,12 +59,14 @@ def copy_folder(source: Path, out: Path, **replaced: list[str]) -> None:
 
     Those the caller writes; they are given as `model_index.json` names them: [library, class]. What is not copied, a
     safety checker and its like, is not listed either, so that stock diffusers loads the folder. Provenance, model
-    card and pictures are the source's own and are not copied; a provenance inside `vae/` is the autoencoder's.
+    card and pictures are the source's own and are not copied; a provenance inside `vae/` is the autoencoder's. Weights
+    that come as a variant alone (`fp16`) get the usual names, which the caller's have: stock diffusers loads one kind.
     """
     own = shutil.ignore_patterns(PROVENANCE, "README.md", "*.png")
     for name in (*COMPONENTS, "licences"):
         if (source / name).is_dir() and name not in replaced:
             shutil.copytree(source / name, out / name, ignore=None if name == "vae" else own)
+            _as_usual(out / name)
     if (source / SAMPLING).is_file():
         shutil.copyfile(source / SAMPLING, out / SAMPLING)
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8")) | replaced
@@ -74,6 +76,21 @@ def copy_folder(source: Path, out: Path, **replaced: list[str]) -> None:
         index["requires_safety_checker"] = False  # else diffusers warns that it is gone
     write_json(out / "model_index.json", index)
     load_text_encoder_in_fp32(out)
+
+
+def _as_usual(folder: Path) -> None:
+    """Renames a network's weights if they come as a variant alone, and their index of shards with them."""
+    if not any(folder.glob("*.safetensors")):
+        return
+    files, variant = weight_files(folder)
+    if variant is None:
+        return
+    for index in folder.glob(f"*.safetensors.index.{variant}.json"):
+        text = index.read_text(encoding="utf-8").replace(f".{variant}", "")
+        index.with_name(index.name.replace(f".{variant}", "")).write_text(text, encoding="utf-8")
+        index.unlink()
+    for file in files:
+        file.rename(file.with_name(file.name.replace(f".{variant}", "")))
 
 
 def load_text_encoder_in_fp32(folder: Path) -> None:
