@@ -90,7 +90,7 @@ def read_embedding(file: Path) -> tuple[str, torch.Tensor]:
         if not file.is_file():
             raise PocketfusionError(f"there is no embedding at {file}: check the path")
         state = load_file(str(file))
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, TypeError, AttributeError, KeyError, RuntimeError):  # the last four: odd types
         raise PocketfusionError(f"{file} is not a safetensors file: only safetensors embeddings are read") from None
     if "clip_g" in state or "clip_l" in state:
         raise PocketfusionError(

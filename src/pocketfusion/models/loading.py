@@ -60,8 +60,7 @@ def assemble(path: Path) -> StableDiffusionPipeline:
     from pocketfusion.models.slim_autoencoder import vae_class
 
     index = read_json(path / "model_index.json")
-    config = read_json(path / "unet" / "config.json")
-    name = config.get("_class_name", "UNet2DConditionModel")
+    name = str(read_json(path / "unet" / "config.json").get("_class_name", "UNet2DConditionModel"))
     unets = {kind.__name__: kind for kind in (UNet2DConditionModel, ElasticUNet)}
     if name not in unets:
         raise PocketfusionError(f"{path / 'unet'} is a {name!a}: only {' and '.join(unets)} are supported")

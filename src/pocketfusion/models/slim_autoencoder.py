@@ -78,7 +78,7 @@ class SlimAutoencoderKL(AutoencoderKL):
 
 def vae_class(folder: Path) -> type[AutoencoderKL]:
     """The class that the `config.json` in `folder` names; raises PocketfusionError if it is another's than ours."""
-    name = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
+    name = str(read_json(folder / "config.json").get("_class_name", "AutoencoderKL"))
     known = {kind.__name__: kind for kind in (AutoencoderKL, SlimAutoencoderKL)}
     if name not in known:
         raise PocketfusionError(f"{folder}: the vae is a {name!a}: only {' and '.join(known)} are supported")
