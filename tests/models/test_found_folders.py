@@ -19,7 +19,9 @@ from transformers import CLIPTextModel
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, load_pipeline, weight_files
 from pocketfusion.info import describe
+from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.specs import scheduler_spec
+from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.base import copy_with_unet
 from pocketfusion.models.elastic_unet import load_elastic
@@ -383,6 +385,9 @@ def test_a_padding_mask_is_added_to_clips_causal_one(folder: Path) -> None:
     tokens = pipeline.tokenizer("a red cat", padding="max_length", return_tensors="pt")
     given = tokens.input_ids.int(), tokens.attention_mask.int()
     ours = wrap(pipeline)["text_encoder"](*given)["prompt_embeds"]
+    for target in ("litert-cpu", "litert-gpu"):
+        rewritten, _ = rewrite(wrap(pipeline)["text_encoder"], TARGETS[target])
+        torch.testing.assert_close(rewritten(*given)["prompt_embeds"], ours, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours, pipeline.encode_prompt("a red cat", "cpu", 1, False)[0], atol=1e-5, rtol=1e-5)
     edit(folder / "text_encoder" / "config.json", use_attention_mask=False)
     plain = load_pipeline(folder)

@@ -27,17 +27,20 @@ def causal_mask(tokens: int) -> nn.Buffer:
 
 
 class MaskedEncoder(nn.Module):
-    """`CLIPEncoder` whose layers get the causal mask as a constant."""
+    """`CLIPEncoder` whose layers get the causal mask as a constant, or where its config has `use_attention_mask` the
+    whole mask that `wrappers.TextEncoder` passes."""
 
     def __init__(self, encoder: CLIPEncoder):
         super().__init__()
         self.layers = encoder.layers
         self.causal = causal_mask(encoder.config.max_position_embeddings)
+        self.given = bool(getattr(encoder.config, "use_attention_mask", False))
 
-    def forward(self, inputs_embeds: torch.Tensor, **ignored: Any) -> Any:
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None, **ignored: Any) -> Any:
         x, tokens = inputs_embeds, inputs_embeds.shape[1]
+        mask = attention_mask if self.given else self.causal[:, :, :tokens, :tokens]
         for layer in self.layers:
-            x = layer(x, self.causal[:, :, :tokens, :tokens])
+            x = layer(x, mask)
         return BaseModelOutput(last_hidden_state=x)
 
 
