@@ -43,14 +43,13 @@ def check_command(
     """
     from rich.console import Console
 
-    from pocketfusion.artefact import check_writable_parent, write_json
+    from pocketfusion.artefact import check_files, write_json
 
     if precision not in (None, "fp32", "fp16"):
         raise PocketfusionError(f"the precision is {precision!r}: choose fp32 or fp16")
     if threads < 1 or not timeout > 0:
         raise PocketfusionError(f"there are {threads} threads and {timeout:g} s: choose numbers above zero")
-    if json_file:
-        check_writable_parent(json_file)
+    check_files(json_file)
     from pocketfusion.mobile.delegate.check import PRECISIONS, check
 
     console, notes = (Console(stderr=error, highlight=False, markup=False, soft_wrap=True) for error in (False, True))

@@ -24,6 +24,7 @@ from pocketfusion.artefact import sha256_folder
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline
+from pocketfusion.locks import try_lock
 from pocketfusion.models.guidance import guidance_of, guided_prediction
 from pocketfusion.models.sampling import Sampling, read_sampling
 from pocketfusion.models.text_encoder import TextEncoder
@@ -203,6 +204,10 @@ def _prolonged(
     done = path.stat().st_size // row if path.is_file() else 0
     if done < shape[0]:
         with path.open("ab") as file, _bar(what, done, shape[0]) as advance:
+            if try_lock(file.fileno()) is False:  # a cache may be shared by runs
+                raise PocketfusionError(
+                    f"another run is {what} into {path}: wait for its end, or give another --cache"
+                )
             file.truncate(done * row)  # a row that a kill cut short
             while done < shape[0]:
                 stop = min(done - done % batch + batch, shape[0])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-from pocketfusion.artefact import atomic_file, check_writable_parent
+from pocketfusion.artefact import atomic_file, scratch_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.flatbuffer import drop_unused, module_chains, read, rename, write
 from pocketfusion.mobile.placeholders import fill, without_convolutions
@@ -53,9 +52,8 @@ def convert(
                 f"litert-torch cannot convert {type(module).__name__} ({reason[:200]}): "
                 "only the Stable Diffusion 1 and 2 families are known to convert"
             ) from error
-        check_writable_parent(path)
-        with atomic_file(path) as partial, TemporaryDirectory(dir=path.parent, prefix=".convert-") as scratch:
-            raw = Path(scratch) / "raw.tflite"
+        with atomic_file(path) as partial, scratch_folder("convert", path.parent) as scratch:
+            raw = scratch / "raw.tflite"
             model.export(str(raw))
             del model, converter
             contents = read(raw)

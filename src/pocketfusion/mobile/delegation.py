@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from pocketfusion.artefact import scratch_folder
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.delegate.faults import faults
 from pocketfusion.mobile.delegate.graph import Graph, load
@@ -64,8 +63,8 @@ def prove(
     """
     expected = {key: value.numpy() for key, value in module.eval()(**samples).items()}
     inputs: dict[str, np.ndarray] = {key: value.numpy() for key, value in samples.items()}
-    with tempfile.TemporaryDirectory(prefix="pocketfusion-delegation-") as folder:
-        file = Path(folder) / "network.tflite"
+    with scratch_folder("pocketfusion-delegation") as folder:
+        file = folder / "network.tflite"
         counts = convert(module, samples, file, target)
         (graph,) = load(file).graphs
         refused = {rejection.operation.index: rejection.operation.kind for rejection in rejections(graph)}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pocketfusion.artefact import scratch_folder
 from pocketfusion.mobile.delegate import bisect, locate, samples
 from pocketfusion.mobile.delegate.graph import File, Graph, load
 from pocketfusion.mobile.delegate.locate import Refused
@@ -100,8 +100,8 @@ class _Check:
 
     def run(self, stacks: dict[str, GpuStack]) -> GraphCheck:
         """The verdict of the delegate on `stacks` (by precision), parity and calibration."""
-        with tempfile.TemporaryDirectory(prefix="pocketfusion-check-") as folder:
-            path, signature = self._alone(Path(folder))
+        with scratch_folder("pocketfusion-check") as folder:
+            path, signature = self._alone(folder)
             ranges = self._calibrate(path, signature)
             if not stacks:
                 return self.static((), ranges)

@@ -7,8 +7,8 @@ been reported as fully accelerated.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from types import TracebackType
 import numpy as np
 from ai_edge_litert.schema_py_generated import BuiltinOperator
 
+from pocketfusion.artefact import scratch_folder
 from pocketfusion.mobile.delegate.child import Answer, Child
 from pocketfusion.mobile.delegate.graph import File, Graph
 from pocketfusion.mobile.delegate.stack import GpuStack
@@ -72,8 +73,8 @@ class Oracle:
     def __init__(self, stack: GpuStack, *, threads: int = 1, timeout: float = 600) -> None:
         """`timeout`: seconds after which a compilation with its run counts as hanging."""
         self.stack, self.timeout = stack, timeout
-        self._scratch = tempfile.TemporaryDirectory(prefix="pocketfusion-check-")
-        self.folder = Path(self._scratch.name)
+        self._scratch = ExitStack()
+        self.folder = self._scratch.enter_context(scratch_folder("pocketfusion-check"))
         self._child = Child(dict(stack.environment), self.folder, threads)
 
     def __enter__(self) -> Oracle:
@@ -83,7 +84,7 @@ class Oracle:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._child.__exit__(kind, error, tb)
-        self._scratch.cleanup()
+        self._scratch.close()
 
     def compile(self, path: Path, precision: str = "fp32") -> Verdict:
         """The delegate's verdict on the file, all its signatures together."""
