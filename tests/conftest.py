@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,15 @@ LONGEST = "test_readme.py"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != LONGEST)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says at the end what was skipped, and which package brings what it needs."""
+    skipped = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")
+    )
+    for reason, count in skipped.most_common():
+        terminalreporter.line(f"{count} skipped: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -74,12 +74,18 @@ def _print(report: Report, static: bool, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    from pocketfusion.mobile.delegate.stack import ADVICE
+    from pocketfusion.mobile.delegate.stack import advice
 
+    if report.target == "litert-cpu":
+        console.print(
+            "this bundle was made for the CPU: what follows is how it would do on a GPU; "
+            "export it with --target litert-gpu for one",
+            style="yellow",
+        )
     for stack in report.stacks:
         console.print(f"GPU stack {stack.name}: {stack.adapter}, {' and '.join(stack.precisions)}")
     if not report.stacks:
-        why = "as asked" if static else f"no GPU stack works here: {ADVICE}"
+        why = "as asked" if static else f"no GPU stack works here: {advice()}"
         console.print(f"static verdict, by the rules alone ({why})", style="yellow")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("network", no_wrap=True)
