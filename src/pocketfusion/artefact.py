@@ -187,12 +187,14 @@ def _absolute(path: Path) -> Path:
 
 def _special(path: Path) -> bool:
     """Whether a device, pipe or socket is there, or a link to one: /dev/stdout is a link, whatever it leads to now."""
+    if not os.path.lexists(path):
+        return False
     system = path.parent.resolve()
     if system == Path("/dev") or system.is_relative_to("/proc"):
         return True
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # most often there is nothing
+    except OSError:  # a link to nothing
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
