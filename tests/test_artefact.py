@@ -281,6 +281,12 @@ def test_a_run_folder_is_one_processs_until_it_dies(tmp_path):
     assert again.returncode == 0, again.stderr  # another process of the same launch
 
 
+def test_a_run_that_was_refused_leaves_no_folder(tmp_path):
+    code = "from pathlib import Path; from pocketfusion.locks import hold; [hold(Path(name)) for name in 'ab']"
+    subprocess.run([sys.executable, "-c", code + "; Path('b', 'log').touch()"], cwd=tmp_path, check=True)
+    assert names(tmp_path) == ["b"] and names(tmp_path / "b") == [LOCK, "log"]
+
+
 def test_a_locked_block_lets_go(tmp_path):
     with locked(tmp_path / "work"), pytest.raises(PocketfusionError, match="in use"), locked(tmp_path / "work"):
         pass

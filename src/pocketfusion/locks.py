@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def hold(folder: Path) -> None:
             return
         os.close(_held.pop(folder))  # deleted since, and another folder may be there
     _held[folder] = _lock(folder)
+
+
+@atexit.register
+def _leave_none_empty() -> None:
+    """A command that was refused after all leaves no run folder with a lock in it alone."""
+    for folder, descriptor in _held.items():
+        with suppress(OSError):
+            if is_open_at(folder / LOCK, descriptor) and os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 def _lock(folder: Path) -> int:
