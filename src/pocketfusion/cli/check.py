@@ -96,10 +96,11 @@ def _print(report: Report, static: bool, console: Console) -> None:
     console.print(table)
     for graph in report.graphs:
         _details(graph, console)
+    by_rules = "" if report.stacks else "by the rules, "
     console.print(
-        "all of it runs on the GPU delegate"
+        f"{by_rules}all of it runs on the GPU delegate"
         if report.passed
-        else "not all of it runs on the GPU delegate, or rightly",
+        else f"{by_rules}not all of it runs on the GPU delegate, or rightly",
         style="green" if report.passed else "red",
     )
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from pocketfusion.artefact import scratch_folder
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.delegate.child import Child
+from pocketfusion.mobile.delegate.child import Answer, Child
 from pocketfusion.mobile.delegate.surgery import one_operation
 
 ICD_VARIABLE, LAVAPIPE_VARIABLE = "POCKETFUSION_VULKAN_ICD", "POCKETFUSION_LAVAPIPE"
@@ -133,6 +133,12 @@ def _icd(library: Path) -> str:
     return str(file)
 
 
+def _reason(answer: Answer) -> str:
+    """Why a driver failed: what Dawn warned of, else the error."""
+    warned = re.search(r"^Warning: (.+?)[.!]?$", answer.log, re.M)
+    return warned.group(1) if warned else (answer.error.strip().splitlines() or ["no answer"])[0][:200]
+
+
 def _probe(name: str, environment: dict[str, str]) -> GpuStack | str:
     """Runs exp on this driver; the reason if that fails. FP16 is there if it changes the result."""
     x = np.linspace(0.1, 1, 32, dtype=np.float32).reshape(1, 1, 1, 32)
@@ -143,7 +149,7 @@ def _probe(name: str, environment: dict[str, str]) -> GpuStack | str:
         for precision in ("fp32", "fp16"):
             answer = child.ask(file, {"x": x}, precision=precision, timeout=60)
             if answer.outputs is None:
-                return (answer.error.strip().splitlines() or ["no answer"])[0][:200]
+                return _reason(answer)
             results[precision] = answer.outputs["y"]
             adapter = re.search(r"Selected adapter: (.+?), arch=", answer.log)
         if not np.allclose(results["fp32"], np.exp(x), rtol=1e-4):
