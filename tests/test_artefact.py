@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from pocketfusion import artefact
-from pocketfusion.artefact import atomic_file, atomic_folder, check_files, scratch_folder, write_json
+from pocketfusion import artefact, temporaries
+from pocketfusion.artefact import atomic_file, atomic_folder, check_files, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.locks import LOCK, hold, locked
+from pocketfusion.temporaries import scratch_folder
 
 
 def elsewhere(statement: str) -> subprocess.Popen[str]:
     """A process in which `statement` has been run, and which then sleeps inside of it."""
-    code = "import sys, time\nfrom pathlib import Path\nfrom pocketfusion import artefact, locks\n" + statement
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom pocketfusion import artefact, locks, temporaries\n"
+        + statement
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "in\n"
     return process
@@ -92,7 +96,7 @@ def die_at(number: int) -> None:
 
     def trace(frame, event, argument):
         nonlocal left
-        if frame.f_code.co_filename != artefact.__file__:
+        if frame.f_code.co_filename not in (artefact.__file__, temporaries.__file__):
             return None
         if event == "line":
             left -= 1
@@ -107,7 +111,7 @@ def test_what_a_live_run_writes_stays_and_what_a_dead_one_left_goes(tmp_path):
     live = elsewhere(inside(f"artefact.atomic_folder(Path({str(tmp_path / 'live')!r}))"))
     dead = elsewhere(inside(f"artefact.atomic_folder(Path({str(tmp_path / 'dead')!r}))"))
     file = elsewhere(inside(f"artefact.atomic_file(Path({str(tmp_path / 'file.png')!r}))"))
-    scratch = elsewhere(inside(f"artefact.scratch_folder('scratch', Path({str(tmp_path)!r}))"))
+    scratch = elsewhere(inside(f"temporaries.scratch_folder('scratch', Path({str(tmp_path)!r}))"))
     for process in (dead, file, scratch):
         killed(process)
     assert len(names(tmp_path)) == 4

@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,17 +199,3 @@ def test_a_prompt_that_is_no_text(tmp_path: Path) -> None:
     )
     assert done.returncode in (0, 2) and "Traceback" not in done.stderr
     assert done.returncode == 0 or not list(tmp_path.iterdir())
-
-
-def test_interrupted_as_ever(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "generate", "x", "-o", str(tmp_path / "a.png"), "--steps", "1000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(2.5)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and b"Traceback" not in err
-    assert not list(tmp_path.iterdir())

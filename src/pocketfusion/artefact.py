@@ -1,8 +1,7 @@
 """Artefacts on disk: written beside their final name and renamed at the end, so none is ever half-written.
 
-A temporary has a name that nobody can guess, is created anew (never through a link) and is locked while its owner
-lives: whatever a killed run left is known by its free lock, and removed by the next run that writes there. What takes
-its place is on the disk before it does, so that a power failure leaves the old or the new.
+What killed runs left beside it (`temporaries`) is removed by the next run that writes there. What takes its place is
+on the disk before it does, so that a power failure leaves the old or the new.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import ctypes
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -21,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.locks import fcntl, is_open_at, try_lock
+from pocketfusion.locks import fcntl, try_lock
+from pocketfusion.temporaries import NO_LINK, clean, name_for, remove, temporary
 
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(partial|old)(\.[^.]*)?", re.S)
 _LONGEST = 220  # bytes of a name: its temporary's has 24 more and a suffix, and file systems take 255
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _cleaned: set[Path] = set()
 
 
@@ -69,7 +66,7 @@ def check_writable_parent(path: Path) -> None:
         reason = error.strerror
         raise PocketfusionError(f"cannot write into {parent} ({reason}): choose another output path") from None
     if parent not in _cleaned:
-        _clean(parent)
+        clean(parent)
         _cleaned.add(parent)
 
 
@@ -112,10 +109,10 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises PocketfusionError if `path` exists and `overwrite` is false, or if it cannot be written.
     """
     path = _absolute(path)
-    _clean(path.parent)
+    clean(path.parent)
     check_new(path, overwrite)
     mode = _mode(path)
-    with _temporary(path, folder=True, mode=0o777 if mode is None else 0o700) as partial:
+    with temporary(path, folder=True, mode=0o777 if mode is None else 0o700) as partial:
         yield partial
         if mode is not None:
             partial.chmod(mode)
@@ -142,7 +139,7 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     path = _absolute(path)
     check_files(path)
     mode = _mode(path)
-    with _temporary(path, folder=False, mode=0o666 if mode is None else 0o600) as partial:
+    with temporary(path, folder=False, mode=0o666 if mode is None else 0o600) as partial:
         yield partial
         if mode is not None:
             partial.chmod(mode & 0o777)
@@ -151,15 +148,6 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         os.replace(partial, path)
         if durable:
             _sync(path.parent, below=False)
-
-
-@contextmanager
-def scratch_folder(name: str, place: Path | None = None) -> Iterator[Path]:
-    """A private folder that is gone after the block, in `place` or the system's folder for temporary files."""
-    place = Path(tempfile.gettempdir()) if place is None else place.absolute()
-    _clean(place)
-    with _temporary(place / name, folder=True, mode=0o700) as folder:
-        yield folder
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -208,46 +196,14 @@ def _mode(path: Path) -> int | None:
     return None if stat.S_ISLNK(mode) else stat.S_IMODE(mode)
 
 
-@contextmanager
-def _temporary(path: Path, *, folder: bool, mode: int) -> Iterator[Path]:
-    """A new, locked neighbour of `path`; removed after the block, if it still has this name."""
-    suffix = "" if folder else path.suffix  # some writers go by it
-    while True:
-        made = path.with_name(f".{path.name}.{os.urandom(8).hex()}.partial{suffix}")
-        if folder:
-            made.mkdir(mode)
-            if fcntl is None:
-                descriptor = None
-                break
-            try:
-                descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY | _NO_LINK)
-            except FileNotFoundError:
-                continue
-        else:
-            descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, mode)
-        try_lock(descriptor)
-        if is_open_at(made, descriptor):
-            break
-        os.close(descriptor)  # taken for a dead run's before it was locked
-    if fcntl is None and descriptor is not None:
-        os.close(descriptor)  # Windows renames no open file
-        descriptor = None
-    try:
-        yield made
-    finally:
-        _remove(made)
-        if descriptor is not None:
-            os.close(descriptor)
-
-
 def _replace(partial: Path, path: Path) -> None:
     """Puts a folder in the place of what lies at `path`, which is then deleted."""
     if _exchange(partial, path):
         return  # the old one has the temporary's name, and goes with it
-    old = path.with_name(f".{path.name}.{os.urandom(8).hex()}.old")
+    old = name_for(path, "old")
     descriptor = None
     with suppress(OSError):  # a link
-        descriptor = os.open(path, os.O_RDONLY | _NO_LINK)
+        descriptor = os.open(path, os.O_RDONLY | NO_LINK)
         try_lock(descriptor)  # else another process would put it back
     try:
         path.rename(old)
@@ -256,7 +212,7 @@ def _replace(partial: Path, path: Path) -> None:
         except BaseException:
             old.rename(path)
             raise
-        _remove(old)
+        remove(old)
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -280,7 +236,7 @@ def _sync(path: Path, *, below: bool = True) -> None:
     if folder and below:
         for child in path.iterdir():
             _sync(child)
-    descriptor = os.open(path, os.O_RDONLY | _NO_LINK)
+    descriptor = os.open(path, os.O_RDONLY | NO_LINK)
     try:
         os.fsync(descriptor)
     except OSError:
@@ -288,39 +244,3 @@ def _sync(path: Path, *, below: bool = True) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _clean(place: Path) -> None:
-    """Removes the temporaries in `place` whose owner is dead, and puts back what it had renamed away."""
-    if fcntl is None:
-        return
-    with suppress(OSError), os.scandir(place) as entries:
-        for entry in entries:
-            named = _TEMPORARY.fullmatch(entry.name)
-            if named is not None and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
-                with suppress(OSError):
-                    _clean_one(place / entry.name, place / named[1], named[2])
-
-
-def _clean_one(path: Path, target: Path, kind: str) -> None:
-    if stat.S_IFMT(os.lstat(path).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-        return
-    descriptor = os.open(path, os.O_RDONLY | _NO_LINK | os.O_NONBLOCK)
-    try:
-        if not try_lock(descriptor) or not is_open_at(path, descriptor):
-            return
-        if kind == "old" and not os.path.lexists(target):
-            path.rename(target)
-        else:
-            _remove(path)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        if stat.S_ISDIR(os.lstat(path).st_mode):
-            path.chmod(0o700)
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()

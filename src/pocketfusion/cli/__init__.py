@@ -72,7 +72,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader has seen enough
         _drop_output()
         sys.exit(1)
-    except (SystemExit, GeneratorExit):
+    except SystemExit:
         raise
     except BaseException as error:  # a native library's panic is no Exception
         sentence = told(error)

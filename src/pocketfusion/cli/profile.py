@@ -53,9 +53,10 @@ def profile_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from pocketfusion.artefact import check_files, check_new, scratch_folder
+    from pocketfusion.artefact import check_files, check_new
     from pocketfusion.quiet import quiet
     from pocketfusion.runtime.networks import available_cores
+    from pocketfusion.temporaries import scratch_folder
 
     if pack and imported:
         raise PocketfusionError("--pack and --import exclude each other: pack first, run the script, then import")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -213,6 +214,7 @@ def _prolonged(
                 stop = min(done - done % batch + batch, shape[0])
                 file.write(np.ascontiguousarray(block(done, stop)).tobytes())
                 file.flush()
+                os.fsync(file.fileno())  # else a power failure may leave rows of zeros
                 advance(stop - done)
                 done = stop
     return np.memmap(path, np.float16, mode="r", shape=shape)

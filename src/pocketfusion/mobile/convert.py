@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pocketfusion.artefact import atomic_file, scratch_folder
+from pocketfusion.artefact import atomic_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.flatbuffer import drop_unused, module_chains, read, rename, write
 from pocketfusion.mobile.placeholders import fill, without_convolutions
@@ -16,6 +16,7 @@ from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.rewrites.base import contiguous
 from pocketfusion.mobile.targets import TARGETS, Target
 from pocketfusion.quiet import quiet
+from pocketfusion.temporaries import scratch_folder
 
 #: The signature every file has. The UNet's takes batch 2, negative prompt and prompt, or batch 1 where guidance is
 #: embedded or folded. A second one of another batch would share the weights on disk, but XNNPACK packs them once more

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from pocketfusion.artefact import scratch_folder
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.delegate.faults import faults
 from pocketfusion.mobile.delegate.graph import Graph, load
@@ -18,6 +17,7 @@ from pocketfusion.mobile.delegate.oracle import Oracle, Parity, parity
 from pocketfusion.mobile.delegate.rules import rejections
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.targets import Target
+from pocketfusion.temporaries import scratch_folder
 
 
 @dataclass(frozen=True)

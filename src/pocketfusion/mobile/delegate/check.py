@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pocketfusion.artefact import scratch_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.delegate import bisect, locate, samples
 from pocketfusion.mobile.delegate.graph import File, Graph, load
@@ -18,6 +17,7 @@ from pocketfusion.mobile.delegate.report import GraphCheck, Report
 from pocketfusion.mobile.delegate.stack import GpuStack, advice, choose, find_stacks
 from pocketfusion.mobile.delegate.surgery import SIGNATURE, extract, float_weights, key
 from pocketfusion.runtime.manifest import NETWORKS, Bundle
+from pocketfusion.temporaries import scratch_folder
 
 PRECISIONS = ("fp32", "fp16")
 #: Calls whose results are compared: the network's first and last of the recorded ones.

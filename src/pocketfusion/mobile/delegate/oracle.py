@@ -16,11 +16,11 @@ from types import TracebackType
 import numpy as np
 from ai_edge_litert.schema_py_generated import BuiltinOperator
 
-from pocketfusion.artefact import scratch_folder
 from pocketfusion.mobile.delegate.child import Answer, Child
 from pocketfusion.mobile.delegate.graph import File, Graph
 from pocketfusion.mobile.delegate.stack import GpuStack
 from pocketfusion.mobile.delegate.surgery import extract
+from pocketfusion.temporaries import scratch_folder
 
 #: Largest error, relative to the largest value, that still counts as right.
 MAX_ERROR = {"fp32": 1e-3, "fp16": 0.03}

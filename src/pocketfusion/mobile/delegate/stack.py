@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketfusion.artefact import scratch_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.delegate.child import Answer, Child
 from pocketfusion.mobile.delegate.surgery import one_operation
+from pocketfusion.temporaries import scratch_folder
 
 ICD_VARIABLE, LAVAPIPE_VARIABLE = "POCKETFUSION_VULKAN_ICD", "POCKETFUSION_LAVAPIPE"
 #: By which the user names the driver of each stack: of the system's, Vulkan's own.
