@@ -16,7 +16,7 @@ import pytest
 from pocketfusion import artefact, temporaries
 from pocketfusion.artefact import atomic_file, atomic_folder, check_files, write_json
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.locks import LOCK, hold, locked
+from pocketfusion.locks import LOCK, hold, locked, release
 from pocketfusion.temporaries import scratch_folder
 
 
@@ -273,6 +273,12 @@ def test_a_run_folder_is_one_processs_until_it_dies(tmp_path):
     killed(owner)
     hold(run)
     hold(run)  # its own
+    with pytest.raises(PocketfusionError, match="in use"), locked(run):
+        pass
+    release(run)
+    with locked(run):
+        hold(tmp_path / "other")
+    hold(run)
     assert (run / LOCK).read_text() == f"{os.getpid()}\n"
     probe = f"from pathlib import Path; from pocketfusion.locks import hold; hold(Path({str(run)!r}))"
     assert (

@@ -18,7 +18,7 @@ except ImportError:  # Windows has no flock: nothing is locked there
     fcntl = None
 
 LOCK = ".lock"  #: the file in a run folder that is locked; it holds the owner's process number
-_held: dict[Path, int] = {}  # folder → descriptor, until this process ends
+_held: dict[Path, int] = {}  # folder → descriptor
 
 
 def try_lock(descriptor: int) -> bool | None:
@@ -56,7 +56,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def hold(folder: Path) -> None:
-    """As `locked`, until this process ends; it may hold a folder twice.
+    """As `locked`, until `release` or the end of this process, which may ask for a folder that it holds.
 
     Of the processes of an `accelerate launch`, the first holds it for all.
     """
@@ -68,6 +68,12 @@ def hold(folder: Path) -> None:
             return
         os.close(_held.pop(folder))  # deleted since, and another folder may be there
     _held[folder] = _lock(folder)
+
+
+def release(folder: Path) -> None:
+    """Lets other processes into a folder that this one holds, if it does."""
+    if (descriptor := _held.pop(folder.absolute(), None)) is not None:
+        os.close(descriptor)
 
 
 @atexit.register

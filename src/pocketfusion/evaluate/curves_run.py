@@ -26,7 +26,7 @@ from pocketfusion.evaluate.scoring import RealSide, measure
 from pocketfusion.evaluate.store import PictureStore, Shelf
 from pocketfusion.evaluate.systems import SystemSpec, labels
 from pocketfusion.folder import machine
-from pocketfusion.locks import hold
+from pocketfusion.locks import hold, release
 from pocketfusion.runtime.networks import available_cores
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ def evaluate_systems(
     sheet = _sheet(lines, curves, plan, reference)
     with atomic_folder(out, overwrite=overwrite) as partial:
         write_curves(result, *sheet, partial)
+    release(run)
     return result
 
 
