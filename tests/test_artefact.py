@@ -291,6 +291,29 @@ def test_a_run_folder_is_one_processs_until_it_dies(tmp_path):
     assert again.returncode == 0, again.stderr  # another process of the same launch
 
 
+def test_whoever_works_in_a_run_folder_asks_for_it(tmp_path):
+    from loop_task import LineTask, settings
+
+    from pocketfusion.evolve.ledger import Ledger
+    from pocketfusion.train.loop import train
+    from pocketfusion.train.place import StageRun
+    from pocketfusion.train.stage import finished_result
+
+    run = tmp_path / "out.run"
+    owner = elsewhere(f"locks.hold(Path({str(run)!r})); print('in', flush=True); time.sleep(60)")
+    for work in (
+        lambda: train(LineTask(), settings(), run, fingerprint={}),
+        lambda: finished_result(StageRun.at(tmp_path / "out"), {}),
+        lambda: Ledger(run, {}),
+    ):
+        with pytest.raises(PocketfusionError, match="out.run is in use by another run"):
+            work()
+    killed(owner)
+    assert names(run) == [LOCK]
+    with pytest.raises(PocketfusionError, match="--run .*/out/run lies in --out .*/out, which is replaced whole"):
+        StageRun.at(tmp_path / "out", tmp_path / "out" / "run")
+
+
 def test_a_run_that_was_refused_leaves_no_folder(tmp_path):
     code = "from pathlib import Path; from pocketfusion.locks import hold; [hold(Path(name)) for name in 'ab']"
     subprocess.run([sys.executable, "-c", code + "; Path('b', 'log').touch()"], cwd=tmp_path, check=True)
