@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -166,33 +163,6 @@ def test_two_exports_to_one_name(tiny_folder: Path, tmp_path: Path, fast_convers
     export(tiny_folder, out, progress=second)
     assert meanwhile and names(tmp_path) == ["out"]
     Bundle.open(out)
-
-
-def test_a_killed_export_leaves_no_bundle_and_goes_on_where_it_was(
-    tiny_folder: Path, tmp_path: Path, fast_conversion: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    code = f"from pocketfusion.mobile.export import export; export({str(tiny_folder)!r}, {str(out)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (begun := list(tmp_path.glob(".out.*.partial/text_encoder.tflite"))) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.05)
-    assert begun, "the export did not get as far as its first network"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    converted: list[str] = []
-    convert = module._convert_network
-
-    def recording(network: object, samples: object, file: Path, settings: object) -> None:
-        converted.append(file.name.partition("-")[0])
-        convert(network, samples, file, settings)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module, "_convert_network", recording)
-    export(tiny_folder, out)
-    assert (out / "bundle.json").is_file() and names(tmp_path) == ["out"]
-    assert "text_encoder" not in converted  # it was kept
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import json
 import shutil
 
 from command import leftovers
+from pocketfusion.mobile import export as module
+from pocketfusion.runtime.manifest import Bundle
 
 
 def test_export_in_the_place_of_a_bundle(kill, end, cli, tiny_folder, tiny_bundle, tmp_path):
@@ -27,3 +29,20 @@ def test_export_in_the_place_of_a_bundle(kill, end, cli, tiny_folder, tiny_bundl
     end(*arguments)
     assert json.loads((out / "bundle.json").read_text())["name"] == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "out"]
+
+
+def test_what_was_converted_is_kept(kill, tiny_folder, fast_conversion, monkeypatch, tmp_path):
+    out, converted = tmp_path / "out", []
+    kill("pocketfusion.mobile.export:quantize", 1, "export", tiny_folder, out)
+    assert not out.exists() and (tmp_path / ".out.work").is_dir() and len(leftovers(tmp_path)) == 1
+    convert = module._convert_network
+
+    def recording(network, samples, file, settings):
+        converted.append(file.name.partition("-")[0])
+        convert(network, samples, file, settings)
+
+    monkeypatch.setattr(module, "_convert_network", recording)
+    module.export(tiny_folder, out)
+    assert converted == ["unet", "decoder"]
+    Bundle.open(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
