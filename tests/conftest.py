@@ -21,6 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != LONGEST)
 
 
+@pytest.hookimpl(trylast=True)  # below the table of durations
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Says at the end what was skipped, and which package brings what it needs."""
     skipped = Counter(
