@@ -10,7 +10,6 @@ import typer
 
 from pocketfusion.cli import app
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.runtime.manifest import NETWORKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,6 +120,8 @@ def _row(graph: GraphCheck, report: Report) -> list[str]:
 
 
 def _details(graph: GraphCheck, console: Console) -> None:
+    from pocketfusion.runtime.manifest import NETWORKS
+
     wrong = [p for p in graph.parities if not p.right]
     lines = [
         f"  {_WRONG}: {p.precision} on {p.stack}"
