@@ -6,12 +6,17 @@ Importing torch, diffusers and transformers takes 8 s a process; the commands ar
 from __future__ import annotations
 
 import atexit
+import functools
+import importlib
+import itertools
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 # by their full names: the fork server does not see the tests' own folder
@@ -25,11 +30,16 @@ _context.set_forkserver_preload(
 )
 
 
-def run_command(arguments: list[str], timeout: float, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs it in this directory with this environment and more; raises `subprocess.TimeoutExpired`."""
+def run_command(
+    arguments: list[str], timeout: float, environment: dict[str, str], die: tuple[str, int] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs it in this directory with this environment and more; raises `subprocess.TimeoutExpired`.
+
+    `die`: a function, as MODULE:NAME, and the number of its call at whose end the process kills itself.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        state = (os.getcwd(), {**os.environ, **environment}, str(out), str(err))
+        state = (os.getcwd(), {**os.environ, **environment}, str(out), str(err), die)
         process = _context.Process(target=_child, args=(arguments, *state))
         process.start()
         process.join(timeout)
@@ -42,7 +52,35 @@ def run_command(arguments: list[str], timeout: float, environment: dict[str, str
         return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
 
-def _child(arguments: list[str], directory: str, environment: dict[str, str], out: str, err: str) -> None:
+def leftovers(folder: Path) -> list[str]:
+    """Temporaries of killed runs below `folder`."""
+    return sorted(str(path) for path in folder.rglob(".*.partial*"))
+
+
+def _die_at(place: str, number: int) -> None:
+    """Kills this process at the end of the `number`-th call of a function."""
+    module, _, name = place.partition(":")
+    *owners, last = name.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    plain, calls = getattr(owner, last), itertools.count(1)
+
+    def deadly(*given: Any, **named: Any) -> Any:
+        result = plain(*given, **named)
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, last, deadly)
+
+
+def _child(
+    arguments: list[str],
+    directory: str,
+    environment: dict[str, str],
+    out: str,
+    err: str,
+    die: tuple[str, int] | None,
+) -> None:
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
     os.chdir(directory)
@@ -53,6 +91,8 @@ def _child(arguments: list[str], directory: str, environment: dict[str, str], ou
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     from pocketfusion.cli import main
 
+    if die is not None:
+        _die_at(*die)
     code: object = 0
     try:
         main()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,16 @@ LONGEST = "test_readme.py"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != LONGEST)
+
+
+@pytest.hookimpl(trylast=True)  # below the table of durations
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says at the end what was skipped, and which package brings what it needs."""
+    skipped = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")
+    )
+    for reason, count in skipped.most_common():
+        terminalreporter.line(f"{count} skipped: {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -77,11 +90,35 @@ def tiny_recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def cli():
-    """Runs `pocketfusion ARGS` in a process of its own and returns it, with its output as text."""
+    """Runs `pocketfusion ARGS` in a process of its own and returns it, with its output as text (`run_command`)."""
     from command import run_command
 
-    def run(*arguments: object, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-        return run_command([str(argument) for argument in arguments], timeout, environment)
+    def run(
+        *arguments: object, timeout: float = 240, die: tuple[str, int] | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return run_command([str(argument) for argument in arguments], timeout, environment, die)
+
+    return run
+
+
+@pytest.fixture
+def kill(cli):
+    """Runs a command that is killed at the end of a function's `number`-th call."""
+
+    def run(at: str, number: int, *arguments: object) -> None:
+        done = cli(*arguments, die=(at, number))
+        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def end(cli):
+    """Runs a command to its good end."""
+
+    def run(*arguments: object) -> None:
+        done = cli(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     return run
 

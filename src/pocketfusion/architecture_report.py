@@ -11,7 +11,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from pocketfusion.artefact import atomic_folder, check_writable_parent
+from pocketfusion.artefact import atomic_folder, check_new
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, check_folder, folder_hash, write_provenance
 from pocketfusion.mobile.cost import Cost, unet_cost
@@ -140,9 +140,7 @@ def write_preset(base: Base, preset: str, out: Path, *, overwrite: bool = False)
     check_preset(preset)
     if base.folder is None:
         raise PocketfusionError(f"{base.name} is a configuration without weights: --out needs a model folder")
-    check_writable_parent(out)
-    if out.exists() and not overwrite:
-        raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
+    check_new(out, overwrite)
     unet = with_architecture(load_elastic(base.folder), PRESETS[preset](base.config))
     provenance = Provenance(
         stage="architecture", settings={"preset": preset}, parents={"base": folder_hash(base.folder)}

@@ -1,18 +1,29 @@
-"""Artefacts on disk: written beside their final name and renamed at the end, so none is ever half-written."""
+"""Artefacts on disk: written beside their final name and renamed at the end, so none is ever half-written.
+
+What killed runs left beside it (`temporaries`) is removed by the next run that writes there. What takes its place is
+on the disk before it does, so that a power failure leaves the old or the new.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.locks import fcntl, try_lock
+from pocketfusion.temporaries import NO_LINK, clean, name_for, remove, temporary
+
+_LONGEST = 220  # bytes of a name: its temporary's has 24 more and a suffix, and file systems take 255
+_cleaned: set[Path] = set()
 
 
 def sha256_file(path: Path) -> str:
@@ -37,53 +48,199 @@ def sha256_folder(path: Path, exclude: tuple[str, ...] = ()) -> str:
 
 
 def check_writable_parent(path: Path) -> None:
-    """Raises PocketfusionError unless a file or folder can be created at `path`."""
-    parent = path.absolute().parent
+    """Raises PocketfusionError unless a file or folder can be created at `path`, or take the place of one."""
+    path = _absolute(path)
+    parent = path.parent
+    if _special(path):
+        raise PocketfusionError(f"{path} is a device, pipe or socket: choose the name of a file")
     if not parent.is_dir():
         raise PocketfusionError(f"the folder {parent} does not exist: create it or choose another output path")
+    if (length := len(os.fsencode(path.name))) > _LONGEST:
+        raise PocketfusionError(
+            f"the name {path.name[:20]}… has {length} bytes: choose an output path whose name has at most {_LONGEST}"
+        )
     try:  # os.access() says yes to root on read-only mounts, so try for real
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
         reason = error.strerror
         raise PocketfusionError(f"cannot write into {parent} ({reason}): choose another output path") from None
+    if parent not in _cleaned:
+        clean(parent)
+        _cleaned.add(parent)
+
+
+def check_files(*paths: Path | None) -> None:
+    """Raises PocketfusionError unless a file can be written at each of `paths` that is given, all different."""
+    for path in paths:
+        if path is not None:
+            check_writable_parent(path)
+            if path.is_dir():
+                raise PocketfusionError(f"{path} is a folder: give the name of a file in it")
+    check_different(*paths)
+
+
+def check_different(*paths: Path | None) -> None:
+    """Raises PocketfusionError if two of the outputs that are given have one name."""
+    seen = set()
+    for path in paths:
+        if path is not None:
+            place = _absolute(path)
+            if (name := place.parent.resolve() / place.name) in seen:
+                raise PocketfusionError(f"{path} is given for two outputs: choose another name for one of them")
+            seen.add(name)
+
+
+def check_new(path: Path, overwrite: bool = False) -> None:
+    """Raises PocketfusionError unless a folder can be written at `path`, where none may be but with `overwrite`."""
+    check_writable_parent(path)
+    if os.path.lexists(path) and not overwrite:
+        raise PocketfusionError(f"{path} exists already: choose another output path or pass --overwrite")
+    if path.exists() and not path.is_dir():
+        raise PocketfusionError(f"{path} is a file and the output a folder: choose another output path")
 
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary neighbour of `path` that takes its place only if the block ends without an exception.
 
-    A neighbour that an earlier killed run left behind is removed first.
-    Raises PocketfusionError if `path` exists and `overwrite` is false, or if its parent cannot be written.
+    The old folder is renamed away, in the same system call where the system can, and then deleted; its mode is kept.
+    A link at `path` is replaced, and what it points to stays as it is.
+    Raises PocketfusionError if `path` exists and `overwrite` is false, or if it cannot be written.
     """
-    check_writable_parent(path)
-    if path.exists() and not overwrite:
-        raise PocketfusionError(f"{path} exists already: choose another output path or pass --overwrite")
-    partial = path.absolute().with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    path = _absolute(path)
+    clean(path.parent)
+    check_new(path, overwrite)
+    mode = _mode(path)
+    with temporary(path, folder=True, mode=0o777 if mode is None else 0o700) as partial:
         yield partial
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if mode is not None:
+            partial.chmod(mode)
+        _sync(partial)
+        if overwrite and os.path.lexists(path):
+            _replace(partial, path)
+        else:
+            try:
+                partial.rename(path)
+            except OSError:
+                check_new(path)  # another process may have been faster
+                raise
+        _sync(path.parent, below=False)
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary neighbour of `path` that replaces it only if the block ends without an exception."""
-    check_writable_parent(path)
-    partial = path.absolute().with_name(f".{path.name}.partial{path.suffix}")
-    try:
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yields a temporary neighbour of `path` that replaces it only if the block ends without an exception.
+
+    The old file's mode is kept. A link at `path` is replaced, and what it points to stays as it is. Not `durable` is
+    for what is made anew if a power failure damages it.
+    Raises PocketfusionError if `path` cannot be written.
+    """
+    path = _absolute(path)
+    check_files(path)
+    mode = _mode(path)
+    with temporary(path, folder=False, mode=0o666 if mode is None else 0o600) as partial:
         yield partial
+        if mode is not None:
+            partial.chmod(mode & 0o777)
+        if durable:
+            _sync(partial)
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        if durable:
+            _sync(path.parent, below=False)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies the contents of a file, atomically."""
+    with atomic_file(target) as partial:
+        shutil.copyfile(source, partial)
+
+
+def reserve(file: Path) -> None:
+    """Gives a file all of its space: a disk too full for it is an OSError, and not a crash where it is mapped."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
+
+
+def _special(path: Path) -> bool:
+    """Whether a device, pipe or socket is there, or a link to one: /dev/stdout is a link, whatever it leads to now."""
+    if not os.path.lexists(path):
+        return False
+    system = path.parent.resolve()
+    if system == Path("/dev") or system.is_relative_to("/proc"):
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # a link to nothing
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of what lies at `path`; None for nothing and for a link."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return None
+    return None if stat.S_ISLNK(mode) else stat.S_IMODE(mode)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Puts a folder in the place of what lies at `path`, which is then deleted."""
+    if _exchange(partial, path):
+        return  # the old one has the temporary's name, and goes with it
+    old = name_for(path, "old")
+    descriptor = None
+    with suppress(OSError):  # a link
+        descriptor = os.open(path, os.O_RDONLY | NO_LINK)
+        try_lock(descriptor)  # else another process would put it back
+    try:
+        path.rename(old)
+        try:
+            partial.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        remove(old)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps the two in one step; False where the system or the file system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _sync(path: Path, *, below: bool = True) -> None:
+    """Waits until a file, or a folder and with `below` all in it, is on the disk."""
+    if fcntl is None or path.is_symlink():
+        return
+    folder = path.is_dir()
+    if folder and below:
+        for child in path.iterdir():
+            _sync(child)
+    descriptor = os.open(path, os.O_RDONLY | NO_LINK)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not folder:  # some file systems refuse it for folders
+            raise
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -189,6 +191,59 @@ def test_callback_cancels_by_false_or_by_raising(pipeline):
 def test_settings_out_of_range(pipeline, settings, match):
     with pytest.raises(PocketfusionError, match=match):
         pipeline.generate("cat", **settings)
+
+
+def test_a_callback_may_look_and_not_draw(pipeline):
+    alone = pipeline.generate("a red apple", seed=3, num_inference_steps=3).images[0]
+    seen = []
+
+    def callback(step, timestep, latents):
+        with pytest.raises(PocketfusionError, match="a callback can neither draw with it nor close it: load a second"):
+            pipeline.generate("a blue cat", seed=4, num_inference_steps=1)
+        with pytest.raises(PocketfusionError, match="a callback can neither draw"):
+            pipeline.close()
+        seen.append(pipeline.decode(latents))
+        pipeline.encode("something else")
+
+    drawn = pipeline.generate("a red apple", seed=3, num_inference_steps=3, callback=callback).images[0]
+    assert (pixels(drawn) == pixels(alone)).all() and (pixels(seen[-1]) == pixels(alone)).all() and len(seen) == 3
+
+
+def test_other_threads_are_refused_and_harm_nothing(pipeline):
+    alone = pipeline.generate("a red apple", seed=3, num_inference_steps=3).images[0]
+    inside, go_on, drawn = threading.Event(), threading.Event(), []
+
+    def callback(step, timestep, latents):
+        inside.set()
+        assert go_on.wait(60)
+
+    def draw():
+        drawn.append(pipeline.generate("a red apple", seed=3, num_inference_steps=3, callback=callback).images[0])
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    assert inside.wait(60)
+    for call in (
+        lambda: pipeline.generate("a blue cat", seed=4),
+        lambda: pipeline.decode(pipeline.noise(1)),
+        lambda: pipeline.encode("a blue cat"),
+        pipeline.close,
+    ):
+        with pytest.raises(PocketfusionError, match="at work in another thread: wait for its end, or load a pipeline"):
+            call()
+    go_on.set()
+    thread.join()
+    assert (pixels(drawn[0]) == pixels(alone)).all()
+    assert (pixels(pipeline.generate("a red apple", seed=3, num_inference_steps=3).images[0]) == pixels(alone)).all()
+
+
+def test_after_a_failure_it_draws_again(pipeline):
+    def callback(step, timestep, latents):
+        raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        pipeline.generate("cat", seed=1, num_inference_steps=2, callback=callback)
+    assert pipeline.generate("cat", seed=1, num_inference_steps=2).images
 
 
 def test_threads_below_one(tiny_bundle):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,14 +30,11 @@ def bench_command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from pocketfusion.artefact import check_writable_parent, write_json
+    from pocketfusion.artefact import check_files, write_json
     from pocketfusion.runtime.bench import Settings, bench
     from pocketfusion.runtime.manifest import embedded_bundle
 
-    if json_file is not None:
-        if json_file.is_dir():
-            raise PocketfusionError(f"{json_file} is a folder: give the name of a file in it")
-        check_writable_parent(json_file)
+    check_files(json_file)
     paths = bundles or [embedded_bundle()]
     settings = Settings(runs, threads, steps, cast("Mode", mode))
     notes = Console(stderr=True)

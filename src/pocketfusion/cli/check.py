@@ -10,7 +10,6 @@ import typer
 
 from pocketfusion.cli import app
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.runtime.manifest import NETWORKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,14 +42,13 @@ def check_command(
     """
     from rich.console import Console
 
-    from pocketfusion.artefact import check_writable_parent, write_json
+    from pocketfusion.artefact import check_files, write_json
 
     if precision not in (None, "fp32", "fp16"):
         raise PocketfusionError(f"the precision is {precision!r}: choose fp32 or fp16")
     if threads < 1 or not timeout > 0:
         raise PocketfusionError(f"there are {threads} threads and {timeout:g} s: choose numbers above zero")
-    if json_file:
-        check_writable_parent(json_file)
+    check_files(json_file)
     from pocketfusion.mobile.delegate.check import PRECISIONS, check
 
     console, notes = (Console(stderr=error, highlight=False, markup=False, soft_wrap=True) for error in (False, True))
@@ -75,12 +73,18 @@ def _print(report: Report, static: bool, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    from pocketfusion.mobile.delegate.stack import ADVICE
+    from pocketfusion.mobile.delegate.stack import advice
 
+    if report.target == "litert-cpu":
+        console.print(
+            "this bundle was made for the CPU: what follows is how it would do on a GPU; "
+            "export it with --target litert-gpu for one",
+            style="yellow",
+        )
     for stack in report.stacks:
         console.print(f"GPU stack {stack.name}: {stack.adapter}, {' and '.join(stack.precisions)}")
     if not report.stacks:
-        why = "as asked" if static else f"no GPU stack works here: {ADVICE}"
+        why = "as asked" if static else f"no GPU stack works here: {advice()}"
         console.print(f"static verdict, by the rules alone ({why})", style="yellow")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("network", no_wrap=True)
@@ -91,10 +95,11 @@ def _print(report: Report, static: bool, console: Console) -> None:
     console.print(table)
     for graph in report.graphs:
         _details(graph, console)
+    by_rules = "" if report.stacks else "by the rules, "
     console.print(
-        "all of it runs on the GPU delegate"
+        f"{by_rules}all of it runs on the GPU delegate"
         if report.passed
-        else "not all of it runs on the GPU delegate, or rightly",
+        else f"{by_rules}not all of it runs on the GPU delegate, or rightly",
         style="green" if report.passed else "red",
     )
 
@@ -115,6 +120,8 @@ def _row(graph: GraphCheck, report: Report) -> list[str]:
 
 
 def _details(graph: GraphCheck, console: Console) -> None:
+    from pocketfusion.runtime.manifest import NETWORKS
+
     wrong = [p for p in graph.parities if not p.right]
     lines = [
         f"  {_WRONG}: {p.precision} on {p.stack}"

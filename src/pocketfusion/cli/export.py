@@ -73,11 +73,11 @@ def export_command(
     require("litert_torch")
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from pocketfusion.artefact import check_writable_parent, write_json
+    from pocketfusion.artefact import check_different, check_files, write_json
     from pocketfusion.quiet import quiet
 
-    if json_file:
-        check_writable_parent(json_file)
+    check_files(json_file)
+    check_different(out, json_file)
     with quiet():  # the libraries' import messages
         from pocketfusion.mobile.export import export
 

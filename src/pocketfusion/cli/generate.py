@@ -61,7 +61,7 @@ def generate_command(
 
     With `--count`, OUT.png becomes OUT_0.png, OUT_1.png, … and a contact sheet OUT_sheet.png.
     """
-    _check_outputs(output, preview, json_file)
+    _check_outputs(output, preview, json_file, trace, count)
     if preview is not None and mode == "sequential":
         raise PocketfusionError(
             "--preview needs the decoder beside the UNet: leave it out, or choose --mode pipelined"
@@ -107,21 +107,31 @@ def generate_command(
         console.print(f"{trace}  {pipeline.trace.picture}  timeline of memory")
 
 
-def _check_outputs(output: Path, preview: Path | None, json_file: Path | None) -> None:
+def _check_outputs(output: Path, preview: Path | None, json_file: Path | None, trace: Path | None, count: int) -> None:
     """Fails before any work is done if something could not be written at its end."""
-    from pocketfusion.artefact import check_writable_parent
+    from pocketfusion.artefact import check_files, check_writable_parent
+    from pocketfusion.runtime.trace import check_trace
 
     if output.suffix.lower() != ".png":
         raise PocketfusionError(f"the output is {output}: give it a name that ends in .png")
-    for file in (output, json_file):
-        if file is not None:
-            if file.is_dir():
-                raise PocketfusionError(f"{file} is a folder: give the name of a file in it")
-            check_writable_parent(file)
+    pictures = [*_names(output, count), _sheet(output)] if 1 < count < 10_000 else [output]
+    if trace is not None:
+        check_trace(trace)
+    check_files(*pictures, json_file, *((trace, trace.with_suffix(".png")) if trace else ()))
     if preview is not None:
         if preview.exists() and not preview.is_dir():
             raise PocketfusionError(f"{preview} is a file: --preview takes a folder")
         check_writable_parent(preview / "step.png" if preview.is_dir() else preview)
+
+
+def _names(output: Path, count: int) -> list[Path]:
+    """The files of `count` pictures."""
+    digits = len(str(count - 1))
+    return [output.with_stem(f"{output.stem}_{i:0{digits}}") for i in range(count)] if count > 1 else [output]
+
+
+def _sheet(output: Path) -> Path:
+    return output.with_stem(f"{output.stem}_sheet")
 
 
 class _Bar:
@@ -179,13 +189,12 @@ def _save(pipeline: Pipeline, result: GenerationResult, output: Path) -> tuple[l
     from pocketfusion.runtime.sheet import contact_sheet
 
     count = len(result.images)
-    digits = len(str(count - 1))
-    files = [output.with_stem(f"{output.stem}_{i:0{digits}}") for i in range(count)] if count > 1 else [output]
+    files = _names(output, count)
     for i, (image, file) in enumerate(zip(result.images, files, strict=True)):
         save_png(image, file, png_text(pipeline, result, i))
     if count == 1:
         return files, None
-    sheet = output.with_stem(f"{output.stem}_sheet")
+    sheet = _sheet(output)
     captions = [f"{result.prompt or '(no prompt)'} · seed {seed}" for seed in result.seeds]
     save_png(contact_sheet(result.images, captions), sheet, {"prompt": result.prompt})
     return files, sheet

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,19 +53,22 @@ def profile_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from pocketfusion.artefact import check_writable_parent
+    from pocketfusion.artefact import check_files, check_new
     from pocketfusion.quiet import quiet
     from pocketfusion.runtime.networks import available_cores
+    from pocketfusion.temporaries import scratch_folder
 
     if pack and imported:
         raise PocketfusionError("--pack and --import exclude each other: pack first, run the script, then import")
     if not pack:
         if out is None:
             raise PocketfusionError("--out is missing: say where to write the table, such as --out latency.json")
+        check_files(out, out.with_suffix(".png"))
         for file in (out, out.with_suffix(".png")):
-            check_writable_parent(file)
             if file.exists() and not overwrite:
                 raise PocketfusionError(f"{file} exists already: choose another --out or pass --overwrite")
+    else:
+        check_new(pack, overwrite)
     if runs < 1 or validate < 0:
         raise PocketfusionError(f"--runs is {runs} and --validate {validate}: choose 1 or more and 0 or more")
     batches = _batches(batch)
@@ -84,7 +86,7 @@ def profile_command(
         cache.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        nullcontext(cache) if cache else TemporaryDirectory(prefix="pocketfusion-profile-") as directory,
+        nullcontext(cache) if cache else scratch_folder("pocketfusion-profile") as directory,
         Progress(*columns, console=Console(stderr=True), transient=True) as bar,
     ):
         task = bar.add_task("loading", total=None)
@@ -92,7 +94,7 @@ def profile_command(
         def progress(stage: str, done: int, total: int) -> None:
             bar.update(task, description=stage, completed=done, total=total)
 
-        chosen = make_backend(backend, weights, threads or available_cores(), Path(str(directory)))
+        chosen = make_backend(backend, weights, threads or available_cores(), directory)
         if not pack and not imported:
             chosen.check()
         table = packs.import_pack(imported) if imported else None

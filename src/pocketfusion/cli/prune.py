@@ -12,7 +12,6 @@ from rich.console import Console
 
 from pocketfusion.cli import app
 from pocketfusion.cli.train import SkipBadOpt
-from pocketfusion.errors import PocketfusionError
 
 
 class Rule(str, Enum):
@@ -39,12 +38,10 @@ def prune_command(
 
     `uniform` takes the same share of the largest layers (Squeezing); `sensitivity` what harms the output least.
     """
-    from pocketfusion.artefact import check_writable_parent
+    from pocketfusion.artefact import check_new
     from pocketfusion.cli.extras import quiet_libraries, require_compress
 
-    check_writable_parent(out)
-    if out.exists() and not overwrite:
-        raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
+    check_new(out, overwrite)
     require_compress()
     quiet_libraries()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

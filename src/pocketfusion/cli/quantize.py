@@ -40,15 +40,13 @@ def quantize_command(
 
     The recipe is applied by `export --recipe`; every layer's form can be edited in it.
     """
-    from pocketfusion.artefact import check_writable_parent, write_json
+    from pocketfusion.artefact import check_files, write_json
     from pocketfusion.cli.extras import require_compress
     from pocketfusion.errors import PocketfusionError
 
     if recipe.exists() and not overwrite:
         raise PocketfusionError(f"{recipe} exists already: choose another path or pass --overwrite")
-    for file in (recipe, plot, json_file):
-        if file is not None:
-            check_writable_parent(file)
+    check_files(recipe, analysis, plot, json_file)
     require_compress()
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

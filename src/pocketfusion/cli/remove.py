@@ -12,7 +12,6 @@ from rich.console import Console
 
 from pocketfusion.cli import app
 from pocketfusion.cli.evolve import FolderArg, ForceOpt, JsonOpt, LatencyOpt, MsOpt, RatioOpt
-from pocketfusion.errors import PocketfusionError
 
 
 class Method(str, Enum):
@@ -39,12 +38,10 @@ def remove_command(
 
     What an evolved network is compared with; nothing is trained, `recover` does that.
     """
-    from pocketfusion.artefact import check_writable_parent
+    from pocketfusion.artefact import check_new
     from pocketfusion.cli.extras import require_compress
 
-    check_writable_parent(out)
-    if out.exists() and not overwrite:
-        raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
+    check_new(out, overwrite)
     require_compress()
     from pocketfusion.evolve.removal import remove_folder
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from pocketfusion.artefact import sha256_folder
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline
+from pocketfusion.locks import try_lock
 from pocketfusion.models.guidance import guidance_of, guided_prediction
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import Sampling, read_sampling
@@ -204,11 +206,16 @@ def _prolonged(
     done = path.stat().st_size // row if path.is_file() else 0
     if done < shape[0]:
         with path.open("ab") as file, _bar(what, done, shape[0]) as advance:
+            if try_lock(file.fileno()) is False:  # a cache may be shared by runs
+                raise PocketfusionError(
+                    f"another run is {what} into {path}: wait for its end, or give another --cache"
+                )
             file.truncate(done * row)  # a row that a kill cut short
             while done < shape[0]:
                 stop = min(done - done % batch + batch, shape[0])
                 file.write(np.ascontiguousarray(block(done, stop)).tobytes())
                 file.flush()
+                os.fsync(file.fileno())  # else a power failure may leave rows of zeros
                 advance(stop - done)
                 done = stop
     return np.memmap(path, np.float16, mode="r", shape=shape)

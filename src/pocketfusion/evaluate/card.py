@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from pocketfusion.artefact import atomic_file
+from pocketfusion.artefact import atomic_file, copy_file
 from pocketfusion.data.files import read_text
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, read_provenance
@@ -77,9 +76,9 @@ def write_card(folder: Path, scores: Path | None = None, notes: Path | None = No
         lines += ["## Scores", "", text.strip().removeprefix("# ").strip(), ""]
         for picture, what in (("prompts.png", "48 fixed prompts"), ("nearest.png", "Nearest training pictures")):
             if (scores / picture).is_file():
-                shutil.copyfile(scores / picture, folder / picture)
+                copy_file(scores / picture, folder / picture)
                 lines += [f"## {what}", "", f"![{what}]({picture})", ""]
-        shutil.copyfile(scores / "scores.json", folder.parent / f"{folder.name}-scores.json")
+        copy_file(scores / "scores.json", folder.parent / f"{folder.name}-scores.json")
     lines += [
         "## Licence",
         "",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pocketfusion import __version__
-from pocketfusion.artefact import atomic_folder, check_writable_parent
+from pocketfusion.artefact import atomic_folder, check_new, check_writable_parent
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.curves import Curve, Curves, Point, PointCache
 from pocketfusion.evaluate.curves_report import write_curves
@@ -26,6 +26,7 @@ from pocketfusion.evaluate.scoring import RealSide, measure
 from pocketfusion.evaluate.store import PictureStore, Shelf
 from pocketfusion.evaluate.systems import SystemSpec, labels
 from pocketfusion.folder import machine
+from pocketfusion.locks import hold, release
 from pocketfusion.runtime.networks import available_cores
 
 if TYPE_CHECKING:
@@ -131,24 +132,25 @@ def evaluate_systems(
     to OUT.run: the same command goes on where a killed one stopped. Under `accelerate launch` each process draws its
     share, and the first one scores and writes; the others return None.
 
-    Raises PocketfusionError before any drawing if an input does not fit or `out` exists, and during it if a network
-    gives NaN.
+    Raises PocketfusionError before any drawing if an input does not fit, `out` exists or another process works on it,
+    and during it if a network gives NaN.
     """
     state = processes()
     progress = progress if state.is_main_process else lambda what, done, total: None
-    check_writable_parent(out)
-    if out.exists() and not overwrite:
-        raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
+    check_new(out, overwrite)
     if store is not None:
         check_writable_parent(store)
         if store.exists() and not store.is_dir():
             raise PocketfusionError(f"--store {store} is a file: give a folder for the pictures")
+        if store.resolve().is_relative_to(out.resolve()):
+            raise PocketfusionError(f"--store {store} is in --out {out}, which is replaced whole: give another folder")
     named, size = labels(specs), _sizes(specs)
     extractor, reference = open_extractor(), open_reference(size)
     _check_count(reference, extractor, measuring.kid_only)
     protocol = _protocol(reference, extractor, measuring)
     plan = Plan.of(reference, measuring.seed, measuring.diversity_prompts, measuring.diversity_images)
     run = out.with_name(f"{out.name}.run")
+    hold(run)
     pictures, points = PictureStore(store or run / "pictures"), PointCache(run / "points")
     with state.main_process_first():  # one process makes the folders, the others find them
         lines = [
@@ -192,6 +194,7 @@ def evaluate_systems(
     sheet = _sheet(lines, curves, plan, reference)
     with atomic_folder(out, overwrite=overwrite) as partial:
         write_curves(result, *sheet, partial)
+    release(run)
     return result
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketfusion import __version__
-from pocketfusion.artefact import atomic_folder, check_writable_parent, write_json
+from pocketfusion.artefact import atomic_folder, check_new, write_json
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import ModelFolder, SamplerSettings
@@ -80,9 +80,7 @@ def score_folder(
 
     Raises PocketfusionError before any long work if an input is missing or does not fit, or `out` exists.
     """
-    check_writable_parent(out)
-    if out.exists() and not overwrite:
-        raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
+    check_new(out, overwrite)
     system = ModelFolder(folder)
     scorer = open_judge(judge)
     images = open_dataset(data, system.image_size, skip_bad=skip_bad)

@@ -50,7 +50,7 @@ class Shelf:
         text.add_itxt("prompt", wanted.prompt)
         text.add_text("seed", str(wanted.seed))
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.file(wanted)) as partial:
+        with atomic_file(self.file(wanted), durable=False) as partial:  # a damaged one is drawn again
             Image.fromarray(image).save(partial, pnginfo=text, compress_level=4)
 
     def missing(self, wanted: Iterable[Wanted]) -> list[Wanted]:

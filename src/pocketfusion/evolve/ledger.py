@@ -11,12 +11,14 @@ import numpy as np
 
 from pocketfusion.artefact import write_json
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.locks import hold
 
 
 class Ledger:
     """`state.json` (what the search was begun with) and `evaluations.jsonl` (one line an evaluation) in a folder.
 
-    Without a folder it keeps evaluations in memory. Raises PocketfusionError if the folder holds another search.
+    Without a folder it keeps evaluations in memory. Raises PocketfusionError if the folder holds another search,
+    or another process has it.
     """
 
     def __init__(self, run: Path | None, identity: dict[str, Any]):
@@ -25,7 +27,7 @@ class Ledger:
         self.seconds: list[float] = []  #: of each evaluation
         if run is None:
             return
-        run.mkdir(parents=True, exist_ok=True)
+        hold(run)
         state = run / "state.json"
         now = json.loads(json.dumps(identity))
         if state.is_file():

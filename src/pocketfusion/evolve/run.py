@@ -17,6 +17,7 @@ from pocketfusion.evolve.inputs import Inputs, Opened
 from pocketfusion.evolve.ledger import Ledger
 from pocketfusion.evolve.values import mean_and_error, ranking
 from pocketfusion.folder import Provenance, machine, read_provenance, write_provenance
+from pocketfusion.locks import release
 from pocketfusion.models.architecture import Architecture
 from pocketfusion.models.base import copy_with_unet
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
@@ -45,6 +46,8 @@ def rank_folder(
     actions = reductions(opened.unet.architecture, kinds, config)
     values = search.values(0, opened.unet, actions)
     score, error = mean_and_error(search.scores(0, opened.unet))
+    if run is not None:
+        release(run)
     return {
         **opened.identity({}),
         "machine": machine(),
@@ -125,6 +128,7 @@ def evolve_folder(
         copy_with_unet(inputs.folder, folder, outcome.network)
         write_log(outcome, budget, folder)
         write_provenance(folder, provenance)
+    release(stage.run)
     return provenance
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-from pocketfusion.artefact import atomic_file, check_writable_parent
+from pocketfusion.artefact import atomic_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.flatbuffer import drop_unused, module_chains, read, rename, write
 from pocketfusion.mobile.placeholders import fill, without_convolutions
@@ -17,6 +16,7 @@ from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.rewrites.base import contiguous
 from pocketfusion.mobile.targets import TARGETS, Target
 from pocketfusion.quiet import quiet
+from pocketfusion.temporaries import scratch_folder
 
 #: The signature every file has. The UNet's takes batch 2, negative prompt and prompt, or batch 1 where guidance is
 #: embedded or folded. A second one of another batch would share the weights on disk, but XNNPACK packs them once more
@@ -53,9 +53,8 @@ def convert(
                 f"litert-torch cannot convert {type(module).__name__} ({reason[:200]}): "
                 "only the Stable Diffusion 1 and 2 families are known to convert"
             ) from error
-        check_writable_parent(path)
-        with atomic_file(path) as partial, TemporaryDirectory(dir=path.parent, prefix=".convert-") as scratch:
-            raw = Path(scratch) / "raw.tflite"
+        with atomic_file(path) as partial, scratch_folder("convert", path.parent) as scratch:
+            raw = scratch / "raw.tflite"
             model.export(str(raw))
             del model, converter
             contents = read(raw)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from pocketfusion.mobile.delegate.oracle import Oracle, Parity, parity
 from pocketfusion.mobile.delegate.rules import rejections
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.targets import Target
+from pocketfusion.temporaries import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def prove(
     """
     expected = {key: value.numpy() for key, value in module.eval()(**samples).items()}
     inputs: dict[str, np.ndarray] = {key: value.numpy() for key, value in samples.items()}
-    with tempfile.TemporaryDirectory(prefix="pocketfusion-delegation-") as folder:
-        file = Path(folder) / "network.tflite"
+    with scratch_folder("pocketfusion-delegation") as folder:
+        file = folder / "network.tflite"
         counts = convert(module, samples, file, target)
         (graph,) = load(file).graphs
         refused = {rejection.operation.index: rejection.operation.kind for rejection in rejections(graph)}

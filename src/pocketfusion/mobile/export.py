@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import resource
 import shutil
 import sys
@@ -18,8 +17,8 @@ from torch import nn
 
 from pocketfusion import __version__
 from pocketfusion.artefact import atomic_folder, sha256_file, write_json
-from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
+from pocketfusion.locks import locked
 from pocketfusion.mobile import specs
 from pocketfusion.mobile.convert import convert
 from pocketfusion.mobile.export_settings import ExportSettings
@@ -88,8 +87,9 @@ def export(
     `name` is the bundle's (default: `out`'s last part). An existing `out` is replaced only with `overwrite`.
     Converted networks are kept beside `out` until the bundle is whole, so a killed export goes on where it was.
 
-    Raises PocketfusionError, and leaves no `out`, if the folder or the settings are wrong, a network does not convert,
-    the gate (see `pocketfusion.mobile.gate`) is missed, or the disk is full.
+    Raises PocketfusionError, and leaves no `out`, if the folder or the settings are wrong, another process exports to
+    `out`, a network does not convert or the gate (see `pocketfusion.mobile.gate`) is missed; OSError if the disk is
+    full.
     """
     folder, out = Path(folder), Path(out)
     settings = ExportSettings(**options)
@@ -123,7 +123,7 @@ def export(
     spec = specs.tokenizer_spec(pipeline)
     scheduler = specs.scheduler_spec(pipeline)
     work = out.absolute().parent / f".{out.name}.work"
-    with _disk_errors(out), _kept_until_whole(work), atomic_folder(out, overwrite=overwrite) as partial:
+    with _kept_until_whole(work), atomic_folder(out, overwrite=overwrite) as partial:
         stage()
         reference = reference_runs(
             pipeline, plain, spec.max_length, defaults.guidance_scale, guidance, settings.gate_steps
@@ -198,25 +198,13 @@ def peak_rss() -> int:
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PocketfusionError(
-            f"the disk of {out.absolute().parent} is full: free some space and run again"
-        ) from None
-
-
-@contextmanager
 def _kept_until_whole(work: Path) -> Iterator[None]:
-    """`work` lasts only over a kill: a run that ends, well or with an error, removes it."""
-    work.mkdir(exist_ok=True)
-    try:
-        yield
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    """One export at a time has `work`, which lasts over a kill alone: a run that ends, well or not, removes it."""
+    with locked(work):
+        try:
+            yield
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _convert_network(module: nn.Module, samples: specs.Samples, file: Path, settings: ExportSettings) -> None:

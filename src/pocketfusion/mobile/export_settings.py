@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketfusion.artefact import check_writable_parent, sha256_file
+from pocketfusion.artefact import check_new, sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash
 from pocketfusion.mobile.inputs import STEPS
@@ -83,9 +83,7 @@ class ExportSettings:
         if self.recipe is not None and any(kind != "float32" for kind in self.weights.values()):
             raise PocketfusionError("--recipe and --weights both say how weights are stored: give one of them")
         check_folder(folder)
-        check_writable_parent(out)
-        if out.exists() and not overwrite:
-            raise PocketfusionError(f"{out} exists already: choose another output path or pass --overwrite")
+        check_new(out, overwrite)
         if out.exists() and not (out / MANIFEST).is_file():
             raise PocketfusionError(
                 f"{out} exists and is not a bundle: it is not replaced, choose another output path"

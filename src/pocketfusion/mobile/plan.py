@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketfusion.artefact import check_writable_parent
+from pocketfusion.artefact import check_files
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash, load_pipeline
 from pocketfusion.mobile.budget import Choice, candidates, decibels, for_quality, for_size
@@ -77,7 +77,7 @@ def plan(
     chosen_forms = _check(forms, min_sqnr, max_mb, samples)
     check_folder(folder)
     if analysis is not None:
-        check_writable_parent(analysis)
+        check_files(analysis)
     known = _known(analysis, folder_hash(folder), target, samples)
     progress("PyTorch reference", 0, 1)
     with quiet():

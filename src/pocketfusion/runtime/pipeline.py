@@ -26,6 +26,7 @@ from pocketfusion.runtime.scheduler import DDIMScheduler
 from pocketfusion.runtime.tiles import decode_tiled
 from pocketfusion.runtime.tokenizer import PromptTokenizer, clean_text
 from pocketfusion.runtime.trace import Trace
+from pocketfusion.runtime.turns import Turns, in_turn
 
 Array = npt.NDArray[np.float32]
 Callback = Callable[[int, int, Array], "bool | None"]
@@ -35,7 +36,10 @@ MAX_IMAGES = 1000
 
 
 class Pipeline:
-    """A loaded bundle. Not thread-safe: use one per thread."""
+    """A loaded bundle, for one call at a time: while it is at work, other threads' calls are refused.
+
+    A callback may call `decode` and `encode`, not `generate`. To draw in several threads, load one for each.
+    """
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class Pipeline:
     ) -> None:
         """Loads the networks that the mode keeps; see `load` for the settings and what is raised."""
         start = time.perf_counter()
-        self.bundle, self.manifest = bundle, bundle.manifest
+        self.bundle, self.manifest, self.turns = bundle, bundle.manifest, Turns()
         self.num_threads = available_cores() if num_threads is None else num_threads
         if self.num_threads < 1:
             raise PocketfusionError(f"the number of threads is {self.num_threads}: choose 1 or more")
@@ -95,6 +99,7 @@ class Pipeline:
         pipeline.load_seconds = time.perf_counter() - start
         return pipeline
 
+    @in_turn(whole=True)
     def close(self) -> None:
         """Frees the networks and gives their memory back to the system; nothing can be drawn any more."""
         self._networks.close()
@@ -106,6 +111,7 @@ class Pipeline:
         path = self.bundle.file(name)
         return Network(path, spec, self.num_threads, mapped=mapped, accelerator=self.accelerator)
 
+    @in_turn(whole=True)
     def generate(
         self,
         prompt: str,
@@ -128,8 +134,8 @@ class Pipeline:
         latents [1, height, width, channels], which `decode` makes a preview of; returning False or raising
         `Cancelled` stops, and `generate` raises `Cancelled`.
 
-        Raises PocketfusionError for a setting out of range, one that the bundle's guidance cannot follow, and for NaN
-        or infinity out of a network.
+        Raises PocketfusionError for a setting out of range, one that the bundle's guidance cannot follow, NaN or
+        infinity out of a network, and if this pipeline is at work already.
         """
         steps = self.manifest.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         timings, warnings = Timings(self.load_seconds), list[str]()
@@ -173,6 +179,7 @@ class Pipeline:
         shape = self.manifest.latents
         return seeded_noise(seed, shape.height, shape.width, shape.channels)[None]
 
+    @in_turn(whole=False)
     def decode(self, latents: Array) -> Image.Image:
         """The picture of latents [1, height, width, channels]; PocketfusionError if the decoder gives NaN.
 
@@ -186,6 +193,7 @@ class Pipeline:
                 raise PocketfusionError(f"{decoder.path}: the decoder produced NaN: the bundle is unsound")
         return Image.fromarray(np.round(np.clip(image[0] / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
 
+    @in_turn(whole=False)
     def encode(self, text: str, warnings: list[str] | None = None) -> Array:
         """`prompt_embeds` of `text`, [1, max_length, width]; appends to `warnings` if the text was cut.
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pocketfusion.artefact import check_writable_parent, write_json
+from pocketfusion.artefact import check_files, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.memory import memory
 
@@ -104,9 +104,7 @@ class Trace:
 
 
 def check_trace(file: Path) -> None:
-    """Raises PocketfusionError unless `file` ends in .json and can be written."""
+    """Raises PocketfusionError unless `file` ends in .json, and it and its picture can be written."""
     if file.suffix.lower() != ".json":
         raise PocketfusionError(f"the trace is {file}: give it a name that ends in .json")
-    if file.is_dir():
-        raise PocketfusionError(f"{file} is a folder: give the name of a file in it")
-    check_writable_parent(file)
+    check_files(file, file.with_suffix(".png"))

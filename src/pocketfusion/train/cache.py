@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from rich.progress import track
 
-from pocketfusion.artefact import atomic_file
+from pocketfusion.artefact import atomic_file, reserve
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.models.judge import pool_states
 from pocketfusion.models.text_encoder import TextEncoder
@@ -24,6 +24,7 @@ def _cached(path: Path, shape: tuple[int, ...], blocks: Callable[[], Iterator[np
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
             array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+            reserve(partial)
             done = 0
             for block in track(blocks(), description=what, total=None):
                 array[done : done + len(block)] = block

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
+from pocketfusion.artefact import atomic_file
 from pocketfusion.recipe import TrainSettings
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ class TrainLog:
         )
         self._task = bar.add_task("training", total=self.settings.steps, completed=self._step, loss="-", speed="-")
         (self.run / "previews").mkdir(exist_ok=True)
-        with bar, self.path.open("w", encoding="utf-8") as file:
+        with atomic_file(self.path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        with bar, self.path.open("a", encoding="utf-8") as file:
             self._file = file
-            for line in self.lines:
-                file.write(json.dumps(line) + "\n")
             self._last = time.monotonic()
             yield
         self.plot()
@@ -127,7 +128,8 @@ class TrainLog:
         axes.set(xlabel="samples seen", ylabel="loss", yscale="log", title=f"{self.run.name}")
         axes.legend()
         figure.tight_layout()
-        figure.savefig(self.run / "loss.png")
+        with atomic_file(self.run / "loss.png") as partial:
+            figure.savefig(partial)
         plt.close(figure)
 
 

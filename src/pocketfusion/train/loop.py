@@ -15,8 +15,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from PIL import Image
 from torch import nn
 
-from pocketfusion.artefact import write_json
+from pocketfusion.artefact import atomic_file, write_json
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.locks import hold
 from pocketfusion.processes import lost_processes_are_told, mean_over_processes
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
@@ -147,7 +148,8 @@ def train(
             raw.eval()
             held_out = task.validate(raw)
             if accelerator.is_main_process:
-                task.preview(raw).save(log.preview_path(step))
+                with atomic_file(log.preview_path(step)) as partial:
+                    task.preview(raw).save(partial)
             raw.train()
         return held_out
 
@@ -229,7 +231,8 @@ def means_of_step(task: Task, model: nn.Module, step: int, own: Sequence[int], p
 
 
 def begin_run(run: Path, fingerprint: dict, accelerator: Accelerator) -> None:
-    """Creates the run folder, or checks that it was begun with the same settings and inputs."""
+    """Creates the run folder, or checks that it was begun with the same settings and inputs; locks it."""
+    hold(run)
     state = run / "run.json"
     if state.is_file():
         before = json.loads(state.read_text())
@@ -240,7 +243,6 @@ def begin_run(run: Path, fingerprint: dict, accelerator: Accelerator) -> None:
                 f"the run in {run} was begun with another {', '.join(differing)}: delete it or choose another --run"
             )
     elif accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
         write_json(state, fingerprint)
     accelerator.wait_for_everyone()
 

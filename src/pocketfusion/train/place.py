@@ -26,4 +26,7 @@ class StageRun:
         if max_minutes is not None and not max_minutes > 0:
             raise PocketfusionError(f"--max-minutes {max_minutes} is not above 0: give the minutes to train")
         check_writable_parent(out)
-        return cls(out, run or out.with_name(f"{out.name}.run"), max_minutes, overwrite)
+        place = run or out.with_name(f"{out.name}.run")
+        if place.resolve().is_relative_to(out.resolve()):
+            raise PocketfusionError(f"--run {place} lies in --out {out}, which is replaced whole: give another folder")
+        return cls(out, place, max_minutes, overwrite)

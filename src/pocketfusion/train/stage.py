@@ -12,6 +12,7 @@ from torch import nn
 from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, machine, read_provenance, write_provenance
+from pocketfusion.locks import hold, release
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.train.checkpoint import latest_checkpoint
 from pocketfusion.train.loop import Task, TrainResult, train
@@ -19,11 +20,19 @@ from pocketfusion.train.place import StageRun
 
 
 def finished_result(stage: StageRun, identity: dict[str, Any]) -> Provenance | None:
-    """The provenance of `stage.out` if it is the finished result of the same inputs, else None.
+    """The provenance of `stage.out` if it is the finished result of the same inputs.
 
+    Else None, and the run folder is this process's until `run_stage` or the process ends.
     Raises PocketfusionError if something else is there, unless it may be overwritten or it is this stage's unfinished
-    result.
+    result, or if another process has the run folder.
     """
+    finished = _finished(stage, identity)
+    if finished is None:
+        hold(stage.run)
+    return finished
+
+
+def _finished(stage: StageRun, identity: dict[str, Any]) -> Provenance | None:
     if not stage.out.exists():
         return None
     before = read_provenance(stage.out)
@@ -78,4 +87,5 @@ def run_stage(
             skipped = {"skipped_steps": result.skipped} if result.skipped else {}
             provenance.results = {**result.figures, **skipped, **write(partial, result)}
             write_provenance(partial, provenance)
+    release(stage.run)
     return provenance

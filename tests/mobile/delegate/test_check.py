@@ -15,6 +15,7 @@ from pocketfusion.mobile.delegate import cures, samples
 from pocketfusion.mobile.delegate.check import check
 from pocketfusion.mobile.delegate.graph import load
 from pocketfusion.mobile.delegate.ranges import calibrate
+from pocketfusion.mobile.delegate.stack import GpuStack
 from pocketfusion.runtime.manifest import NETWORKS, embedded_bundle, read_manifest
 from pocketfusion.runtime.noise import seeded_noise
 
@@ -160,7 +161,12 @@ def test_without_a_stack_the_verdict_is_static(run, tmp_path, monkeypatch):
     monkeypatch.setattr(check_module, "find_stacks", lambda: ())
     CASES["GATHER_ND"](tmp_path / "m.tflite")
     code, printed, _ = run(tmp_path / "m.tflite")
-    assert code == 1 and "static verdict" in printed and "no GPU stack works here: install" in printed
+    assert (
+        code == 1
+        and "static verdict" in printed
+        and "no GPU stack works here: " in printed
+        and "by the rules, " in printed
+    )
     CASES["CONV_2D dyn8pc"](tmp_path / "m.tflite")
     code, printed, _ = run(tmp_path / "m.tflite")
     assert code == 0 and "largest activation" in printed
@@ -222,6 +228,21 @@ def test_cures_are_rewrites():
 
     named = set(re.findall(r"rewrite `([\w-]+)`|or `([\w-]+-norm)`", inspect.getsource(cures)))
     assert {name for pair in named for name in pair if name} <= PASSES.keys() | {"time-embedding"}
+
+
+def test_a_bundle_for_the_cpu_says_so_before_its_verdict(run, tmp_path):
+    code, printed, _ = run(embedded_bundle(), "--static", "--json", tmp_path / "r.json")
+    assert code == 1 and printed.startswith("this bundle was made for the CPU: ")
+    assert "export it with --target litert-gpu" in printed.splitlines()[0]
+    assert json.loads((tmp_path / "r.json").read_text())["target"] == "litert-cpu"
+
+
+def test_a_precision_that_no_driver_has_is_not_passed_over(run, tmp_path, monkeypatch):
+    apply("EXP", [(1, 4)], (1, 4))(tmp_path / "m.tflite")
+    monkeypatch.setattr(check_module, "find_stacks", lambda: (GpuStack("software", "", (), ("fp32",)),))
+    for arguments in (("--precision", "fp16"), ("--stack", "software", "--precision", "fp16")):
+        code, printed, notes = run(tmp_path / "m.tflite", *arguments)
+        assert (code, printed) == (2, "") and "no GPU stack here computes in fp16 (software in fp32): " in notes
 
 
 def test_unknown_stack(run, tmp_path):

@@ -123,14 +123,48 @@ def test_stacks_by_name_and_environment(monkeypatch, tmp_path):
 
 def test_a_driver_that_does_not_work_is_not_chosen(tmp_path):
     (tmp_path / "icd.json").write_text("{}")
-    assert stack_module._probe("broken", {"VK_ICD_FILENAMES": str(tmp_path / "icd.json")}) is None
+    why = stack_module._probe("broken", {"VK_ICD_FILENAMES": str(tmp_path / "icd.json")})
+    assert isinstance(why, str) and "compiled_model" not in why, why
 
 
-def test_swiftshader_has_no_fp16():
+VARIABLES = {"POCKETFUSION_VULKAN_ICD": "named", "POCKETFUSION_LAVAPIPE": "lavapipe", "VK_ICD_FILENAMES": "system"}
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_a_driver_that_is_named_has_to_work(variable, tmp_path, monkeypatch):
+    """Falling back to another would say that all is well of a driver that was never asked."""
+    place = tmp_path if variable == "POCKETFUSION_LAVAPIPE" else tmp_path / "icd.json"
+    (tmp_path / "icd.json").write_text("{}")
+    (tmp_path / "libvulkan_lvp.so").write_bytes(b"no library")
+    for name in (*VARIABLES, "VK_DRIVER_FILES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(place))
+    probe, other = stack_module._probe, GpuStack("other", "", (), ("fp32",))
+    asked = VARIABLES[variable]
+    monkeypatch.setattr(stack_module, "_probe", lambda name, env: probe(name, env) if name == asked else other)
+    find_stacks.cache_clear()
+    try:
+        with pytest.raises(PocketfusionError, match=rf"{variable} names \({place}\) does not work here \(.+\): "):
+            find_stacks()
+    finally:
+        find_stacks.cache_clear()
+
+
+def test_the_missing_loader_is_named(monkeypatch):
+    """Without libvulkan.so.1 no driver is found, whichever is installed."""
+    monkeypatch.setattr(stack_module, "_LOADER", "libvulkan-that-is-not-there.so.1")
+    said = stack_module.advice()
+    assert said.startswith("libvulkan-that-is-not-there.so.1 is missing, so install Debian's package libvulkan1; then")
+    with pytest.raises(PocketfusionError, match="is missing, so install Debian's package libvulkan1"):
+        choose((), "fp32", "nvidia")
+    monkeypatch.setattr(stack_module, "_LOADER", "libc.so.6")
+    assert "is missing" not in stack_module.advice()
+
+
+def test_swiftshader_has_no_fp16(fp32_stack):
     found = {stack.name: stack for stack in find_stacks()}
-    if "swiftshader" not in found:
-        pytest.skip("no SwiftShader")
-    assert found["swiftshader"].precisions == ("fp32",)
+    if "swiftshader" in found:
+        assert found["swiftshader"].precisions == ("fp32",)
 
 
 def test_refused_operations_are_located(fp32_stack, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketfusion.artefact import atomic_folder, sha256_file
+from pocketfusion.artefact import atomic_folder, reserve, sha256_file
 from pocketfusion.data.emoji.captions import captions_for, may_flip
 from pocketfusion.data.emoji.concepts import Drawing, iter_drawings, load_concepts, name_index
 from pocketfusion.data.emoji.packages import DEFAULT_STYLES, STYLES, fetch_packages, lock_hash
@@ -169,6 +169,8 @@ def build_emoji(
             )
             for size in settings.sizes
         }
+        for size in settings.sizes:
+            reserve(folder / f"images_{size}.npy")
         done = 0
         with ProcessPoolExecutor(workers) as pool:
             chunks = list(_chunks(jobs, 64))

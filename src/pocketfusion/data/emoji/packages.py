@@ -85,7 +85,7 @@ def fetch_packages(cache: Path | None = None) -> Path:
     if npm is None:
         raise PocketfusionError("npm was not found: install Node.js, which the emoji packages are fetched with")
     home.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(home) as partial:
+    with atomic_folder(home, overwrite=True) as partial:  # another process may be as far
         for name in LOCK_FILES:
             (partial / name).write_bytes((resources.files(__package__) / name).read_bytes())
         command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--legacy-peer-deps", "--loglevel=error"]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.delegate import bisect, locate, samples
 from pocketfusion.mobile.delegate.graph import File, Graph, load
 from pocketfusion.mobile.delegate.locate import Refused
 from pocketfusion.mobile.delegate.oracle import Oracle, Parity, Verdict, parity
 from pocketfusion.mobile.delegate.ranges import Ranges, activation_bytes, calibrate
 from pocketfusion.mobile.delegate.report import GraphCheck, Report
-from pocketfusion.mobile.delegate.stack import GpuStack, choose, find_stacks
+from pocketfusion.mobile.delegate.stack import GpuStack, advice, choose, find_stacks
 from pocketfusion.mobile.delegate.surgery import SIGNATURE, extract, float_weights, key
 from pocketfusion.runtime.manifest import NETWORKS, Bundle
+from pocketfusion.temporaries import scratch_folder
 
 PRECISIONS = ("fp32", "fp16")
 #: Calls whose results are compared: the network's first and last of the recorded ones.
@@ -39,12 +40,18 @@ def check(
     `static`: by the rules alone, without a driver, numbers or calibration. `stack`: the driver to ask, by name.
     `timeout`: seconds that one compilation with its run may take. `progress` is told each stage.
 
-    Raises PocketfusionError for what is neither, a damaged file, custom operations or an unknown stack.
+    Raises PocketfusionError for what is neither, a damaged file, custom operations, an unknown stack, a driver that is
+    named and does not work, and if the drivers here have none of `precisions`.
     """
     files, recorded, needs = _files(path), dict[str, samples.Inputs](), _precisions(path)
+    target = Bundle.open(path, verify=False).manifest.target if path.is_dir() else None
     progress("looking for GPU stacks")
     stacks = () if static else find_stacks()
     chosen = {p: found for p in precisions if (found := None if static else choose(stacks, p, stack))}
+    if stacks and not chosen:
+        asked = [one for one in stacks if stack in (None, one.name)]
+        here = ", ".join(f"{one.name} in {' and '.join(one.precisions)}" for one in asked)
+        raise PocketfusionError(f"no GPU stack here computes in {' or '.join(precisions)} ({here}): {advice()}")
     if path.is_dir() and not static:
         progress("drawing a picture for the networks' inputs")
         recorded = samples.recorded(path, threads)
@@ -53,7 +60,7 @@ def check(
         for graph in file.graphs:
             one = _Check(name, file, graph, recorded.get(name), needs.get(name, "fp16"), threads, timeout, progress)
             graphs.append(one.run(chosen) if not static else one.static(()))
-    return Report(path, tuple(dict.fromkeys(chosen.values())), tuple(graphs))
+    return Report(path, target, tuple(dict.fromkeys(chosen.values())), tuple(graphs))
 
 
 def _files(path: Path) -> dict[str, File]:
@@ -100,8 +107,8 @@ class _Check:
 
     def run(self, stacks: dict[str, GpuStack]) -> GraphCheck:
         """The verdict of the delegate on `stacks` (by precision), parity and calibration."""
-        with tempfile.TemporaryDirectory(prefix="pocketfusion-check-") as folder:
-            path, signature = self._alone(Path(folder))
+        with scratch_folder("pocketfusion-check") as folder:
+            path, signature = self._alone(folder)
             ranges = self._calibrate(path, signature)
             if not stacks:
                 return self.static((), ranges)

@@ -7,8 +7,8 @@ been reported as fully accelerated.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from pocketfusion.mobile.delegate.child import Answer, Child
 from pocketfusion.mobile.delegate.graph import File, Graph
 from pocketfusion.mobile.delegate.stack import GpuStack
 from pocketfusion.mobile.delegate.surgery import extract
+from pocketfusion.temporaries import scratch_folder
 
 #: Largest error, relative to the largest value, that still counts as right.
 MAX_ERROR = {"fp32": 1e-3, "fp16": 0.03}
@@ -72,8 +73,8 @@ class Oracle:
     def __init__(self, stack: GpuStack, *, threads: int = 1, timeout: float = 600) -> None:
         """`timeout`: seconds after which a compilation with its run counts as hanging."""
         self.stack, self.timeout = stack, timeout
-        self._scratch = tempfile.TemporaryDirectory(prefix="pocketfusion-check-")
-        self.folder = Path(self._scratch.name)
+        self._scratch = ExitStack()
+        self.folder = self._scratch.enter_context(scratch_folder("pocketfusion-check"))
         self._child = Child(dict(stack.environment), self.folder, threads)
 
     def __enter__(self) -> Oracle:
@@ -83,7 +84,7 @@ class Oracle:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._child.__exit__(kind, error, tb)
-        self._scratch.cleanup()
+        self._scratch.close()
 
     def compile(self, path: Path, precision: str = "fp32") -> Verdict:
         """The delegate's verdict on the file, all its signatures together."""

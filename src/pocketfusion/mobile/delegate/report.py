@@ -47,9 +47,13 @@ class GraphCheck:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole check; `stacks` are the drivers that were asked, none for a static one."""
+    """The whole check; `stacks` are the drivers that were asked, none for a static one.
+
+    `target`: what a bundle was made for; None for a lone file.
+    """
 
     path: Path
+    target: str | None
     stacks: tuple[GpuStack, ...]
     graphs: tuple[GraphCheck, ...]
 
@@ -61,7 +65,8 @@ class Report:
         """The report as JSON values; numbers that are not finite become null."""
         stacks = [{"name": s.name, "adapter": s.adapter, "precisions": s.precisions} for s in self.stacks]
         graphs = [asdict(graph) | {"passed": graph.passed} for graph in self.graphs]
-        return _finite({"path": str(self.path), "passed": self.passed, "stacks": stacks, "graphs": graphs})
+        about = {"path": str(self.path), "target": self.target, "passed": self.passed}
+        return _finite(about | {"stacks": stacks, "graphs": graphs})
 
 
 def _finite(value: Any) -> Any:
