@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from pocketfusion.bounded import check_numbers, read_yaml
 from pocketfusion.errors import PocketfusionError
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _in_range(cls, value: Any) -> Any:
+        # a network's own settings are sizes: what is larger than any of its layers fills the memory
+        return check_numbers(value, 1e5 if isinstance(value, dict) else 1e9)
 
 
 class TrainSettings(_Settings):
@@ -22,7 +30,7 @@ class TrainSettings(_Settings):
     """
 
     steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0, le=100_000)
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(default=100, ge=0)
@@ -42,7 +50,7 @@ class TrainSettings(_Settings):
 class DataSettings(_Settings):
     """Which pictures of the data folder are used. `scene_share`: share of composed scenes among training samples."""
 
-    size: int = Field(default=64, ge=16)
+    size: int = Field(default=64, ge=16, le=4096)
     scene_share: float = Field(default=0.15, ge=0, le=1)
     flip: bool = True
 
@@ -148,7 +156,7 @@ class ConsistencySettings(_Settings):
     guidance: Literal["classifier-free", "embedded", "folded"] | None = None
     guidance_range: tuple[float, float] = (1.0, 8.0)
     guidance_scale: float | None = Field(default=None, ge=1, allow_inf_nan=False)
-    embedding_dim: int = Field(default=256, ge=4, multiple_of=2)
+    embedding_dim: int = Field(default=256, ge=4, le=100_000, multiple_of=2)
     loss: Literal["huber", "mse"] = "huber"
     huber_c: float = Field(default=0.00054, gt=0)
     teacher_precision: Literal["fp32", "bf16"] = "fp32"
@@ -176,7 +184,7 @@ class GuidanceDistillSettings(_Settings):
     """
 
     scale_range: tuple[float, float] = (1.0, 14.0)
-    embedding_dim: int = Field(default=256, ge=4, multiple_of=2)
+    embedding_dim: int = Field(default=256, ge=4, le=100_000, multiple_of=2)
     train: TrainSettings
 
     @field_validator("scale_range")
@@ -205,7 +213,7 @@ class DecoderDistillSettings(_Settings):
     num_inference_steps: int | None = Field(default=None, gt=0)
     guidance_scale: tuple[float, float] = (1.5, 7.0)
     precision: Literal["no", "bf16"] = "bf16"
-    batch: int = Field(default=64, gt=0)
+    batch: int = Field(default=64, gt=0, le=100_000)
     cache_targets: bool = True
     train: TrainSettings
 
@@ -221,7 +229,7 @@ class JudgeSettings(_Settings):
     """An image-text judge: `widths` of its image tower's stages and the shared embedding size."""
 
     widths: tuple[int, ...] = (32, 64, 128, 192)
-    embed_dim: int = Field(default=128, gt=0)
+    embed_dim: int = Field(default=128, gt=0, le=100_000)
     train: TrainSettings
 
 
@@ -229,7 +237,7 @@ class TextSettings(_Settings):
     """`source`: `minilm` for the packaged all-MiniLM-L6-v2, or a folder with a transformers text encoder."""
 
     source: str = "minilm"
-    max_length: int = Field(default=32, ge=4)
+    max_length: int = Field(default=32, ge=4, le=4096)
 
 
 class Recipe(_Settings):
@@ -253,17 +261,15 @@ class Recipe(_Settings):
 
 def load_recipe(path: Path) -> Recipe:
     """Reads a recipe; raises PocketfusionError naming the file, the field and what is wrong with it."""
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError:
         raise PocketfusionError(f"there is no recipe at {path}: the project's own are in recipes/") from None
-    except yaml.YAMLError as error:
-        raise PocketfusionError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from None
+    except ValueError as error:
+        raise PocketfusionError(f"{path} is no recipe: {error}: the project's own are in recipes/") from None
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the recipe"
-        raise PocketfusionError(f"{path}: {where}: {first['msg']} (got {first['input']!r})") from None
+        first = error.errors(include_url=False)[0]
+        where, what = ".".join(map(str, first["loc"])) or "the recipe", first["msg"].removeprefix("Value error, ")
+        raise PocketfusionError(f"{path}: {where[:200]}: {what} (got {shorten(first['input'])})") from None

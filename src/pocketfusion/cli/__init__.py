@@ -9,11 +9,11 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
 from pocketfusion.errors import PocketfusionError, told
+from pocketfusion.terminal import Console
 
 
 class Commands(TyperGroup):

@@ -29,9 +29,8 @@ def architecture_command(
     from pocketfusion.cli.extras import require_compress
 
     require_compress()
-    from rich.console import Console
-
     from pocketfusion.architecture_report import describe, open_base, table, write_preset
+    from pocketfusion.terminal import Console
 
     if out is not None and preset is None:
         raise PocketfusionError("--out alone changes nothing: name what to apply, such as --preset snapfusion")

@@ -10,9 +10,8 @@ import typer
 from pocketfusion.cli import app
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pocketfusion.runtime.residency import Mode
+    from pocketfusion.terminal import Console
 
 
 @app.command("bench")
@@ -27,12 +26,12 @@ def bench_command(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows here.")] = None,
 ) -> None:
     """Measure bundles in turns: load, compile, text, steps, decode, memory; ratios against the first."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from pocketfusion.artefact import check_files, write_json
     from pocketfusion.runtime.bench import Settings, bench
     from pocketfusion.runtime.manifest import embedded_bundle
+    from pocketfusion.terminal import Console
 
     check_files(json_file)
     paths = bundles or [embedded_bundle()]

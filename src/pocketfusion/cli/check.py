@@ -12,9 +12,8 @@ from pocketfusion.cli import app
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pocketfusion.mobile.delegate.report import GraphCheck, Report
+    from pocketfusion.terminal import Console
 
 #: Rows of a table's lists that are printed; all are in the JSON.
 _ROWS = 12
@@ -40,14 +39,15 @@ def check_command(
     Names each refused operation, its module and the rewrite that cures it, and the layers whose numbers fp16 may not
     hold. Exits with code 1 if anything falls off the GPU or comes out wrong.
     """
-    from rich.console import Console
-
     from pocketfusion.artefact import check_files, write_json
+    from pocketfusion.runtime.networks import check_threads
+    from pocketfusion.terminal import Console
 
     if precision not in (None, "fp32", "fp16"):
         raise PocketfusionError(f"the precision is {precision!r}: choose fp32 or fp16")
-    if threads < 1 or not timeout > 0:
-        raise PocketfusionError(f"there are {threads} threads and {timeout:g} s: choose numbers above zero")
+    check_threads(threads)
+    if not 0 < timeout <= 86_400:
+        raise PocketfusionError(f"the timeout is {timeout:g} s: choose a number above zero, at most a day")
     check_files(json_file)
     from pocketfusion.mobile.delegate.check import PRECISIONS, check
 

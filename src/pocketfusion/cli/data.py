@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pocketfusion.cli import app
+from pocketfusion.terminal import Console
 
 data_app = typer.Typer(help="Build captioned data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from pocketfusion.cli import app
 from pocketfusion.cli.distill import parse_range
@@ -25,6 +24,7 @@ from pocketfusion.cli.train import (
     report,
 )
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.terminal import Console
 
 
 class Mode(str, Enum):

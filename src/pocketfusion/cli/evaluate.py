@@ -55,7 +55,6 @@ def evaluate_command(
     from pocketfusion.cli.extras import require_compress
 
     require_compress()
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pocketfusion.evaluate.curves import parse_guidance
@@ -64,6 +63,7 @@ def evaluate_command(
     from pocketfusion.evaluate.extractors import open_extractor
     from pocketfusion.evaluate.reference import ReferenceSource
     from pocketfusion.evaluate.systems import named_systems
+    from pocketfusion.terminal import Console, printable_json
 
     source = ReferenceSource(data, coco, sets, samples, seed, annotations, size, real, skip_bad)
     measuring = Measuring(parse_guidance(guidance), seed, diversity_prompts, diversity_images, kid_only)
@@ -87,7 +87,7 @@ def evaluate_command(
     if result is None:  # the first process writes and reports
         return
     if as_json:
-        typer.echo(result.model_dump_json(indent=2))
+        typer.echo(printable_json(result.model_dump_json(indent=2)))
         return
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table(result))

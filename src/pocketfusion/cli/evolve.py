@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from pocketfusion.cli import app
 from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OverwriteOpt, RunOpt, SkipBadOpt
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.terminal import Console
 
 if TYPE_CHECKING:
     from pocketfusion.evolve.algorithm import Progress

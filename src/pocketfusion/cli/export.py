@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from pocketfusion.cli import app
 from pocketfusion.cli.targets import TargetOpt, TargetOption
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.terminal import Console
 
 if TYPE_CHECKING:
     from pocketfusion.mobile.export import ExportReport

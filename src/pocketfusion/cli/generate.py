@@ -13,11 +13,10 @@ from pocketfusion.cli import app
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pocketfusion.runtime.manifest import Guidance
     from pocketfusion.runtime.pipeline import Array, GenerationResult, Pipeline
     from pocketfusion.runtime.residency import Mode
+    from pocketfusion.terminal import Console
 
 
 @app.command("generate")
@@ -66,11 +65,10 @@ def generate_command(
         raise PocketfusionError(
             "--preview needs the decoder beside the UNet: leave it out, or choose --mode pipelined"
         )
-    from rich.console import Console
-
     from pocketfusion.artefact import write_json
     from pocketfusion.runtime.output import record
     from pocketfusion.runtime.pipeline import Pipeline
+    from pocketfusion.terminal import Console
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import typer
 from pocketfusion.cli import app
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from pocketfusion.terminal import Console
 
 
 @app.command("info")
@@ -23,16 +23,15 @@ def info_command(
 
     Exits with code 2 if a file is altered or a weight is NaN.
     """
-    from rich.console import Console
-
     from pocketfusion.info import describe
     from pocketfusion.runtime.manifest import embedded_bundle
+    from pocketfusion.terminal import Console, printable_json
 
     notes = Console(stderr=True, markup=False, highlight=False)
     with notes.status("reading") as status:
         about = describe(path or embedded_bundle(), status.update)
     if as_json:
-        typer.echo(json.dumps(about, indent=2, ensure_ascii=False))
+        typer.echo(printable_json(json.dumps(about, indent=2, ensure_ascii=False)))
     else:
         _print(Console(markup=False, highlight=False, soft_wrap=True), about)
     if about["problems"]:

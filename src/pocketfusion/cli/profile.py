@@ -11,9 +11,8 @@ import typer
 from pocketfusion.cli import app
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pocketfusion.latency.table import LatencyTable
+    from pocketfusion.terminal import Console
 
 
 @app.command("profile")
@@ -50,13 +49,13 @@ def profile_command(
 
     require_compress()
     require("litert_torch", "matplotlib")
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from pocketfusion.artefact import check_files, check_new
     from pocketfusion.quiet import quiet
     from pocketfusion.runtime.networks import available_cores
     from pocketfusion.temporaries import scratch_folder
+    from pocketfusion.terminal import Console, printable_json
 
     if pack and imported:
         raise PocketfusionError("--pack and --import exclude each other: pack first, run the script, then import")
@@ -94,7 +93,8 @@ def profile_command(
         def progress(stage: str, done: int, total: int) -> None:
             bar.update(task, description=stage, completed=done, total=total)
 
-        chosen = make_backend(backend, weights, threads or available_cores(), directory)
+        cores = available_cores() if threads is None else threads
+        chosen = make_backend(backend, weights, cores, directory)
         if not pack and not imported:
             chosen.check()
         table = packs.import_pack(imported) if imported else None
@@ -132,7 +132,7 @@ def profile_command(
     table.save(out)
     figures.plot_table(table, out.with_suffix(".png"))
     if as_json:
-        typer.echo(table.model_dump_json(indent=2))
+        typer.echo(printable_json(table.model_dump_json(indent=2)))
         return
     console = Console(highlight=False, markup=False, soft_wrap=True)
     _print(table, console)

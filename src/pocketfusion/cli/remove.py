@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pocketfusion.cli import app
 from pocketfusion.cli.evolve import FolderArg, ForceOpt, JsonOpt, LatencyOpt, MsOpt, RatioOpt
+from pocketfusion.terminal import Console
 
 
 class Method(str, Enum):

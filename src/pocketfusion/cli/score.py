@@ -35,12 +35,12 @@ def score_command(
     from pocketfusion.cli.extras import require_compress
 
     require_compress()
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pocketfusion.evaluate.generate import SamplerSettings
     from pocketfusion.evaluate.report import remarks, tables
     from pocketfusion.evaluate.run import score_folder
+    from pocketfusion.terminal import Console, printable_json
 
     names = [name.strip() for name in sets.split(",") if name.strip()] if sets else None
     sampler = SamplerSettings(num_inference_steps=steps, guidance_scale=guidance)
@@ -67,7 +67,7 @@ def score_command(
             progress=advance,
         )
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        typer.echo(printable_json(report.model_dump_json(indent=2)))
         return
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for table in tables(report):

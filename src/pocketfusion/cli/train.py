@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 
 from pocketfusion.cli import app
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.terminal import Console
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -21,6 +21,7 @@ from pocketfusion.mobile.pack import FORMS
 from pocketfusion.mobile.quantize import quantize
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.quiet import quiet
+from pocketfusion.runtime.networks import MAX_THREADS
 from pocketfusion.runtime.output import cpu_name
 
 #: Runs a loaded network once, on inputs that are set already.
@@ -181,8 +182,8 @@ def make_backend(name: str, weights: str, threads: int, cache: Path) -> Backend:
     """The backend of that name on this machine. Raises PocketfusionError for names and weights it does not know."""
     if name not in _KINDS:
         raise PocketfusionError(f"--backend is {name!r}: choose {', '.join(_KINDS)}")
-    if threads < 1:
-        raise PocketfusionError(f"--threads is {threads}: choose 1 or more")
+    if not 1 <= threads <= MAX_THREADS:
+        raise PocketfusionError(f"--threads is {threads}: choose 1 to {MAX_THREADS}")
     settings = settings_here(name, weights, threads)
     if name == "torch":
         return Torch(settings)

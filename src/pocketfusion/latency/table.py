@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pocketfusion import __version__
 from pocketfusion.artefact import write_json
+from pocketfusion.bounded import MB, check_numbers, read_bytes
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.latency.parts import Part, base_shapes, list_parts, unknown_part
 from pocketfusion.models.architecture import Architecture
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _in_range(cls, value: Any) -> Any:
+        return check_numbers(value, 1e16)
+
+
+#: A number of samples, in JSON a key.
+Batch = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Timing(_Value):
@@ -32,9 +42,9 @@ class Entry(_Value):
     """One part: parameters, multiply-adds of one sample, and its timing by batch size."""
 
     kind: str
-    parameters: int
-    macs: int
-    ms: dict[int, Timing]
+    parameters: int = Field(ge=0)
+    macs: int = Field(ge=0)
+    ms: dict[Batch, Timing] = Field(min_length=1)
 
 
 class Whole(_Value):
@@ -42,7 +52,7 @@ class Whole(_Value):
 
     whole: Timing
     parts: float
-    count: int
+    count: int = Field(ge=0)
 
     @classmethod
     def beside(cls, whole: Timing, parts: Sequence[Part], ms: Mapping[str, float]) -> Whole:
@@ -67,6 +77,12 @@ class Overhead(Whole):
     bare: Whole
     empty: float = 0.0
     interleaved: bool = True
+
+    @model_validator(mode="after")
+    def _has_two_ends(self) -> Overhead:
+        if self.count <= self.bare.count:
+            raise ValueError("the base has no more parts than the base without any block")
+        return self
 
     @classmethod
     def between(cls, base: Whole, bare: Whole, *, empty: float, interleaved: bool) -> Overhead:
@@ -112,10 +128,10 @@ class LatencyTable(_Value):
     created_by: str = f"pocketfusion {__version__}"
     settings: Settings
     base: dict[str, Any]
-    text_length: int
+    text_length: int = Field(ge=1, le=100_000)
     parts: dict[str, Entry]
     #: by batch size
-    overhead: dict[int, Overhead]
+    overhead: dict[Batch, Overhead]
     #: `text_encoder` and `decoder`, batch 1
     networks: dict[str, Entry] = {}
     validation: list[Check] = []
@@ -125,12 +141,12 @@ class LatencyTable(_Value):
         """Reads a table; raises PocketfusionError if there is none or it is damaged."""
         path = Path(path)
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(read_bytes(path, 64 * MB))
         except OSError as error:
             raise PocketfusionError(
                 f"the latency table {path} cannot be read ({error.strerror}): check the path"
             ) from None
-        except (ValidationError, ValueError):
+        except ValueError:
             raise PocketfusionError(
                 f"{path} is not a latency table of this version: write it with `pocketfusion profile`"
             ) from None

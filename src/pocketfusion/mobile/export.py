@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 
 from pocketfusion import __version__
 from pocketfusion.artefact import atomic_folder, sha256_file, write_json
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
 from pocketfusion.locks import locked
 from pocketfusion.mobile import specs
@@ -40,10 +42,12 @@ from pocketfusion.runtime.manifest import (
     MANIFEST,
     NETWORKS,
     BundleFile,
-    Manifest,
     Network,
     Networks,
+    make_manifest,
 )
+from pocketfusion.runtime.trust.litert_file import verify
+from pocketfusion.runtime.trust.vocabulary import check_parts
 
 #: Called with the stage's name, its number from 0 and their count.
 Progress = Callable[[str, int, int], None]
@@ -120,7 +124,7 @@ def export(
     if settings.decoder_tile:
         side = settings.decoder_tile
         inputs["decoder"]["latents"] = inputs["decoder"]["latents"][:, :side, :side].contiguous()
-    spec = specs.tokenizer_spec(pipeline)
+    spec, tokenizer = specs.tokenizer_spec(pipeline), _tokenizer(pipeline)
     scheduler = specs.scheduler_spec(pipeline)
     work = out.absolute().parent / f".{out.name}.work"
     with _kept_until_whole(work), atomic_folder(out, overwrite=overwrite) as partial:
@@ -161,15 +165,12 @@ def export(
                 if guidance == "classifier-free":  # the gate's first prompt is the empty one
                     (partial / "empty_prompt.f32").write_bytes(measured[0].astype("<f4").tobytes())
         stage()
-        tokenizer = Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str())
-        tokenizer.no_padding()  # both are the runtime's to set, from the manifest
-        tokenizer.no_truncation()
         tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
         licence_files, licences = copy_licences(folder, partial)
         files = {n: partial / f"{n}.tflite" for n in NETWORKS} | {"tokenizer": partial / "tokenizer.json"}
         if guidance == "classifier-free":
             files[EMPTY_PROMPT] = partial / "empty_prompt.f32"
-        manifest = Manifest(
+        manifest = make_manifest(
             name=name or out.name,
             created_by=f"pocketfusion {__version__}",
             target=settings.target,
@@ -187,8 +188,24 @@ def export(
             provenance=_provenance(folder, settings),
         )
         write_json(partial / MANIFEST, manifest.contents())
+        for network in NETWORKS:  # what the runtime would refuse is no bundle
+            verify(partial / f"{network}.tflite", getattr(manifest.networks, network))
         size = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
     return ExportReport(str(out), size, list(rows.values()), peak_rss(), left_out)
+
+
+def _tokenizer(pipeline: StablePipeline) -> Tokenizer:
+    """The pipeline's tokenizer; raises PocketfusionError for parts that bundles do not have."""
+    tokenizer = Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()  # both are the runtime's to set, from the manifest
+    tokenizer.no_truncation()
+    try:
+        check_parts(json.loads(tokenizer.to_str()))
+    except ValueError as error:
+        raise PocketfusionError(
+            f"the folder's tokenizer cannot be in a bundle ({error}): use BERT's or CLIP's with their own parts"
+        ) from None
+    return tokenizer
 
 
 def peak_rss() -> int:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from pocketfusion.artefact import atomic_file
+from pocketfusion.bounded import read_yaml
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.pack import Form
 from pocketfusion.mobile.targets import TargetName
@@ -91,11 +92,9 @@ class WeightRecipe(_Strict):
     def load(cls, path: Path) -> WeightRecipe:
         """Reads a recipe; raises PocketfusionError if it is missing, not YAML or not a weight recipe."""
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            return cls.model_validate(read_yaml(path))
         except OSError as error:
             raise PocketfusionError(f"{path} cannot be read ({error.strerror}): check the recipe's path") from None
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise PocketfusionError(f"{path} is not YAML: make a recipe with pocketfusion quantize") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -103,6 +102,10 @@ class WeightRecipe(_Strict):
             raise PocketfusionError(
                 f"{path} is not a weight recipe ({where + ': ' if where else ''}{what}): mend that line or make it "
                 "anew with pocketfusion quantize"
+            ) from None
+        except ValueError as error:
+            raise PocketfusionError(
+                f"{path} is not YAML within bounds ({error}): make a recipe with pocketfusion quantize"
             ) from None
 
     def save(self, path: Path) -> None:

@@ -9,6 +9,7 @@ from pocketfusion.runtime.footprint import estimate
 from pocketfusion.runtime.manifest import NETWORKS, Bundle
 from pocketfusion.runtime.memory import memory, release
 from pocketfusion.runtime.residency import MODES, Mode
+from pocketfusion.runtime.trust.litert_file import verify
 
 MB = 10**6
 #: What the process holds apart from the networks when it has run them: LiteRT's libraries, latents, pictures.
@@ -17,6 +18,9 @@ BASE = 40 * MB
 
 def held(bundle: Bundle) -> dict[str, int]:
     """Bytes that each network holds with mapped weights, estimated from its file."""
+    networks = bundle.manifest.networks
+    for name in NETWORKS:
+        verify(bundle.file(name), getattr(networks, name))  # before the estimate believes what it says
     return {name: estimate(bundle.file(name)) for name in NETWORKS}
 
 

@@ -22,7 +22,7 @@ from ai_edge_litert.compiled_model import (
     HardwareAccelerator,
     Options,
 )
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from ai_edge_litert.interpreter import Interpreter
 
 from pocketfusion.runtime.specs import Network
 
@@ -46,22 +46,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees everything; nothing else may be called after it."""
-
-
-def find_signature(path: Path, spec: Network) -> str | None:
-    """The name of the file's signature with the manifest's tensors, None if there is none.
-
-    The interpreter reads the file, because it verifies the structure, where CompiledModel crashes on a truncated file.
-    Raises ValueError or RuntimeError if it refuses the file.
-    """
-    reader = Interpreter(str(path), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
-    wanted = {t.name: (tuple(t.shape), t.dtype) for t in spec.inputs}
-    for name in reader.get_signature_list():
-        runner = reader.get_signature_runner(name)
-        given = {k: (tuple(d["shape"]), np.dtype(d["dtype"]).name) for k, d in runner.get_input_details().items()}
-        if given == wanted and {t.name for t in spec.outputs} == set(runner.get_output_details()):
-            return str(name)
-    return None
 
 
 class Interpreted:

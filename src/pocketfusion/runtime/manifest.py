@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pocketfusion.artefact import sha256_file
+from pocketfusion.bounded import MB, check_numbers, read_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.specs import (
     BundleFile,
@@ -25,15 +25,18 @@ from pocketfusion.runtime.specs import (
     Networks,
     SchedulerSpec,
     Strict,
+    Text,
     TimeEmbedding,
     TokenizerSpec,
 )
 from pocketfusion.runtime.specs import Network as Network  # this and TensorSpec: for those who write manifests
 from pocketfusion.runtime.specs import TensorSpec as TensorSpec
+from pocketfusion.runtime.trust.agreement import check_agreement
 
 MANIFEST = "bundle.json"
 FORMAT: Final = "pocketfusion-bundle"
 VERSION: Final = 1
+_LIMIT = 8 * MB
 NETWORKS = ("text_encoder", "unet", "decoder")
 #: A file that a bundle of classifier-free guidance may have: what its text encoder gives for the empty prompt, of the
 #: shape and type of the encoder's output, little-endian and nothing else. An older reader runs the encoder instead.
@@ -54,9 +57,9 @@ class Manifest(Strict):
 
     format: Literal["pocketfusion-bundle"] = FORMAT
     version: Literal[1] = VERSION
-    name: str
-    created_by: str
-    files: dict[str, BundleFile]
+    name: Text
+    created_by: Text
+    files: dict[str, BundleFile] = Field(max_length=10_000)
     networks: Networks
     tokenizer: TokenizerSpec
     latents: LatentSpec
@@ -69,6 +72,11 @@ class Manifest(Strict):
     time_embedding: TimeEmbedding | None = None  #: given exactly where the UNet takes `timestep_embedding`
     licences: list[Licence] = []
     provenance: dict[str, Any] = {}
+
+    @field_validator("provenance")
+    @classmethod
+    def _provenance_can_be_shown(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return dict(check_numbers(value, 1e300))
 
     @model_validator(mode="after")
     def _required_files(self) -> Manifest:
@@ -108,11 +116,18 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _decoder_is_no_larger_than_the_latents(self) -> Manifest:
         tile = self.networks.decoder.input("latents")
-        if tile and (tile.shape[1] > self.latents.height or tile.shape[2] > self.latents.width):
+        if tile is None or len(tile.shape) != 4:
+            return self  # told below
+        if tile.shape[1] > self.latents.height or tile.shape[2] > self.latents.width:
             raise ValueError(
                 f"the decoder takes tiles of {tile.shape[1]}x{tile.shape[2]} latents, "
                 f"larger than the picture's {self.latents.height}x{self.latents.width}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _networks_agree(self) -> Manifest:
+        check_agreement(self)
         return self
 
     def contents(self) -> dict[str, Any]:
@@ -151,14 +166,11 @@ class Bundle:
         return bundle
 
     def file(self, name: str) -> Path:
-        """Path of the file called `name` in the manifest; PocketfusionError if a link leads it out of the bundle."""
-        file = self.path / self.manifest.files[name].path
-        if not file.resolve().is_relative_to(self.path.resolve()):
-            raise PocketfusionError(
-                f"{self.path / MANIFEST} names {self.manifest.files[name].path!r}, a link that leaves the bundle: "
-                "it is not read; get the bundle from a source that you trust"
-            )
-        return file
+        """Path of the file called `name` in the manifest; PocketfusionError if a link leads it out of the bundle.
+
+        The Hub's cache is a folder of links into its own store of blobs, and counts as inside.
+        """
+        return _inside(self.path, self.manifest.files[name].path)
 
     def empty_prompt_embeds(self) -> npt.NDArray[np.float32] | None:
         """The text encoder's output for the empty prompt if the bundle keeps it; raises PocketfusionError if it cannot
@@ -189,20 +201,38 @@ class Bundle:
                 yield f"{file} is altered: its SHA-256 differs from the manifest's"
 
 
+def _inside(bundle: Path, name: str) -> Path:
+    """The path of `name` in the folder `bundle`; PocketfusionError if a link leads it out of it."""
+    file = bundle / name
+    try:
+        root, target = bundle.resolve(), file.resolve()
+        stores = [p.parent / "blobs" for p in root.parents if p.name == "snapshots" and "--" in p.parent.name]
+        inside = target.is_relative_to(root) or target.parent in stores
+    except (OSError, RuntimeError):  # links in a circle
+        inside = False
+    if not inside:
+        raise PocketfusionError(
+            f"{bundle / MANIFEST} names {name!r}, a link that leaves the bundle: "
+            "it is not read; get the bundle from a source that you trust"
+        )
+    return file
+
+
 def read_manifest(path: Path) -> tuple[Manifest, str]:
     """The validated manifest of the bundle folder `path` and its SHA-256; raises PocketfusionError."""
-    file = path / MANIFEST
-    if not path.exists():
-        raise PocketfusionError(f"there is no bundle at {path}: check the path")
-    if not file.is_file():
-        raise PocketfusionError(f"{path} is not a bundle: it has no {MANIFEST}")
     try:
-        content = file.read_bytes()
-        raw = json.loads(content)
+        if not path.exists():
+            raise PocketfusionError(f"there is no bundle at {path}: check the path")
+        file = _inside(path, MANIFEST)
+        if not file.is_file():
+            raise PocketfusionError(f"{path} is not a bundle: it has no {MANIFEST}")
+        raw, content = read_json(file, _LIMIT)
     except OSError as error:
-        raise PocketfusionError(f"{file} cannot be read ({error.strerror}): check its permissions") from None
-    except (ValueError, RecursionError):
-        raise PocketfusionError(f"{file} is not valid JSON: restore the bundle from its source") from None
+        raise PocketfusionError(
+            f"{path / MANIFEST} cannot be read ({error.strerror}): check the path and its permissions"
+        ) from None
+    except ValueError as error:
+        raise PocketfusionError(f"{path / MANIFEST}: {error}: restore the bundle from its source") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise PocketfusionError(f'{file} is not a bundle\'s manifest: its "format" is not "{FORMAT}"')
     version = raw.get("version")
@@ -214,13 +244,24 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     try:
         return Manifest.model_validate(raw), hashlib.sha256(content).hexdigest()
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = first["msg"].removeprefix("Value error, ")
         raise PocketfusionError(
-            f"{file} is not a valid manifest ({where + ': ' if where else ''}{what}): "
-            "restore the bundle from its source"
+            f"{file} is not a valid manifest ({_first(error)}): restore the bundle from its source"
         ) from None
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])[:200]
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{where + ': ' if where else ''}{what}"
+
+
+def make_manifest(**values: Any) -> Manifest:
+    """A manifest of `values`; raises PocketfusionError for what a reader would refuse."""
+    try:
+        return Manifest(**values)
+    except ValidationError as error:
+        raise PocketfusionError(f"the bundle's manifest would not be valid ({_first(error)}): change that") from None
 
 
 def embedded_bundle() -> Path:

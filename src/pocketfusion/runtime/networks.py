@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Literal, get_args
 
@@ -17,18 +19,27 @@ from pocketfusion.runtime.engines import (
     Engine,
     Interpreted,
     cpu_options,
-    find_signature,
     gpu_options,
 )
 from pocketfusion.runtime.memory import release
+from pocketfusion.runtime.trust.litert_file import verify
 
 Accelerator = Literal["cpu", "gpu"]
 ACCELERATORS: tuple[str, ...] = get_args(Accelerator)
+MAX_THREADS = 1024
 
 
 def available_cores() -> int:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_THREADS)
+
+
+def check_threads(threads: int) -> int:
+    """`threads`, if LiteRT can have so many; raises PocketfusionError."""
+    if not 1 <= threads <= MAX_THREADS:
+        raise PocketfusionError(f"the number of threads is {threads}: choose 1 to {MAX_THREADS}")
+    return threads
 
 
 class Network:
@@ -50,21 +61,15 @@ class Network:
         """With `mapped` (CPU only), XNNPACK's packed weights go to a temporary file that is mapped into memory: pages
         that the system may drop, where the heap would hold them beside the pages of the network's own file.
 
-        Raises PocketfusionError if LiteRT refuses the file, the GPU does not take all of it (or there is none), no
-        signature has the manifest's tensors, or the disk is too full for the temporary file.
+        Raises PocketfusionError if the file is not sound, computes other tensors than the manifest's or is refused by
+        LiteRT, the GPU does not take all of it (or there is none), or the disk is too full for the temporary file.
         """
         self.path, self.spec = path, spec
+        signature = verify(path, spec)
         # held until the network is closed: the mapping is of this file, which has no name in any folder
         self._packed = _temporary_file(spec) if mapped and accelerator == "cpu" else None
         with quiet():  # LiteRT's native log; its errors come as exceptions
             try:
-                signature = find_signature(path, spec)
-                if signature is None:
-                    tensors = ", ".join(f"{t.name} {t.shape} {t.dtype}" for t in spec.inputs)
-                    raise PocketfusionError(
-                        f"{path} has no signature with the inputs and outputs that its manifest names ({tensors}): "
-                        "export the bundle again"
-                    )
                 self._engine: Engine
                 if accelerator == "gpu":
                     self._engine = Compiled(path, spec, signature, gpu_options(spec))
@@ -78,12 +83,14 @@ class Network:
 
     def write(self, **inputs: Array) -> None:
         """Copies `inputs`, given by the manifest's names and of its shapes and types."""
-        for name, values in inputs.items():
-            self._engine.write(name, values)
+        with self._told():
+            for name, values in inputs.items():
+                self._engine.write(name, values)
 
     def run(self) -> None:
         """Computes the output from what was written."""
-        self._engine.run()
+        with self._told():
+            self._engine.run()
 
     def read(self) -> Array:
         """A copy of the network's first output."""
@@ -92,6 +99,14 @@ class Network:
     def feed_back(self, name: str) -> None:
         """Makes the last output the input `name` of the next run, if the engine can without a copy."""
         self._engine.feed_back(name)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns what LiteRT raises, such as for a token that the table lacks, into PocketfusionError."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            raise PocketfusionError(f"{self.path} cannot be run ({_reason(error)}): export the bundle again") from None
 
     def __call__(self, **inputs: Array) -> Array:
         """The network's first output for `inputs`, given by the manifest's names."""
@@ -108,9 +123,8 @@ class Network:
 
 
 def _refused(path: Path, accelerator: Accelerator, error: Exception) -> PocketfusionError:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     if accelerator == "cpu" or isinstance(error, ValueError):
-        return PocketfusionError(f"LiteRT cannot load {path} ({reason}): export the bundle again")
+        return PocketfusionError(f"LiteRT cannot load {path} ({_reason(error)}): export the bundle again")
     if "not accelerated" in str(error):
         return PocketfusionError(
             f"the GPU does not take every operation of {path}: export the bundle with --target litert-gpu, or run it "
@@ -120,6 +134,10 @@ def _refused(path: Path, accelerator: Accelerator, error: Exception) -> Pocketfu
         f"{path} cannot be run on a GPU, as LiteRT finds none that it can use here: install a Vulkan driver, or run "
         "it on the CPU"
     )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _temporary_file(spec: manifest.Network) -> IO[bytes] | None:

@@ -18,7 +18,7 @@ from pocketfusion.runtime.denoise import Denoiser, check_finite
 from pocketfusion.runtime.guidance import resolve_guidance
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.memory import peak_rss
-from pocketfusion.runtime.networks import ACCELERATORS, Accelerator, Network, available_cores
+from pocketfusion.runtime.networks import ACCELERATORS, Accelerator, Network, available_cores, check_threads
 from pocketfusion.runtime.noise import seeded_noise
 from pocketfusion.runtime.residency import Mode, Residency, check_mode
 from pocketfusion.runtime.result import Cancelled, GenerationResult, Timings
@@ -54,9 +54,7 @@ class Pipeline:
         """Loads the networks that the mode keeps; see `load` for the settings and what is raised."""
         start = time.perf_counter()
         self.bundle, self.manifest, self.turns = bundle, bundle.manifest, Turns()
-        self.num_threads = available_cores() if num_threads is None else num_threads
-        if self.num_threads < 1:
-            raise PocketfusionError(f"the number of threads is {self.num_threads}: choose 1 or more")
+        self.num_threads = available_cores() if num_threads is None else check_threads(num_threads)
         if accelerator not in ACCELERATORS:
             raise PocketfusionError(f"the accelerator is {accelerator!r}: choose {' or '.join(ACCELERATORS)}")
         if mode is not None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
+#: What a manifest may say is bounded far above what the family needs (SD's pictures have 1024 pixels, its prompts 77
+#: tokens) and far below what would fill a machine's memory.
+Positive = Annotated[int, Field(gt=0, le=2**14)]
+Count = Annotated[int, Field(ge=0, le=10**16)]
+Text = Annotated[str, Field(max_length=2000)]
+_MAX_ELEMENTS = 2**28  #: of a network's input or output: 1 GB of float32
 Weights = Literal["float32", "float16", "int8", "int8-dynamic", "int4-dynamic", "mixed"]
 
 
@@ -20,24 +26,32 @@ class Strict(BaseModel):
 class BundleFile(Strict):
     """One file: its path inside the bundle (forward slashes), its SHA-256 and its size in bytes."""
 
-    path: str
+    path: str = Field(max_length=1000)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
+    size: Count
 
     @model_validator(mode="after")
     def _path_is_inside(self) -> BundleFile:
         path = PurePosixPath(self.path)
         if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in self.path or ":" in self.path:
             raise ValueError(f"the path {self.path!r} leaves the bundle")
+        if not self.path.isprintable() or any(len(part.encode()) > 255 for part in path.parts):
+            raise ValueError(f"the path {self.path[:80]!r} is none that a file can have everywhere")
         return self
 
 
 class TensorSpec(Strict):
     """A network's input or output: its name, fixed shape (NHWC) and type."""
 
-    name: str
-    shape: list[Positive]
+    name: Text
+    shape: list[Positive] = Field(min_length=1, max_length=4)
     dtype: Literal["float32", "int32"]
+
+    @model_validator(mode="after")
+    def _fits_into_memory(self) -> TensorSpec:
+        if math.prod(self.shape) > _MAX_ELEMENTS:
+            raise ValueError(f"the tensor {self.name!r} has {math.prod(self.shape):,} elements")
+        return self
 
 
 class Network(Strict):
@@ -50,10 +64,10 @@ class Network(Strict):
     choice for each layer. `gpu_precision` is what the GPU has to compute in: fp16, its fast one, unless it says fp32.
     """
 
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-    parameters: int = Field(ge=0)
-    macs: int = Field(ge=0)
+    inputs: list[TensorSpec] = Field(min_length=1, max_length=8)
+    outputs: list[TensorSpec] = Field(min_length=1, max_length=1)
+    parameters: Count
+    macs: Count
     weights: Weights
     sqnr_db: float | None = None
     guidance_delta: float | None = None
@@ -81,8 +95,8 @@ class TokenizerSpec(Strict):
     """How prompts are cut and padded: always to `max_length` tokens."""
 
     max_length: Positive
-    pad_token: str
-    pad_token_id: int = Field(ge=0)
+    pad_token: Text
+    pad_token_id: int = Field(ge=0, lt=2**31)
 
 
 class LatentSpec(Strict):
@@ -104,34 +118,34 @@ class TimeEmbedding(Strict):
     """How the runtime computes the UNet's input `timestep_embedding` [B, dim], with the names of diffusers'
     `get_timestep_embedding`: inside the graph, fp16 sines of angles up to 1000 are off by 10 % and more."""
 
-    dim: Positive
+    dim: int = Field(ge=4, le=2**14)  #: half of it stays above `downscale_freq_shift`
     flip_sin_to_cos: bool = True
-    downscale_freq_shift: float = 0.0
+    downscale_freq_shift: float = Field(default=0.0, ge=0, le=1)
 
 
 class SchedulerSpec(Strict):
     """The noise schedule, with the names of `diffusers.DDIMScheduler`."""
 
-    num_train_timesteps: Positive
+    num_train_timesteps: int = Field(gt=0, le=100_000)
     beta_start: float = Field(gt=0, lt=1)
     beta_end: float = Field(gt=0, lt=1)
     beta_schedule: Literal["linear", "scaled_linear"]
     prediction_type: Literal["epsilon", "v_prediction"]
     timestep_spacing: Literal["leading", "trailing"]
-    steps_offset: int = Field(default=0, ge=0)
+    steps_offset: int = Field(default=0, ge=0, le=100_000)
     set_alpha_to_one: bool = True
 
 
 class Defaults(Strict):
     """Settings that hold when a caller gives none."""
 
-    num_inference_steps: Positive
-    guidance_scale: float
+    num_inference_steps: int = Field(gt=0, le=100_000)
+    guidance_scale: float = Field(ge=-1e4, le=1e4)
 
 
 class Licence(Strict):
     """One part of the bundle, the licence that it is under and the attribution that this asks for."""
 
-    what: str
-    spdx: str
-    attribution: str = ""
+    what: Text
+    spdx: Text
+    attribution: str = Field(default="", max_length=100_000)
