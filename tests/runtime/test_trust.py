@@ -300,6 +300,15 @@ def parts(good: dict) -> dict[str, dict]:
         "normalizer": {"normalizer": {"type": "Sequence", "normalizers": nested}},
         "map": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
         "regex": {"normalizer": {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": ""}},
+        "replaced by text": {
+            "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaaaaaaaaaaaaa"}
+        },
+        "replaced without end": {
+            "normalizer": {"type": "Replace", "pattern": {"String": "\U000f0001"}, "content": "\U000f0001" * 9}
+        },
+        "too many vectors": {
+            "normalizer": {"type": "Replace", "pattern": {"String": "<x>"}, "content": "\U000f0001" * 65}
+        },
         "split": {
             "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Removed", "invert": True}
         },

@@ -20,6 +20,8 @@ _LIMIT = 32 * MB
 _MAX_ID = 2**24
 #: Letters of a special token or a marker of word parts, and of a word that WordPiece looks up (BERT: 100).
 _MAX_TEXT, _MAX_WORD = 100, 1000
+#: Vectors of one learnt token, and parts of a normalizer: BERT's and CLIP's few, and one for every learnt vector.
+_MAX_VECTORS, _MAX_NORMALIZERS = 64, 1000
 
 Check = Callable[[Any], bool]
 
@@ -101,6 +103,23 @@ def _merges(value: Any) -> bool:
     )
 
 
+def _learnt_token(value: Any) -> bool:
+    """A learnt token's name → one private character a vector. They are in no name, so none feeds another."""
+    if not _record(pattern=_record(String=_text), content=_text)(value):
+        return False
+    name, content = value["pattern"]["String"], value["content"]
+    return (
+        bool(name)
+        and not any(map(_private, name))
+        and 0 < len(content) <= _MAX_VECTORS
+        and all(map(_private, content))
+    )
+
+
+def _private(character: str) -> bool:
+    return character >= "\U000f0000"
+
+
 _NOTHING = _record()
 _NORMALIZERS: dict[str, Check] = {
     "BertNormalizer": _record(
@@ -110,7 +129,7 @@ _NORMALIZERS: dict[str, Check] = {
     "NFD": _NOTHING,
     "Lowercase": _NOTHING,
     "StripAccents": _NOTHING,
-    "Replace": _is(_SPACES),
+    "Replace": lambda value: value == _SPACES or _learnt_token(value),
 }
 _BYTES = _record(("use_regex",), add_prefix_space=_flag, trim_offsets=_flag, use_regex=_flag)
 _SPLITS: dict[str, Check] = {
@@ -174,9 +193,9 @@ _MODELS: dict[str, Check] = {
 _ADDED = _record(id=_id, content=_text, single_word=_flag, lstrip=_flag, rstrip=_flag, normalized=_flag, special=_flag)
 
 
-def _sequence(kinds: Mapping[str, Check], name: str) -> Check:
-    """One of `kinds`, or a sequence of up to eight under `name`."""
-    return _one_of({**kinds, "Sequence": _record((), **{name: _list(_one_of(kinds), 8)})})
+def _sequence(kinds: Mapping[str, Check], name: str, most: int = 8) -> Check:
+    """One of `kinds`, or a sequence of up to `most` under `name`."""
+    return _one_of({**kinds, "Sequence": _record((), **{name: _list(_one_of(kinds), most)})})
 
 
 _PARTS: dict[str, Check] = {
@@ -184,7 +203,7 @@ _PARTS: dict[str, Check] = {
     "truncation": _is(None),  # the runtime's to set, like padding
     "padding": _is(None),
     "added_tokens": _list(_ADDED, 1000),
-    "normalizer": _maybe(_sequence(_NORMALIZERS, "normalizers")),
+    "normalizer": _maybe(_sequence(_NORMALIZERS, "normalizers", _MAX_NORMALIZERS)),
     "pre_tokenizer": _maybe(_sequence(_SPLITS, "pretokenizers")),
     "post_processor": _maybe(_one_of(_POST)),
     "decoder": _maybe(_one_of(_DECODERS)),
