@@ -17,6 +17,7 @@ from torch import nn
 
 from pocketfusion import __version__
 from pocketfusion.artefact import atomic_folder, sha256_file, write_json
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
 from pocketfusion.locks import locked
 from pocketfusion.mobile import specs
@@ -33,7 +34,7 @@ from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.learnt_tokens import add_embedding
-from pocketfusion.models.sampling import usual_sampling
+from pocketfusion.models.sampling import read_sampling, usual_sampling
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import (
     EMPTY_PROMPT,
@@ -44,6 +45,8 @@ from pocketfusion.runtime.manifest import (
     Network,
     Networks,
 )
+from pocketfusion.runtime.samplers.sampler import Sampler
+from pocketfusion.runtime.specs import MULTISTEP, SamplerName
 
 #: Called with the stage's name, its number from 0 and their count.
 Progress = Callable[[str, int, int], None]
@@ -57,14 +60,15 @@ STAGES = (
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export` did: the bundle, its size in bytes, its networks, the process's peak memory in bytes, and how many
-    layers of LoRA adapters are of blocks that were cut from the model."""
+    """What `export` did: the bundle, its size in bytes, its networks, the process's peak memory in bytes, how many
+    layers of LoRA adapters are of blocks that were cut from the model, and the bundle's sampler."""
 
     bundle: str
     size: int
     networks: list[NetworkReport]
     peak_rss: int
     lora_layers_left_out: int = 0
+    sampler: SamplerName = "ddim"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -122,6 +126,13 @@ def export(
         inputs["decoder"]["latents"] = inputs["decoder"]["latents"][:, :side, :side].contiguous()
     spec = specs.tokenizer_spec(pipeline)
     scheduler = specs.scheduler_spec(pipeline)
+    student = read_sampling(folder) is not None  # taught the timesteps of its DDIM steps alone
+    sampler: SamplerName = "ddim" if student else specs.sampler_of(pipeline.scheduler)
+    if settings.scheduler_step and sampler in MULTISTEP:
+        raise PocketfusionError(
+            f"--scheduler-step is of one-step samplers, and {folder} has {sampler}: leave --scheduler-step out"
+        )
+    Sampler(sampler, scheduler).set_timesteps(defaults.num_inference_steps)
     work = out.absolute().parent / f".{out.name}.work"
     with _kept_until_whole(work), atomic_folder(out, overwrite=overwrite) as partial:
         stage()
@@ -179,6 +190,8 @@ def export(
             latents=specs.latent_spec(pipeline),
             image=specs.image_spec(pipeline),
             scheduler=scheduler,
+            sampler=sampler,
+            samplers=["ddim"] if student else None,
             time_embedding=time_embedding_spec(pipeline.unet) if form.time_embedding == "outside" else None,
             guidance=guidance,
             guidance_range=sampling.guidance_range,
@@ -188,7 +201,7 @@ def export(
         )
         write_json(partial / MANIFEST, manifest.contents())
         size = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
-    return ExportReport(str(out), size, list(rows.values()), peak_rss(), left_out)
+    return ExportReport(str(out), size, list(rows.values()), peak_rss(), left_out, sampler)
 
 
 def peak_rss() -> int:
