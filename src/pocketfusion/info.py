@@ -72,6 +72,8 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "latents": manifest.latents.model_dump(),
         "image": manifest.image.model_dump(),
         "scheduler": manifest.scheduler.model_dump(),
+        "sampler": manifest.sampler,
+        "samplers": list(manifest.allowed_samplers),
         "defaults": manifest.defaults.model_dump(),
         "guidance": manifest.guidance,
         "guidance_range": manifest.guidance_range,

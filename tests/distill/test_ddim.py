@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from pocketfusion.distill import ddim
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import SchedulerSpec
-from pocketfusion.runtime.scheduler import DDIMScheduler as RuntimeScheduler
+from pocketfusion.runtime.samplers.sampler import Sampler
 
 SD = {
     "num_train_timesteps": 1000,
@@ -86,10 +86,9 @@ def waves(z, t):
     return torch.sin(z * 1.3 + float(t) / 700)
 
 
-def numpy_runtime(stock) -> RuntimeScheduler:
-    return RuntimeScheduler(
-        SchedulerSpec(**{key: value for key, value in stock.config.items() if key in SchedulerSpec.model_fields})
-    )
+def numpy_runtime(stock) -> Sampler:
+    known = {key: value for key, value in stock.config.items() if key in SchedulerSpec.model_fields}
+    return Sampler("ddim", SchedulerSpec(**known))
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
@@ -108,7 +107,7 @@ def test_every_step_of_every_count_is_diffusers_and_the_runtimes(to_one, kind):
         v = out if kind == "v_prediction" else ddim.v_from_noise(z, out, at)
         made = ddim.ddim_step(z, v, at, to)
         theirs = torch.stack([stock.step(out[i], t, z[i]).prev_sample for i, t in enumerate(told)])
-        runs = np.stack([runtime.step(out[i].numpy(), t, z[i].numpy()) for i, t in enumerate(told)])
+        runs = np.stack([runtime.step(out[i].numpy(), i, z[i].numpy(), noise=out.numpy) for i in range(steps)])
         torch.testing.assert_close(made, theirs, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(made, torch.from_numpy(runs), rtol=1e-4, atol=1e-4)
 

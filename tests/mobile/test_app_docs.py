@@ -67,7 +67,7 @@ def test_scheduler_constants(bundle: Bundle) -> None:
 
 def test_the_formulas_give_the_runtimes_steps(bundle: Bundle) -> None:
     """What the page says of timesteps and coefficients, computed here in plain Python."""
-    from pocketfusion.runtime.scheduler import DDIMScheduler
+    from pocketfusion.runtime.samplers.sampler import Sampler
 
     spec = bundle.manifest.scheduler
     first, last = spec.beta_start**0.5, spec.beta_end**0.5
@@ -75,16 +75,16 @@ def test_the_formulas_give_the_runtimes_steps(bundle: Bundle) -> None:
     for i in range(1000):
         product *= 1 - (first + (last - first) * i / 999) ** 2
         cumulative.append(product)
-    ours = DDIMScheduler(spec)
+    ours = Sampler("ddim", spec)
     steps = bundle.manifest.defaults.num_inference_steps
     timesteps = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
     assert ours.set_timesteps(steps).tolist() == timesteps
-    for t in timesteps:
+    for k, t in enumerate(timesteps):
         before = t - 1000 // steps
         now, then = cumulative[t], cumulative[before] if before >= 0 else cumulative[0]
         alpha, sigma, alpha2, sigma2 = now**0.5, (1 - now) ** 0.5, then**0.5, (1 - then) ** 0.5
         v = (alpha * alpha2 + sigma * sigma2, alpha * sigma2 - sigma * alpha2)
-        assert ours.coefficients(t) == pytest.approx(v, rel=1e-9)
+        assert ours.coefficients(k) == pytest.approx(v, rel=1e-9)
 
 
 def test_defaults_and_tokenizer(bundle: Bundle) -> None:

@@ -48,6 +48,27 @@ def test_same_seed_same_bytes(run, tiny_bundle, out):
     assert (out / "a.png").read_bytes() == (out / "b.png").read_bytes() != (out / "c.png").read_bytes()
 
 
+def test_another_sampler_is_written_down_and_draws_again(run, tiny_bundle, out):
+    settings = ("cat", "--bundle", tiny_bundle, "--steps", 2, "--seed", 1)
+    for name, sampler in (("a", "euler-ancestral"), ("b", "euler-ancestral"), ("c", "ddim")):
+        file = out / f"{name}.png"
+        code, _, notes = run("generate", *settings, "-o", file, "--json", out / f"{name}.json", "--sampler", sampler)
+        assert (code, notes) == (0, "") and Image.open(file).text["sampler"] == sampler
+        assert json.loads((out / f"{name}.json").read_text())["sampler"] == sampler
+    assert (out / "a.png").read_bytes() == (out / "b.png").read_bytes() != (out / "c.png").read_bytes()
+
+
+def test_samplers_that_cannot_draw(run, bundle, edit, out):
+    arguments = ("generate", "cat", "-o", out / "a.png", "--bundle", bundle, "--sampler")
+    refused(run(*arguments, "heun"), out, "the sampler 'heun' is not known: choose ddim or euler or euler-ancestral")
+    refused(run(*arguments, ""), out, "the sampler '' is not known")
+    refused(run(*arguments, "lcm", "--steps", 51), out, "the number of steps is 51: choose 1 to 50 with lcm")
+    edit(lambda m: m.update(samplers=["ddim"]))
+    refused(
+        run(*arguments, "euler"), out, "'euler' has timesteps that this bundle's UNet was not taught: choose ddim\n"
+    )
+
+
 def test_count_previews_sheet_and_record(run, tiny_bundle, out):
     code, printed, _ = run(
         *("generate", "cat", "-o", out / "a.png", "--bundle", tiny_bundle, "--steps", 2, "--seed", 1, "--count", 3),

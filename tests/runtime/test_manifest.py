@@ -60,6 +60,11 @@ def test_newer_version(bundle, edit):
         (lambda m: m["files"].update(empty_prompt_embeds=m["files"]["tokenizer"]), "not of the size of the text enc"),
         (lambda m: m["defaults"].update(num_inference_steps=1001), "num_inference_steps is above"),
         (lambda m: m["defaults"].update(guidance_scale=float("nan")), "defaults.guidance_scale"),
+        (lambda m: m.update(sampler="heun"), "sampler: Input should be 'ddim', 'euler'"),
+        (lambda m: m.update(samplers=["euler"]), "sampler is ddim, which samplers"),
+        (lambda m: m.update(samplers=[]), "sampler is ddim, which samplers"),
+        (lambda m: m.update(sampler="lcm") or m["defaults"].update(num_inference_steps=51), "51, but lcm has 50"),
+        (lambda m: m["scheduler"].update(final_sigmas_type="one"), "scheduler.final_sigmas_type"),
         (lambda m: m["files"]["unet"].update(sha256="abc"), "files.unet.sha256"),
         (lambda m: m.update(version="1"), "version"),
     ],
@@ -195,3 +200,20 @@ def test_later_keys_are_read_and_left_out_where_they_say_nothing(bundle, edit):
 def test_later_keys_that_break_a_rule(bundle, edit, change, match):
     edit(change)
     refused(bundle, match)
+
+
+def test_what_a_sampler_adds_to_the_manifest_is_only_there_where_it_says_something(bundle, edit):
+    old = Bundle.open(bundle).manifest.contents()
+    assert "sampler" not in old and "samplers" not in old and "final_sigmas_type" not in old["scheduler"]
+    edit(lambda m: m.update(sampler="euler", samplers=["ddim", "euler"]))
+    edit(lambda m: m["scheduler"].update(final_sigmas_type="sigma_min", timestep_spacing="linspace"))
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.contents() == json.loads((bundle / "bundle.json").read_text())
+
+
+def test_a_step_in_the_graph_rules_out_samplers_that_remember(bundle, edit):
+    unet = {"name": "step_coefficients", "shape": [1, 3], "dtype": "float32"}
+    edit(lambda m: m["networks"]["unet"]["inputs"].append(unet))
+    Bundle.open(bundle)
+    edit(lambda m: m.update(sampler="dpmpp-2m"))
+    refused(bundle, "sampler is dpmpp-2m, which samplers or the UNet's step_coefficients rule out")

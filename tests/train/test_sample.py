@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.guidance import guided_prediction
 from pocketfusion.runtime.manifest import SchedulerSpec
-from pocketfusion.runtime.scheduler import DDIMScheduler as Runtime
+from pocketfusion.runtime.samplers.sampler import Sampler
 from pocketfusion.train.sample import noise_batch, sample_latents
 
 
@@ -63,8 +63,8 @@ def test_it_draws_what_the_runtime_draws(scheduler, steps):
     net, noise, states = Linear(), noise_batch([3], (4, 8, 8)), torch.zeros(1, 2, 2)
     found = sample_latents(net, scheduler, noise, states, states, num_inference_steps=steps, guidance_scale=1.0)
     spec = {key: value for key, value in scheduler.config.items() if key in SchedulerSpec.model_fields}
-    runtime, z = Runtime(SchedulerSpec(**spec)), noise.numpy()
+    runtime, z = Sampler("ddim", SchedulerSpec(**spec)), noise.numpy()
     assert net.asked == runtime.set_timesteps(steps).tolist()
-    for t in net.asked:
-        z = runtime.step(z / 10, t, z)
+    for k in range(steps):
+        z = runtime.step(z / 10, k, z, noise=noise.numpy)
     np.testing.assert_allclose(found.numpy(), z, rtol=1e-4, atol=1e-5)

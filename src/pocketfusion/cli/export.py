@@ -148,4 +148,5 @@ def _print(report: ExportReport, console: Console) -> None:
         console.print(
             f"{report.lora_layers_left_out} LoRA layers are of blocks that were cut from this model and are left out"
         )
-    console.print(f"{report.bundle}: {report.size / 1e6:.2f} MB; peak memory {report.peak_rss / 1e6:,.0f} MB")
+    size = f"{report.size / 1e6:.2f} MB, sampler {report.sampler}"
+    console.print(f"{report.bundle}: {size}; peak memory {report.peak_rss / 1e6:,.0f} MB")

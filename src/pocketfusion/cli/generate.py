@@ -29,6 +29,10 @@ def generate_command(
     guidance: Annotated[
         float | None, typer.Option("--guidance", help="Guidance scale, 1 for none. Default: the bundle's.")
     ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option("--sampler", metavar="NAME", help="One of those that info lists. Default: the bundle's."),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="First picture's seed. Default: random, printed.")] = None,
     count: Annotated[int, typer.Option("--count", help="Pictures to draw; picture i takes seed + i.")] = 1,
     negative: Annotated[str, typer.Option("--negative", help="What the pictures should not show.")] = "",
@@ -79,7 +83,7 @@ def generate_command(
         num_steps = pipeline.manifest.defaults.num_inference_steps if steps is None else steps
         bar.start(count, num_steps)
 
-        def callback(step: int, timestep: int, latents: Array) -> None:
+        def callback(step: int, timestep: float, latents: Array) -> None:
             index = bar.advance()
             if preview is not None:
                 _save_preview(pipeline, latents, preview, (index, count), (step, num_steps))
@@ -91,6 +95,7 @@ def generate_command(
             guidance_scale=guidance,
             seed=seed,
             num_images=count,
+            sampler=sampler,
             callback=callback,
         )
     for warning in result.warnings:

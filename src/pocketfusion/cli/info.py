@@ -64,6 +64,9 @@ def _print(console: Console, about: dict[str, Any]) -> None:
         scheduler = about["scheduler"]
         keys = ("prediction_type", "timestep_spacing", "beta_schedule")
         console.print(f"  scheduler   {', '.join(str(scheduler[key]) for key in keys if key in scheduler)}")
+    if "samplers" in about:
+        others = ", ".join(name for name in about["samplers"] if name != about["sampler"])
+        console.print(f"  sampler     {about['sampler']}{'; also ' if others else ''}{others}")
     if "defaults" in about:
         defaults = about["defaults"]
         console.print(

@@ -179,6 +179,7 @@ class BundleSystem:
                     num_inference_steps=settings.num_inference_steps,
                     guidance_scale=settings.guidance_scale,
                     latents=self.pipeline.noise(seed),
+                    sampler="ddim",  # as folders are drawn, whatever the bundle's own is
                 )
             except PocketfusionError as error:
                 raise PocketfusionError(f"{self.name} at guidance {settings.guidance_scale:g}: {error}") from None

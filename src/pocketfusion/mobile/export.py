@@ -35,7 +35,7 @@ from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.learnt_tokens import add_embedding
-from pocketfusion.models.sampling import usual_sampling
+from pocketfusion.models.sampling import read_sampling, usual_sampling
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import (
     EMPTY_PROMPT,
@@ -46,6 +46,8 @@ from pocketfusion.runtime.manifest import (
     Networks,
     make_manifest,
 )
+from pocketfusion.runtime.samplers.sampler import Sampler
+from pocketfusion.runtime.specs import MULTISTEP, SamplerName
 from pocketfusion.runtime.trust.litert_file import verify
 from pocketfusion.runtime.trust.vocabulary import check_parts
 
@@ -61,14 +63,15 @@ STAGES = (
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export` did: the bundle, its size in bytes, its networks, the process's peak memory in bytes, and how many
-    layers of LoRA adapters are of blocks that were cut from the model."""
+    """What `export` did: the bundle, its size in bytes, its networks, the process's peak memory in bytes, how many
+    layers of LoRA adapters are of blocks that were cut from the model, and the bundle's sampler."""
 
     bundle: str
     size: int
     networks: list[NetworkReport]
     peak_rss: int
     lora_layers_left_out: int = 0
+    sampler: SamplerName = "ddim"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -126,6 +129,13 @@ def export(
         inputs["decoder"]["latents"] = inputs["decoder"]["latents"][:, :side, :side].contiguous()
     spec, tokenizer = specs.tokenizer_spec(pipeline), _tokenizer(pipeline)
     scheduler = specs.scheduler_spec(pipeline)
+    student = read_sampling(folder) is not None  # taught the timesteps of its DDIM steps alone
+    sampler: SamplerName = "ddim" if student else specs.sampler_of(pipeline.scheduler)
+    if settings.scheduler_step and sampler in MULTISTEP:
+        raise PocketfusionError(
+            f"--scheduler-step is of one-step samplers, and {folder} has {sampler}: leave --scheduler-step out"
+        )
+    Sampler(sampler, scheduler).set_timesteps(defaults.num_inference_steps)
     work = out.absolute().parent / f".{out.name}.work"
     with _kept_until_whole(work), atomic_folder(out, overwrite=overwrite) as partial:
         stage()
@@ -180,6 +190,8 @@ def export(
             latents=specs.latent_spec(pipeline),
             image=specs.image_spec(pipeline),
             scheduler=scheduler,
+            sampler=sampler,
+            samplers=["ddim"] if student else None,
             time_embedding=time_embedding_spec(pipeline.unet) if form.time_embedding == "outside" else None,
             guidance=guidance,
             guidance_range=sampling.guidance_range,
@@ -191,7 +203,7 @@ def export(
         for network in NETWORKS:  # what the runtime would refuse is no bundle
             verify(partial / f"{network}.tflite", getattr(manifest.networks, network))
         size = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
-    return ExportReport(str(out), size, list(rows.values()), peak_rss(), left_out)
+    return ExportReport(str(out), size, list(rows.values()), peak_rss(), left_out, sampler)
 
 
 def _tokenizer(pipeline: StablePipeline) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,9 +13,41 @@ from torch.utils.flop_counter import FlopCounterMode
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.wrappers import StablePipeline, TimeEmbeddingAt
 from pocketfusion.models.noise_schedule import ddim_scheduler
-from pocketfusion.runtime.specs import ImageSpec, LatentSpec, SchedulerSpec, TensorSpec, TokenizerSpec
+from pocketfusion.runtime.specs import (
+    ImageSpec,
+    LatentSpec,
+    SamplerName,
+    SchedulerSpec,
+    TensorSpec,
+    TokenizerSpec,
+)
 
 Samples = dict[str, torch.Tensor]
+_SAMPLERS: dict[str, SamplerName] = {
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-ancestral",
+    "DPMSolverMultistepScheduler": "dpmpp-2m",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
+}
+#: The options of those classes as the runtime has them.
+_OPTIONS = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "lambda_min_clipped": -math.inf,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "sigma_min": None,
+    "sigma_max": None,
+    "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
+}
 
 
 def latent_spec(pipeline: StablePipeline) -> LatentSpec:
@@ -39,13 +72,29 @@ def tokenizer_spec(pipeline: StablePipeline) -> TokenizerSpec:
     return TokenizerSpec(max_length=length, pad_token=tokenizer.pad_token, pad_token_id=tokenizer.pad_token_id)
 
 
+def sampler_of(scheduler: Any) -> SamplerName:
+    """The sampler that a folder's scheduler class names; DDIM for classes and options that the runtime lacks."""
+    said = scheduler.config
+    name = _SAMPLERS.get(type(scheduler).__name__, "ddim")
+    if any(said.get(key, value) != value for key, value in _OPTIONS.items()):
+        return "ddim"
+    if said.get("use_karras_sigmas"):
+        return "dpmpp-2m-karras" if name == "dpmpp-2m" else "ddim"
+    return name
+
+
 def scheduler_spec(pipeline: StablePipeline) -> SchedulerSpec:
-    """The noise schedule as DDIM reads it. Raises PocketfusionError for schedules the runtime does not draw."""
-    config = ddim_scheduler(pipeline.scheduler).config
+    """The noise schedule as the bundle's sampler reads it, by the folder's class, and else as DDIM does.
+
+    Raises PocketfusionError for schedules the runtime does not draw.
+    """
+    said, config = pipeline.scheduler.config, dict(ddim_scheduler(pipeline.scheduler).config)
+    if sampler_of(pipeline.scheduler) not in ("ddim", "lcm", "tcd"):  # LCM and TCD know no spacing
+        config |= {key: said[key] for key in ("timestep_spacing", "final_sigmas_type") if key in said}
     known = {
         "beta_schedule": ("linear", "scaled_linear"),
         "prediction_type": ("epsilon", "v_prediction"),
-        "timestep_spacing": ("leading", "trailing"),
+        "timestep_spacing": ("leading", "trailing", "linspace"),
     }
     for key, values in known.items():
         if config[key] not in values:
@@ -55,7 +104,7 @@ def scheduler_spec(pipeline: StablePipeline) -> SchedulerSpec:
     for key in ("rescale_betas_zero_snr", "thresholding", "clip_sample", "trained_betas"):
         if config[key] is not None and config[key] is not False:
             raise PocketfusionError(f"the folder's scheduler sets {key}, which the runtime does not know: turn it off")
-    return SchedulerSpec(**{name: config[name] for name in SchedulerSpec.model_fields})
+    return SchedulerSpec(**{name: config[name] for name in SchedulerSpec.model_fields if name in config})
 
 
 def samples(

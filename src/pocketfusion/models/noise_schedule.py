@@ -32,8 +32,9 @@ def ddim_scheduler(scheduler: Any) -> DDIMScheduler:
     """DDIM on the schedule of `scheduler`, of any of diffusers' classes.
 
     A key that its file lacks has its own class's default, and what only its own sampler does is left behind: so no
-    model clips because DDIM would. A few-step model's class, LCM's, begins at pure noise: `trailing`; of spacings that
-    the runtime lacks, DDIM's own is taken. Raises PocketfusionError for flow matching and classes without betas.
+    model clips because DDIM would. A few-step model's class, LCM's, begins at pure noise: `trailing`; for `linspace`,
+    which other samplers have by default, DDIM's own is taken. Raises PocketfusionError for flow matching and classes
+    without betas.
     """
     said, kind = dict(scheduler.config), type(scheduler).__name__
     if "FlowMatch" in kind or said.get("use_flow_sigmas") or said.get("prediction_type") == "flow_prediction":

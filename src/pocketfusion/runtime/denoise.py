@@ -1,4 +1,4 @@
-"""The denoising loop: guided DDIM steps on a UNet's own buffers, copying no more than each step changes.
+"""The denoising loop: a sampler's guided steps on a UNet's own buffers, copying no more than each step changes.
 
 What stays the same for a prompt (its embeddings, the guidance scale's) is written once. With the scheduler step folded
 into the graph (input `step_coefficients`) the latents stay in the runtime's buffers from step to step, and are only
@@ -14,7 +14,8 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.guidance import guidance_embedding
 from pocketfusion.runtime.manifest import Manifest
 from pocketfusion.runtime.networks import Network
-from pocketfusion.runtime.scheduler import DDIMScheduler
+from pocketfusion.runtime.noise import NoiseStream
+from pocketfusion.runtime.samplers.sampler import Sampler
 from pocketfusion.runtime.time_embedding import timestep_embedding
 
 Array = npt.NDArray[np.float32]
@@ -24,11 +25,11 @@ class Denoiser:
     """Draws latents of one prompt at one guidance scale, as many pictures as wanted."""
 
     def __init__(
-        self, unet: Network, manifest: Manifest, scheduler: DDIMScheduler, prompt_embeds: Array, scale: float
+        self, unet: Network, manifest: Manifest, sampler: Sampler, prompt_embeds: Array, scale: float
     ) -> None:
-        """`prompt_embeds` [2, T, D], negative and prompt, or [1, T, D] with embedded or folded guidance; `scheduler`
+        """`prompt_embeds` [2, T, D], negative and prompt, or [1, T, D] with embedded or folded guidance; `sampler`
         has its timesteps set."""
-        self.unet, self.scheduler = unet, scheduler
+        self.unet, self.sampler = unet, sampler
         self.scale = max(float(scale), 1.0)  # at and below 1 there is no guidance, as in diffusers
         self._embedding = manifest.time_embedding
         self._batch = unet.spec.batch
@@ -41,20 +42,22 @@ class Denoiser:
         if condition is not None:
             unet.write(timestep_cond=guidance_embedding(scale, condition.shape[1]))
 
-    def start(self, latents: Array) -> None:
-        """Begins a picture at noise [1, H, W, C]."""
-        self._latents = latents
+    def start(self, latents: Array, stream: NoiseStream) -> None:
+        """Begins a picture at standard normal latents [1, H, W, C]; what noise its steps add is the stream's next."""
+        self._latents = self.sampler.start(latents)
         self._fresh = True
+        self._noise = lambda: stream.draw()[None]
 
-    def step(self, timestep: int) -> Array:
-        """One step from `timestep` down: the new latents [1, H, W, C], a copy. NaN and infinity pass through."""
+    def step(self, k: int) -> Array:
+        """Step k, from 0: the new latents [1, H, W, C], a copy. NaN and infinity pass through."""
+        timestep = float(self.sampler.timesteps[k])
         if self._embedding:
             values = timestep_embedding(timestep, self._embedding)
             self.unet.write(timestep_embedding=np.repeat(values, self._batch, axis=0))
         else:
             self.unet.write(timestep=np.full(self._batch, timestep, np.float32))
-        a, b = self.scheduler.coefficients(timestep)
         if self._folded:
+            a, b = self.sampler.coefficients(k)
             if self._fresh:
                 self.unet.write(sample=self._latents)
             else:
@@ -63,11 +66,14 @@ class Denoiser:
             with np.errstate(over="ignore"):
                 self.unet.write(step_coefficients=np.array([[self.scale, a, b]], np.float32))
             self.unet.run()
-            return self.unet.read()
+            latents = self.unet.read()
+            self._latents = self.sampler.add_noise(k, latents, self._noise)
+            self._fresh = self._latents is not latents  # then they are no longer those in the UNet's buffer
+            return self._latents
         self.unet.write(sample=np.repeat(self._latents, self._batch, axis=0))
         prediction = self._guided()
         with np.errstate(over="ignore", invalid="ignore"):
-            self._latents = self.scheduler.step(prediction, timestep, self._latents)
+            self._latents = self.sampler.step(prediction, k, self._latents, self._noise)
         return self._latents
 
     def _guided(self) -> Array:
@@ -90,11 +96,11 @@ class Denoiser:
         return cond
 
 
-def check_finite(latents: Array, unet: Network, step: int, steps: int, timestep: int) -> None:
+def check_finite(latents: Array, unet: Network, step: int, steps: int, timestep: float) -> None:
     """Raises PocketfusionError if the `latents` after a step (counted from 1) hold NaN or infinity."""
     if not np.isfinite(latents).all():
         what = "NaN" if np.isnan(latents).any() else "infinity"
         raise PocketfusionError(
-            f"{unet.path}: the network produced {what} at step {step} of {steps} (timestep {timestep}): "
+            f"{unet.path}: the network produced {what} at step {step} of {steps} (timestep {timestep:g}): "
             "the bundle is unsound, or the guidance is too high"
         )

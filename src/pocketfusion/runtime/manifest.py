@@ -17,17 +17,21 @@ from pocketfusion.artefact import sha256_file
 from pocketfusion.bounded import MB, check_numbers, read_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.specs import (
+    MULTISTEP,
+    SAMPLERS,
     BundleFile,
     Defaults,
     ImageSpec,
     LatentSpec,
     Licence,
     Networks,
+    SamplerName,
     SchedulerSpec,
     Strict,
     Text,
     TimeEmbedding,
     TokenizerSpec,
+    most_steps,
 )
 from pocketfusion.runtime.specs import Network as Network  # this and TensorSpec: for those who write manifests
 from pocketfusion.runtime.specs import TensorSpec as TensorSpec
@@ -65,6 +69,8 @@ class Manifest(Strict):
     latents: LatentSpec
     image: ImageSpec
     scheduler: SchedulerSpec
+    sampler: SamplerName = "ddim"
+    samplers: list[SamplerName] | None = None  #: those that the UNet was taught for; all where it does not say
     defaults: Defaults
     guidance: Guidance = "classifier-free"
     guidance_range: tuple[float, float] | None = None  #: the scales that an embedded one was distilled for
@@ -88,6 +94,21 @@ class Manifest(Strict):
             raise ValueError(f"files.{EMPTY_PROMPT} is not of the size of the text encoder's output")
         if self.defaults.num_inference_steps > self.scheduler.num_train_timesteps:
             raise ValueError("defaults.num_inference_steps is above scheduler.num_train_timesteps")
+        return self
+
+    @property
+    def allowed_samplers(self) -> tuple[SamplerName, ...]:
+        """The samplers that the bundle can be drawn with."""
+        folded = self.networks.unet.input("step_coefficients") is not None
+        taught = SAMPLERS if self.samplers is None else self.samplers
+        return tuple(name for name in taught if not (folded and name in MULTISTEP))
+
+    @model_validator(mode="after")
+    def _sampler_can_draw(self) -> Manifest:
+        if self.sampler not in self.allowed_samplers:
+            raise ValueError(f"sampler is {self.sampler}, which samplers or the UNet's step_coefficients rule out")
+        if (steps := self.defaults.num_inference_steps) > (most := most_steps(self.sampler, self.scheduler)):
+            raise ValueError(f"defaults.num_inference_steps is {steps}, but {self.sampler} has {most} at most")
         return self
 
     @model_validator(mode="after")
@@ -137,6 +158,8 @@ class Manifest(Strict):
             del values["guidance"]
         if self.target == "litert-cpu":
             del values["target"]
+        if self.sampler == "ddim":
+            del values["sampler"]
         return values
 
 

@@ -1,4 +1,4 @@
-"""From a prompt to pictures: text encoder, guided DDIM steps, decoder."""
+"""From a prompt to pictures: text encoder, a sampler's guided steps, decoder."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pocketfusion.runtime.guidance import resolve_guidance
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.memory import peak_rss
 from pocketfusion.runtime.networks import ACCELERATORS, Accelerator, Network, available_cores, check_threads
-from pocketfusion.runtime.noise import seeded_noise
+from pocketfusion.runtime.noise import NoiseStream, seeded_noise
 from pocketfusion.runtime.residency import Mode, Residency, check_mode
 from pocketfusion.runtime.result import Cancelled, GenerationResult, Timings
-from pocketfusion.runtime.scheduler import DDIMScheduler
+from pocketfusion.runtime.samplers.sampler import Sampler, resolve_sampler
 from pocketfusion.runtime.tiles import decode_tiled
 from pocketfusion.runtime.tokenizer import PromptTokenizer, clean_text
 from pocketfusion.runtime.trace import Trace
 from pocketfusion.runtime.turns import Turns, in_turn
 
 Array = npt.NDArray[np.float32]
-Callback = Callable[[int, int, Array], "bool | None"]
+Callback = Callable[[int, float, Array], "bool | None"]
 
 MAX_SEED = 2**32 - 1
 MAX_IMAGES = 1000
@@ -64,7 +64,6 @@ class Pipeline:
         self.accelerator = accelerator
         self.tokenizer = PromptTokenizer(bundle.file("tokenizer"), self.manifest.tokenizer)
         self._empty = self.tokenizer.encode("").input_ids, bundle.empty_prompt_embeds()
-        self.scheduler = DDIMScheduler(self.manifest.scheduler)
         self.mode: Mode = mode or "resident"
         self.trace = Trace(trace)
         self._networks = Residency(self.mode, self._load_network, self.trace)
@@ -120,27 +119,30 @@ class Pipeline:
         seed: int | None = None,
         num_images: int = 1,
         latents: Array | None = None,
+        sampler: str | None = None,
         callback: Callback | None = None,
     ) -> GenerationResult:
-        """Draws `num_images` pictures of `prompt` with DDIM and guidance: classifier-free (Ho & Salimans, arXiv
+        """Draws `num_images` pictures of `prompt` with a sampler and guidance: classifier-free (Ho & Salimans, arXiv
         2207.12598, in diffusers' convention: `guidance_scale` up to 1 is the plain conditional model), or whatever the
         bundle's is. Where it is embedded or folded a step is one prediction and there is no negative prompt.
 
-        Picture i starts from the noise of seed + i (a random seed if None) or from `latents`
-        [num_images, height, width, channels]; the same seed gives the same bytes on the same machine.
+        `sampler` is one of `manifest.allowed_samplers`; None is the bundle's own. Picture i starts from the noise of
+        seed + i (a random seed if None) or from `latents` [num_images, height, width, channels]; what noise a sampler
+        adds later is the seed's in both cases. The same seed gives the same bytes on the same machine.
         `callback(step, timestep, latents)` is called after each step (counted from 0, afresh for each picture) with
         latents [1, height, width, channels], which `decode` makes a preview of; returning False or raising
         `Cancelled` stops, and `generate` raises `Cancelled`.
 
-        Raises PocketfusionError for a setting out of range, one that the bundle's guidance cannot follow, NaN or
-        infinity out of a network, and if this pipeline is at work already.
+        Raises PocketfusionError for a setting out of range, one that the bundle's guidance or sampler cannot follow,
+        NaN or infinity out of a network, and if this pipeline is at work already.
         """
         steps = self.manifest.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         timings, warnings = Timings(self.load_seconds), list[str]()
         scale = resolve_guidance(self.manifest, guidance_scale, negative_prompt, warnings)
-        timesteps = self.scheduler.set_timesteps(steps)
+        chosen = resolve_sampler(self.manifest, sampler)
+        chosen.set_timesteps(steps)
         seeds = self._seeds(seed, num_images, scale)
-        noise = [self.noise(s) for s in seeds] if latents is None else self._given(latents, num_images)
+        given = None if latents is None else self._given(latents, num_images)
         start = time.perf_counter()
         try:
             texts = (negative_prompt, prompt) if self.manifest.guidance == "classifier-free" else (prompt,)
@@ -149,7 +151,7 @@ class Pipeline:
                 prompt_embeds = np.concatenate([self.encode(text, warnings) for text in texts])
                 timings.text = time.perf_counter() - began
             # every picture is denoised before the first is decoded: so each network is needed once, in turn
-            samples = self._denoise(noise, timesteps, prompt_embeds, scale, timings, callback)
+            samples = self._denoise(chosen, seeds, given, prompt_embeds, scale, timings, callback)
             images = []
             with self._networks.use("decoder"):
                 for sample in samples:
@@ -159,21 +161,23 @@ class Pipeline:
         finally:
             self._networks.settle()
         timings.total = time.perf_counter() - start
-        self.trace.write(mode=self.mode, bundle=self.manifest.name, prompt=clean_text(prompt), steps=steps)
+        about = {"mode": self.mode, "bundle": self.manifest.name, "prompt": clean_text(prompt), "steps": steps}
+        self.trace.write(**about, sampler=chosen.name)
         return GenerationResult(
             images,
             clean_text(prompt),
             clean_text(negative_prompt),
-            seeds if latents is None else [],
+            seeds if given is None or chosen.adds_noise else [],
             steps,
             scale,
             timings,
             peak_rss(),
             warnings,
+            chosen.name,
         )
 
     def noise(self, seed: int) -> Array:
-        """Standard normal latents of `seed`, [1, height, width, channels], by numpy's PCG64."""
+        """The starting noise of `seed`, [1, height, width, channels]: see `NoiseStream`."""
         shape = self.manifest.latents
         return seeded_noise(seed, shape.height, shape.width, shape.channels)[None]
 
@@ -213,30 +217,33 @@ class Pipeline:
 
     def _denoise(
         self,
-        noise: list[Array],
-        timesteps: npt.NDArray[np.int64],
+        sampler: Sampler,
+        seeds: list[int],
+        latents: list[Array] | None,
         prompt_embeds: Array,
         scale: float,
         timings: Timings,
         callback: Callback | None,
     ) -> list[Array]:
         """The final latents of each picture. The decoder begins to load beside the last one's steps."""
-        samples, steps = [], len(timesteps)
+        samples, timesteps, shape = [], sampler.timesteps.tolist(), self.manifest.latents
         with self._networks.use("unet") as unet:
-            denoiser = Denoiser(unet, self.manifest, self.scheduler, prompt_embeds, scale)
-            for index, sample in enumerate(noise):
-                if index == len(noise) - 1:
+            denoiser = Denoiser(unet, self.manifest, sampler, prompt_embeds, scale)
+            for index, seed in enumerate(seeds):
+                if index == len(seeds) - 1:
                     self._networks.prefetch("decoder")
-                denoiser.start(sample)
+                stream = NoiseStream(seed, shape.height, shape.width, shape.channels)
+                first = stream.draw()[None]
+                denoiser.start(first if latents is None else latents[index], stream)
                 for k, t in enumerate(timesteps):
                     began = time.perf_counter()
                     with self.trace.span("run", "unet", step=k + 1, picture=index):
-                        sample = denoiser.step(int(t))
-                    check_finite(sample, unet, k + 1, steps, int(t))
+                        sample = denoiser.step(k)
+                    check_finite(sample, unet, k + 1, len(timesteps), t)
                     timings.steps.append(time.perf_counter() - began)
                     self._networks.check()
-                    if callback is not None and callback(k, int(t), sample) is False:
-                        raise Cancelled(f"cancelled at step {k + 1} of {steps}")
+                    if callback is not None and callback(k, t, sample) is False:
+                        raise Cancelled(f"cancelled at step {k + 1} of {len(timesteps)}")
                 samples.append(sample)
         return samples
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from pocketfusion.runtime.specs import SamplerName
+
 
 class Cancelled(Exception):
     """Raised by `Pipeline.generate` when its callback asked to stop; a callback may raise it too."""
@@ -28,7 +30,7 @@ class Timings:
 
 @dataclass
 class GenerationResult:
-    """Pictures and how they came to be; `seeds[i]` alone draws `images[i]` again."""
+    """Pictures and how they came to be; `seeds[i]` draws `images[i]` again with the same settings."""
 
     images: list[Image.Image]
     prompt: str
@@ -39,3 +41,4 @@ class GenerationResult:
     timings: Timings
     peak_rss: int | None  #: bytes, of the whole process so far; None where the system does not tell
     warnings: list[str]
+    sampler: SamplerName

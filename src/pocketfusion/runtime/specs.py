@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 #: What a manifest may say is bounded far above what the family needs (SD's pictures have 1024 pixels, its prompts 77
 #: tokens) and far below what would fill a machine's memory.
@@ -15,6 +15,11 @@ Count = Annotated[int, Field(ge=0, le=10**16)]
 Text = Annotated[str, Field(max_length=2000)]
 _MAX_ELEMENTS = 2**28  #: of a network's input or output: 1 GB of float32
 Weights = Literal["float32", "float16", "int8", "int8-dynamic", "int4-dynamic", "mixed"]
+SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-karras", "lcm", "tcd"]
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+#: Samplers that look at the UNet's own prediction again in the next step, so that a step in its graph is not theirs.
+MULTISTEP: tuple[SamplerName, ...] = ("dpmpp-2m", "dpmpp-2m-karras")
+ORIGINAL_STEPS = 50  #: of the grid that LCM and TCD draw from: diffusers' default, which published models keep
 
 
 class Strict(BaseModel):
@@ -124,16 +129,35 @@ class TimeEmbedding(Strict):
 
 
 class SchedulerSpec(Strict):
-    """The noise schedule, with the names of `diffusers.DDIMScheduler`."""
+    """The noise schedule, with the names of diffusers' schedulers.
+
+    `set_alpha_to_one` is where DDIM ends, `final_sigmas_type` where Euler and DPM-Solver do.
+    """
 
     num_train_timesteps: int = Field(gt=0, le=100_000)
     beta_start: float = Field(gt=0, lt=1)
     beta_end: float = Field(gt=0, lt=1)
     beta_schedule: Literal["linear", "scaled_linear"]
     prediction_type: Literal["epsilon", "v_prediction"]
-    timestep_spacing: Literal["leading", "trailing"]
+    timestep_spacing: Literal["leading", "trailing", "linspace"]
     steps_offset: int = Field(default=0, ge=0, le=100_000)
     set_alpha_to_one: bool = True
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the key that older readers refuse where it says nothing new."""
+        values: dict[str, Any] = handler(self)
+        if self.final_sigmas_type == "zero":
+            del values["final_sigmas_type"]
+        return values
+
+
+def most_steps(sampler: SamplerName, spec: SchedulerSpec) -> int:
+    """The largest number of steps that the sampler has timesteps for."""
+    if sampler in ("lcm", "tcd"):
+        return min(ORIGINAL_STEPS, spec.num_train_timesteps)
+    return spec.num_train_timesteps - (sampler == "dpmpp-2m")  # which leaves the last of one more step out
 
 
 class Defaults(Strict):
