@@ -71,7 +71,7 @@ def tiny_bundle(tiny_folder: Path, once: Callable) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(once: Callable) -> Path:
     """A packed data set of 72 captioned 64-px squares and discs in all splits. Read only."""
-    from shapes import make_shapes
+    from pocketfusion.data.shapes import make_shapes
 
     return once("shapes", lambda root: make_shapes(root / "data")) / "data"
 
@@ -83,6 +83,7 @@ def tiny_recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     recipe = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
     recipe["text"] = {"source": str(tiny_folder), "max_length": 32}
+    recipe["teacher"]["unet"]["cross_attention_dim"] = 32
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -1,0 +1,2 @@
+"""stub"""
+def write_page(chain, out): return out / "report.html"
