@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,14 @@ def _data(work: Work) -> Made:
 def _autoencoder(work: Work) -> Made:
     from pocketfusion.train.autoencoder import train_autoencoder
 
-    return _trained(train_autoencoder(work.recipe, work.pictures, work.place))
+    judge = work.maybe("loss-judge")
+    return _trained(train_autoencoder(work.recipe, work.pictures, work.place, loss_judge=judge))
 
 
-def _judge(work: Work) -> Made:
+def _judge(work: Work, *, for_losses: bool = False) -> Made:
     from pocketfusion.train.judge import train_judge
 
-    return _trained(train_judge(work.recipe, work.pictures, work.place))
+    return _trained(train_judge(work.recipe, work.pictures, work.place, for_losses=for_losses))
 
 
 def _base(work: Work) -> Made:
@@ -349,6 +351,7 @@ def _bench(work: Work) -> Made:
 
 CALLS: dict[str, Callable[[Work], Made]] = {
     "data": _data,
+    "loss-judge": partial(_judge, for_losses=True),
     "autoencoder": _autoencoder,
     "judge": _judge,
     "base": _base,

@@ -108,8 +108,9 @@ class Chain:
         }
 
 
-def _at(recipe: Recipe, dotted: str) -> Any:
-    value: Any = recipe
+def _at(settings: BaseModel | None, dotted: str) -> Any:
+    """The value of a dotted name; None if there is none."""
+    value: Any = settings
     for name in dotted.split("."):
         value = getattr(value, name, None)
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
@@ -138,8 +139,10 @@ def _stage(recipe: Recipe, name: str, entry: dict[str, Any], before: list[Stage]
         raise PocketfusionError(f"the stage {name} is taken from {source}, so it has no {more!r}: leave one of them out")
     if source is not None:
         return Stage(name, called, Options(), None, {}, None, Path(source))
-    inputs = {role: _input(name, role, takes, entry.pop(role, None), before) for role, takes in kind.takes.items()}
+    named = {role: entry.pop(role, None) for role in kind.takes}
     options, settings = _settings(recipe, name, kind, entry)
+    wanted = {role: takes for role, takes in kind.takes.items() if not takes.only_with or _at(settings, takes.only_with)}
+    inputs = {role: _input(name, role, takes, named[role], before) for role, takes in wanted.items()}
     stage = Stage(name, called, options, settings, {r: found for r, found in inputs.items() if found}, None, None)
     return stage if asked is None else _gated(stage, asked)
 
@@ -177,8 +180,8 @@ def _default_input(name: str, role: str, takes: Takes, fitting: list[Stage], wha
         if takes.default and fitting and fitting[-1] not in chosen:
             chosen.append(fitting[-1])
         found = [stage.name for stage in chosen]
-    elif takes.optional and "weights" not in takes.makes:
-        return ()  # the stage's own default
+    elif takes.named:
+        return ()
     else:
         preferred = [stage for stage in fitting if stage.kind in takes.default]
         found = [stage.name for stage in (preferred or fitting)[-1:]]

@@ -16,13 +16,16 @@ Better = Literal["higher", "lower"]
 class Takes:
     """An input: what it has to be, and which earlier stage gives it where the recipe does not say.
 
-    `default`: the nearest earlier stage that makes it, or the nearest of these kinds. `several`: a list, each perhaps
-    as NAME@STEPS.
+    `default`: the nearest earlier stage that makes it, or the nearest of these kinds. `optional`: none where none is
+    earlier; `named`: none where none is named. `only_with`: taken, and needed, if this setting of the stage is not 0.
+    `several`: a list, each perhaps as NAME@STEPS.
     """
 
     makes: tuple[Makes, ...]
     default: tuple[str, ...] = ()
     optional: bool = False
+    named: bool = False
+    only_with: str | None = None
     several: bool = False
 
 
@@ -57,8 +60,13 @@ _UNET = (
 
 KINDS: dict[str, Kind] = {
     "data": Kind("data", options=given.DataOptions, reads=("data.size",), scores={"pictures": "higher"}),
+    "loss-judge": Kind("loss judge", {"data": _DATA}, "loss_judge", reads=("data", "text"), scores=_RETRIEVAL),
     "autoencoder": Kind(
-        "autoencoder", {"data": _DATA}, "autoencoder", reads=("data",), scores={"val_psnr_db": "higher"}
+        "autoencoder",
+        {"data": _DATA, "loss-judge": Takes(("loss judge",), only_with="loss.feature_weight")},
+        "autoencoder",
+        reads=("data",),
+        scores={"val_psnr_db": "higher"},
     ),
     "judge": Kind("judge", {"data": _DATA}, "judge", reads=("data", "text"), scores=_RETRIEVAL),
     "base": Kind(
@@ -91,7 +99,7 @@ KINDS: dict[str, Kind] = {
     ),
     "distill-guidance": Kind(
         "model",
-        {"data": _DATA, "folder": _MODEL, "teacher": Takes(("model",), optional=True)},
+        {"data": _DATA, "folder": _MODEL, "teacher": Takes(("model",), named=True)},
         "guidance",
         given.GuidanceOptions,
         reads=_UNET,
@@ -106,7 +114,7 @@ KINDS: dict[str, Kind] = {
     ),
     "distill-decoder": Kind(
         "model",
-        {"data": _DATA, "folder": _MODEL, "sampler": Takes(("model",), optional=True)},
+        {"data": _DATA, "folder": _MODEL, "sampler": Takes(("model",), named=True)},
         "decoder",
         reads=("data.size", "data.scene_share"),
         scores={"val_psnr_db": "higher", "val_ssim": "higher", "val_real_psnr_db": "higher"},

@@ -81,8 +81,8 @@ def run_stage(
     first = _steps_in(stage, identity, settings.batch_size, samples_before)
     if first:
         task.model.load_state_dict(reopen(stage.out).float().state_dict())
-    limits = {"max_minutes": stage.max_minutes, "goal": stage.goal}
-    result = train(task, settings, stage.run, fingerprint=identity, first_step=first, **limits)
+    minutes, goal = stage.max_minutes, stage.goal
+    result = train(task, settings, stage.run, fingerprint=identity, max_minutes=minutes, first_step=first, goal=goal)
     provenance = Provenance(
         **identity,
         seed=settings.seed,
