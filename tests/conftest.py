@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 #: Minutes in one test: begun first, so that no worker is left alone with it at the end.
-LONGEST = "test_readme.py"
+LONGEST = "test_compress_command.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

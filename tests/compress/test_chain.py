@@ -61,11 +61,17 @@ def test_a_checkpoint_and_named_inputs_make_other_chains():
         ({"autoencoder": {}}, "autoencoder needs a data as its data, and no stage before it makes one: put data"),
         ({"data": {}, "base": {}, "autoencoder": {}}, "base needs a autoencoder .* put autoencoder before it"),
         ({"data": {}, "autoencoder": {"loss": {"feature_weight": 1}}}, "needs a loss judge as its loss-judge"),
-        ({"data": {}, "judge": {"train": {"stepps": 3}}}, "judge: there is no setting 'stepps' in train: did .*'steps'"),
+        (
+            {"data": {}, "judge": {"train": {"stepps": 3}}},
+            "judge: there is no setting 'stepps' in train: did .*'steps'",
+        ),
         ({"data": {}, "judge": {"gate": {"val_psnr": 2}}}, "the gate of judge names 'val_psnr', no score of it"),
         ({"data": {}, "judge": {"gate": {"val_combo_top1": "much"}}}, "asks val_combo_top1 for 'much'"),
         ({"data": {}, "judge": {"gate": {}}}, "the gate of judge names no score: there are val_combo_top1"),
-        ({"data": {}, "judge": {"gate": {"val_combo_top1": 1, "up_to": 9}}}, "up_to 9: give a multiple of its 6 steps"),
+        (
+            {"data": {}, "judge": {"gate": {"val_combo_top1": 1, "up_to": 9}}},
+            "up_to 9: give a multiple of its 6 steps",
+        ),
         ({"data": {"gate": {"pictures": 9, "up_to": 9}}}, "data has up_to, but data trains no steps"),
         ({"data": {}, "judge": {"data": "elsewhere"}}, "takes its data from 'elsewhere', which is no stage before it"),
         ({"data": {}, "judge": {}, "base": {"autoencoder": "judge"}}, "from 'judge', a judge: it needs a autoencoder"),
@@ -88,7 +94,10 @@ def test_a_stage_without_its_section_is_told():
     ("change", "said"),
     [
         ({"judgge": {}}, "there is no setting 'judgge': did you mean 'judge'?"),
-        ({"elastic": {**TINY["elastic"], "atention_drop": 1}}, "'atention_drop' in elastic: did you mean 'attention_drop'"),
+        (
+            {"elastic": {**TINY["elastic"], "atention_drop": 1}},
+            "'atention_drop' in elastic: did you mean 'attention_drop'",
+        ),
         ({"text": {"surce": "x"}}, "no setting 'surce' in text: did you mean 'source'"),
     ],
 )

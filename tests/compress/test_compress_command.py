@@ -51,7 +51,9 @@ def test_a_second_run_changes_nothing_and_says_so(cli, compressed, shallow_recip
     assert {file: file.stat().st_mtime_ns for file in (compressed / "_stages").iterdir()} == before
     status = cli("compress", shallow_recipe, compressed, "--status")
     assert status.returncode == 0 and "nobody at work" in status.stdout
-    assert re.search(r"autoencoder +done +6 of 6 .*val_psnr_db .*gate: val_psnr_db ≥ 1", status.stdout.replace("\n", " "))
+    assert re.search(
+        r"autoencoder +done +6 of 6 .*val_psnr_db .*gate: val_psnr_db ≥ 1", status.stdout.replace("\n", " ")
+    )
     plan = cli("compress", shallow_recipe, compressed, "--dry-run")
     assert plan.returncode == 0 and plan.stdout.count("is done") == 16
 
@@ -60,7 +62,9 @@ def test_the_report_is_whole_and_alone(compressed):
     page = (compressed / "report.html").read_text()
     assert page.count("<section") == 16 and page.count("data:image/png;base64,") >= 10
     assert page.count("<svg") >= 8 and "val_psnr_db ≥ 1" in page and "train-teacher" in page
-    assert not re.search(r'(src|href)="(?!data:|#)', page) and "http" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)
+    assert not re.search(r'(src|href)="(?!data:|#)', page) and "http" not in re.sub(
+        r"<pre>.*?</pre>", "", page, flags=re.S
+    )
 
 
 def test_what_it_will_take_is_told_before(cli, shallow_recipe, tmp_path, monkeypatch):

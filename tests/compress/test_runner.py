@@ -1,4 +1,4 @@
-"""What runs again, what is skipped, and what a gate, a lock or a stop does; the stages are played by small functions."""
+"""What runs again, what is skipped, and what a gate, a lock or a stop does; small functions play the stages."""
 
 import json
 import subprocess
@@ -31,8 +31,13 @@ def played(monkeypatch) -> list[str]:
             out = work.place.out
             worked.append(out.name)
             out.mkdir(exist_ok=True)
-            read = {role: [content_hash(Path(one.partition("@")[0])) for one in paths] for role, paths in work.inputs.items()}
-            section = json.dumps([kind, read, work.recipe.model_dump(mode="json"), work.options.model_dump(mode="json")])
+            read = {
+                role: [content_hash(Path(one.partition("@")[0])) for one in paths]
+                for role, paths in work.inputs.items()
+            }
+            section = json.dumps(
+                [kind, read, work.recipe.model_dump(mode="json"), work.options.model_dump(mode="json")]
+            )
             (out / "seen.json").write_text(section)
             scores = {"val_psnr_db": 20.0, "pictures": 72.0}
             return Made(scores | ({"steps": work.place.goal.up_to} if work.place.goal else {}), True, 24)
@@ -60,7 +65,7 @@ def after(*names: str) -> set[str]:
     return set(ALL[min(ALL.index(name) for name in names) :])
 
 
-#: A change → the stages that must run again. Base's training reaches everything made of it; the judge's only the search
+#: A change → the stages that must run again. The base's training reaches all made of it, the judge's only the search
 #: and what follows it; options of the last stages only themselves.
 _FROM_BASE = set(ALL) - {"data", "loss-judge", "autoencoder", "judge"}
 _FROM_EVOLVE = after("evolve")
@@ -166,7 +171,9 @@ def test_a_gate_that_is_not_met_stops_the_chain(tmp_path, played):
     gate = {"val_psnr_db": 28.5, "up_to": 12}
     own = {"loss": {"feature_weight": 0.1}}
     gated = tiny(stages__autoencoder={**own, "gate": gate})
-    with pytest.raises(PocketfusionError, match=r"autoencoder does not reach its gate val_psnr_db ≥ 28.5: it has .* 20"):
+    with pytest.raises(
+        PocketfusionError, match=r"autoencoder does not reach its gate val_psnr_db ≥ 28.5: it has .* 20"
+    ):
         run_chain(gated, tmp_path / "out")
     assert played[-1] == "autoencoder"
     assert Records(tmp_path / "out").get("autoencoder").gate_met is False

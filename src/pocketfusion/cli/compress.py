@@ -12,6 +12,8 @@ from pocketfusion.cli import app
 from pocketfusion.cli.train import RecipeArg
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from pocketfusion.compress.chain import Chain, Stage
     from pocketfusion.compress.records import Record
 
@@ -78,7 +80,7 @@ class _Shown:
         self.count = len(chain.stages)
         self.console = Console(stderr=True, highlight=False, markup=False)
         self.display = Display(self._begun, self._ended, self._progress)
-        self.bar = None
+        self.bar: Progress | None = None
 
     def __enter__(self) -> _Shown:
         return self
@@ -99,13 +101,14 @@ class _Shown:
         self.console.print(f"stage {number} of {self.count}: {stage.name} done ({how}) {', '.join(known)}{gate}")
 
     def _progress(self, what: str, done: int, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich import progress
 
         from pocketfusion.progress import titled
 
         if self.bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=self.console, transient=True)
+            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+            left = progress.TimeRemainingColumn()
+            self.bar = progress.Progress(*columns, left, console=self.console, transient=True)
             self.task = self.bar.add_task(titled(what))
             self.bar.start()
         self.bar.update(self.task, description=titled(what), completed=done, total=total or None)

@@ -89,9 +89,7 @@ def _judge(work: Work, *, for_losses: bool = False) -> Made:
 def _base(work: Work) -> Made:
     from pocketfusion.train.teacher import train_teacher
 
-    return _trained(
-        train_teacher(work.recipe, work.pictures, work.path("autoencoder"), work.place, cache=work.cache)
-    )
+    return _trained(train_teacher(work.recipe, work.pictures, work.path("autoencoder"), work.place, cache=work.cache))
 
 
 def _to_v(work: Work) -> Made:
@@ -215,9 +213,7 @@ def _distill_consistency(work: Work) -> Made:
     settings = work.recipe.consistency
     assert settings is not None
     folder, teacher = work.path("folder"), work.path("teacher")
-    return _trained(
-        distill_consistency(work.recipe, settings, work.pictures, folder, teacher, work.place, work.cache)
-    )
+    return _trained(distill_consistency(work.recipe, settings, work.pictures, folder, teacher, work.place, work.cache))
 
 
 def _distill_decoder(work: Work) -> Made:
@@ -314,7 +310,9 @@ def _evaluate(work: Work) -> Made:
     from pocketfusion.evaluate.systems import named_systems
 
     options = work.options
-    source = ReferenceSource(work.path("data"), sets=",".join(options.sets), samples=options.samples, seed=options.seed)
+    source = ReferenceSource(
+        work.path("data"), sets=",".join(options.sets), samples=options.samples, seed=options.seed
+    )
     sampling = options.model_dump(include={"seed", "diversity_prompts", "diversity_images", "kid_only"})
     curves = evaluate_systems(
         named_systems(work.inputs["systems"], precision=options.precision),

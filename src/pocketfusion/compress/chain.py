@@ -136,12 +136,16 @@ def _stage(recipe: Recipe, name: str, entry: dict[str, Any], before: list[Stage]
     source, asked = entry.pop("from", None), entry.pop("gate", None)
     if source is not None and (entry or asked):
         more = next(iter({**entry, "gate": asked}))
-        raise PocketfusionError(f"the stage {name} is taken from {source}, so it has no {more!r}: leave one of them out")
+        raise PocketfusionError(
+            f"the stage {name} is taken from {source}, so it has no {more!r}: leave one of them out"
+        )
     if source is not None:
         return Stage(name, called, Options(), None, {}, None, Path(source))
     named = {role: entry.pop(role, None) for role in kind.takes}
     options, settings = _settings(recipe, name, kind, entry)
-    wanted = {role: takes for role, takes in kind.takes.items() if not takes.only_with or _at(settings, takes.only_with)}
+    wanted = {
+        role: takes for role, takes in kind.takes.items() if not takes.only_with or _at(settings, takes.only_with)
+    }
     inputs = {role: _input(name, role, takes, named[role], before) for role, takes in wanted.items()}
     stage = Stage(name, called, options, settings, {r: found for r, found in inputs.items() if found}, None, None)
     return stage if asked is None else _gated(stage, asked)
@@ -169,7 +173,9 @@ def _input(name: str, role: str, takes: Takes, asked: Any, before: list[Stage]) 
             )
         makes = known[plain(one)].is_a.makes
         if makes not in takes.makes:
-            raise PocketfusionError(f"the stage {name} takes its {role} from {plain(one)!r}, a {makes}: it needs a {what}")
+            raise PocketfusionError(
+                f"the stage {name} takes its {role} from {plain(one)!r}, a {makes}: it needs a {what}"
+            )
     return tuple(names)
 
 

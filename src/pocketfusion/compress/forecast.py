@@ -19,7 +19,7 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from pocketfusion.compress.chain import Chain, Stage, plain
+from pocketfusion.compress.chain import Chain, Stage
 from pocketfusion.compress.overview import duration, standings
 from pocketfusion.compress.records import Records
 from pocketfusion.compress.runner import planned
@@ -32,7 +32,6 @@ _TRAINED = 20  #: bytes a parameter in memory: those and the gradient
 _PROCESS = 1.2e9  #: what python with its libraries takes
 _PICTURES, _CAPTIONS = 12_000, 4  #: of the emoji data, before they are made; captions of a picture
 _MINILM = 91e6
-_MINUTE = 60.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,9 @@ class Networks:
         from diffusers import AutoencoderKL
 
         side = self.recipe.autoencoder.crop_size or self.recipe.data.size
-        return self._cost(AutoencoderKL, self.recipe.autoencoder.config, lambda batch: (torch.zeros(batch, 3, side, side),))
+        return self._cost(
+            AutoencoderKL, self.recipe.autoencoder.config, lambda batch: (torch.zeros(batch, 3, side, side),)
+        )
 
     @property
     def decoded(self) -> Cost:
@@ -298,13 +299,14 @@ def table(chain: Chain, rows: list[Forecast]) -> Table:
     seconds = sum(row.seconds or 0 for row in rows)
     peak = max((row.memory for row in rows), default=0.0)
     footers = ("in all", "", "", "", f"{peak / 1e9:.1f} GB", f"{needed / 1e9:.2f} GB", duration(seconds))
-    for i, (name, footer) in enumerate(zip(("stage", "will", "samples", "parameters", "memory", "disk", "time"), footers)):
-        shown.add_column(name, footer, justify="left" if i < 2 else "right", no_wrap=True)
+    names = ("stage", "will", "samples", "parameters", "memory", "disk", "time")
+    for name, footer in zip(names, footers, strict=True):
+        shown.add_column(name, footer, justify="left" if name in names[:2] else "right", no_wrap=True)
     for row in rows:
         if row.action in ("skip", "given"):
             shown.add_row(row.stage.name, "is done" if row.action == "skip" else "is given")
             continue
-        time = "not measured" if row.seconds is None else duration(row.seconds)
+        time = "unknown" if row.seconds is None else duration(row.seconds)
         size = f"{row.parameters / 1e6:.1f} M" if row.parameters else ""
         samples = f"{row.samples:,}" if row.samples else ""
         shown.add_row(

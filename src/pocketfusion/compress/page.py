@@ -64,7 +64,12 @@ def write_page(chain: Chain, out: Path) -> Path:
     name, total = chain.recipe.name, sum(one.seconds for one in all_of_them)
     done = sum(one.state in ("done", "given") for one in all_of_them)
     machine = next((m for one in all_of_them if (m := provenance_of(out / one.stage.name).get("machine"))), "")
-    facts = [f"{done} of {len(all_of_them)} stages", f"{duration(total)} of work", f"pocketfusion {__version__}", machine]
+    facts = [
+        f"{done} of {len(all_of_them)} stages",
+        f"{duration(total)} of work",
+        f"pocketfusion {__version__}",
+        machine,
+    ]
     body = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="lead">{escape(" · ".join(fact for fact in facts if fact))}</p>',
@@ -94,7 +99,9 @@ def _overview(rows: Sequence[Standing]) -> str:
             f'<tr><td class="number">{number}</td><td>{link}</td><td>{one.state}</td><td class="number">{steps}</td>'
             f'<td class="number">{time}</td><td>{scores}</td><td>{_gate(one)}</td></tr>'
         )
-    head = "<tr><th class=number></th><th>stage</th><th>state</th><th class=number>steps</th><th class=number>time</th>"
+    head = (
+        "<tr><th class=number></th><th>stage</th><th>state</th><th class=number>steps</th><th class=number>time</th>"
+    )
     return f'<div class="scroll"><table>{head}<th>scores</th><th>gate</th></tr>{"".join(cells)}</table></div>'
 
 
@@ -127,8 +134,8 @@ def _section(one: Standing, out: Path) -> str:
 
 
 def _picture(file: Path, caption: str) -> str:
-    data = base64.b64encode(file.read_bytes()).decode()
-    return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+    text, data = escape(caption), base64.b64encode(file.read_bytes()).decode()
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def _details(title: str, values: Any) -> str:
@@ -205,7 +212,12 @@ def _table(file: Path) -> str:
         rows = [{k: v for k, v in row.items() if k != "forms"} for row in values]
     elif file.name == "check.json":
         rows = [
-            {"network": g["network"], "operations": g["operations"], "refused": len(g["refused"]), "passed": g["passed"]}
+            {
+                "network": g["network"],
+                "operations": g["operations"],
+                "refused": len(g["refused"]),
+                "passed": g["passed"],
+            }
             for g in values["graphs"]
         ]
     elif file.name == "bench.json":

@@ -1,7 +1,7 @@
 """What OUT remembers of each stage: what its result was made from and holds, so that only what changed runs again.
 
-    OUT/compress.json      the recipe           OUT/NAME, OUT/NAME.run   a stage's result and its run folder
-    OUT/_stages/NAME.json  a stage's record     OUT/_earlier/NAME-KEY    a result that other settings made
+OUT/compress.json      the recipe           OUT/NAME, OUT/NAME.run   a stage's result and its run folder
+OUT/_stages/NAME.json  a stage's record     OUT/_earlier/NAME-KEY    a result that other settings made
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ class Records:
         if glance == record.seen:
             return True
         if content_hash(place) != record.sha256:
-            raise PocketfusionError(f"{place} was altered since it was made: restore it, or delete it to make it again")
+            raise PocketfusionError(
+                f"{place} was altered since it was made: restore it, or delete it to make it again"
+            )
         record.seen = glance
         self.put(name, record)
         return True
@@ -165,7 +167,10 @@ class Records:
             shelf.mkdir(parents=True, exist_ok=True)
         elif not shelf.is_dir():
             return
-        pairs = [(part, shelf / label) for part, label in zip(self._parts(name), ("result", "run", "record.json"), strict=True)]
+        pairs = [
+            (part, shelf / label)
+            for part, label in zip(self._parts(name), ("result", "run", "record.json"), strict=True)
+        ]
         for here, there in pairs if aside else reversed(pairs):
             source, target = (here, there) if aside else (there, here)
             if source.exists():
@@ -208,7 +213,7 @@ def sole(out: Path) -> Iterator[None]:
                 if attempt == 4:
                     holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
                     raise PocketfusionError(
-                        f"another compress is at work in {out} (process {holder}): wait for it, see --status, or end it"
+                        f"another compress is at work in {out} (process {holder}): see --status, wait for it or end it"
                     ) from None
                 time.sleep(0.1)
         os.truncate(descriptor, 0)

@@ -50,8 +50,9 @@ class Span:
         names = [stage.name for stage in chain.stages]
         if only is not None and (start or until):
             raise PocketfusionError(f"--only {only} is one stage: leave out --from and --until")
-        first = names.index(chain[only or start].name) if only or start else 0
-        last = names.index(chain[only or until].name) if only or until else len(names) - 1
+        begin, end = only or start, only or until
+        first = names.index(chain[begin].name) if begin else 0
+        last = names.index(chain[end].name) if end else len(names) - 1
         if last < first:
             raise PocketfusionError(f"--until {until} comes before --from {start}: give them in the recipe's order")
         return cls(first, last)

@@ -1,4 +1,4 @@
-"""A captioned data set drawn here in a moment: coloured squares and discs, in the packed format. For tests and trials."""
+"""A captioned data set drawn here in a moment, for tests and trials: coloured squares and discs, packed."""
 
 from __future__ import annotations
 
