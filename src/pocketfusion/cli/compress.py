@@ -60,13 +60,11 @@ def compress_command(
     if dry_run:
         console.print(table(chain, forecast(chain, out)))
         return
-    check_disk(chain, out)
+    check_disk(chain, out, span)
     with _Shown(chain) as shown:
         result = run_chain(chain, out, span=span, max_minutes=max_minutes, display=shown.display)
-    from pocketfusion.compress.page import write_page
-
     console.print(f"{len(result.ran)} stages run, {len(result.skipped)} unchanged")
-    console.print(f"written: {write_page(chain, out)}")
+    console.print(f"written: {out / 'report.html'}")
     if result.unfinished:
         console.print(f"stopped by --max-minutes in {result.unfinished}; run the same command to go on")
 
@@ -78,7 +76,7 @@ class _Shown:
         from pocketfusion.compress.runner import Display
 
         self.count = len(chain.stages)
-        self.console = Console(stderr=True, highlight=False, markup=False)
+        self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self.display = Display(self._begun, self._ended, self._progress)
         self.bar: Progress | None = None
 

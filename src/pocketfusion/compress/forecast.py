@@ -22,7 +22,7 @@ from torch import nn
 from pocketfusion.compress.chain import Chain, Stage
 from pocketfusion.compress.overview import duration, standings
 from pocketfusion.compress.records import Records
-from pocketfusion.compress.runner import planned
+from pocketfusion.compress.runner import Span, planned
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import Recipe
 
@@ -163,7 +163,7 @@ def forecast(chain: Chain, out: Path, *, timed: bool = True) -> list[Forecast]:
     networks = Networks(chain.recipe, timed)
     share = {one.stage.name: 1 - one.done / one.total if one.total else 1.0 for one in standings(chain, out)}
     found = []
-    for stage, action in planned(chain, Records(out)):
+    for stage, action in planned(chain, Records(out, frozen=True)):
         if action in ("skip", "given"):
             found.append(Forecast(stage, action))
             continue
@@ -281,9 +281,10 @@ def _text(recipe: Recipe) -> float:
     return float(sum(file.stat().st_size for file in (folder / "text_encoder").rglob("*.safetensors")))
 
 
-def check_disk(chain: Chain, out: Path) -> None:
-    """Raises PocketfusionError if what is still to be made will not fit where `out` is."""
-    needed = sum(one.disk for one in forecast(chain, out, timed=False))
+def check_disk(chain: Chain, out: Path, span: Span | None = None) -> None:
+    """Raises PocketfusionError if what is still to be made (of `span`) will not fit where `out` is."""
+    rows = forecast(chain, out, timed=False)
+    needed = sum(one.disk for one in (rows[span.first : span.last + 1] if span else rows))
     free = shutil.disk_usage(out if out.is_dir() else out.absolute().parent).free
     if needed > free:
         raise PocketfusionError(

@@ -46,6 +46,11 @@ class Record(BaseModel):
     gate_met: bool | None = None
 
 
+def new_making() -> str:
+    """Names one making of a result among all."""
+    return f"{time.time_ns():x}-{os.getpid()}"
+
+
 def content_hash(path: Path) -> str:
     """SHA-256 of what a result holds: its files but provenance, cards and pictures, so that times do not count."""
     if path.is_file():
@@ -80,10 +85,10 @@ def _glance(path: Path) -> str:
 
 
 class Records:
-    """The records of an OUT folder."""
+    """The records of an OUT folder; `frozen` for who only looks."""
 
-    def __init__(self, out: Path):
-        self.out = out
+    def __init__(self, out: Path, *, frozen: bool = False):
+        self.out, self.frozen = out, frozen
 
     def place(self, name: str) -> Path:
         """Where a stage's result is."""
@@ -101,6 +106,8 @@ class Records:
 
     def put(self, name: str, record: Record) -> None:
         """Keeps the stage's record."""
+        if self.frozen:
+            return
         (self.out / "_stages").mkdir(exist_ok=True)
         write_json(self.out / "_stages" / f"{name}.json", record.model_dump())
 
@@ -109,7 +116,7 @@ class Records:
         between, else a new one; what other settings made is put aside."""
         record = self.get(name)
         if record is not None and record.key != key:
-            self._move(name, record.key, aside=True)
+            self.put_aside(name, record.key)
             record = None
         if record is None or self._shelf(name, key).is_dir():
             self._move(name, key, aside=False)
@@ -119,9 +126,13 @@ class Records:
             record = None
         if record is None:
             self.clear(name)
-            record = Record(key=key, made_of=dict(made_of), made=f"{time.time_ns():x}-{os.getpid()}")
+            record = Record(key=key, made_of=dict(made_of), made=new_making())
             self.put(name, record)
         return record
+
+    def put_aside(self, name: str, key: dict[str, Any]) -> None:
+        """Keeps what other settings made, for when they come back."""
+        self._move(name, key, aside=True)
 
     def clear(self, name: str) -> None:
         """Removes a stage's result and run folder."""
@@ -182,14 +193,11 @@ class Records:
 
 
 def given_hash(records: Records, name: str, path: Path) -> str:
-    """The content of a result that is there already; the record keeps it from being read again while it is as it was.
-
-    Raises PocketfusionError if nothing is there.
-    """
-    if not path.exists():
-        raise PocketfusionError(f"the stage {name} is to be taken from {path}, where nothing is: check the path")
+    """The content of a result that is there already, read again only where its files have changed."""
     glance, record = _glance(path), records.get(name)
     if record is None or record.seen != glance or record.state != FINISHED:
+        if record is not None and "given" not in record.key and not records.frozen:
+            records.put_aside(name, record.key)
         record = Record(key={"given": str(path)}, state="finished", sha256=content_hash(path), seen=glance)
         record.made = record.sha256
         records.put(name, record)

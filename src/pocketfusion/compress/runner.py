@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +13,10 @@ from typing import Any
 
 from pocketfusion.artefact import check_writable_parent, write_json
 from pocketfusion.compress.chain import Chain, Stage, plain
-from pocketfusion.compress.records import FINISHED, Record, Records, given_hash, sole
+from pocketfusion.compress.page import write_page
+from pocketfusion.compress.records import FINISHED, Record, Records, given_hash, new_making, sole
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import check_folder
 from pocketfusion.progress import part_of
 from pocketfusion.train.place import StageRun
 
@@ -70,10 +74,18 @@ def open_out(chain: Chain, out: Path) -> None:
         raise PocketfusionError(f"{out} is the recipe {known}'s, not {chain.recipe.name}'s: choose another OUT")
 
 
+def _check_given(stage: Stage) -> None:
+    """Raises PocketfusionError if what a stage is to be taken from is not there, or no model folder."""
+    if stage.given is None:
+        return
+    if not stage.given.exists():
+        raise PocketfusionError(f"the stage {stage.name} is to be taken from {stage.given}, where nothing is")
+    if stage.is_a.makes == "model":
+        check_folder(stage.given)
+
+
 def recipe_name(out: Path) -> str | None:
     """Of the recipe that a folder belongs to; None if it is no compress's."""
-    import json
-
     try:
         return str(json.loads((out / "compress.json").read_text(encoding="utf-8"))["recipe"]["name"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -88,18 +100,25 @@ def run_chain(
     max_minutes: float | None = None,
     display: Display | None = None,
 ) -> Result:
-    """Makes every stage of `span` (default: all) in `out`, in order.
+    """Makes every stage of `span` (default: all) in `out`, in order, and writes OUT/report.html however it ends.
 
     Raises PocketfusionError if `out` is another's or in use, an earlier stage is missing, a stage cannot run, or a
     gate is not met.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PocketfusionError("compress runs in one process: do not launch several (a single stage's command may)")
     if max_minutes is not None and not max_minutes > 0:
         raise PocketfusionError(f"--max-minutes {max_minutes} is not above 0: give the minutes to work")
     open_out(chain, out)
+    for stage in chain.stages:
+        _check_given(stage)
     out.mkdir(exist_ok=True)
     with sole(out):
         write_json(out / "compress.json", {"recipe": chain.recipe.model_dump(mode="json")})
-        return _Run(chain, out, display or Display(), max_minutes).run(span or Span(0, len(chain.stages) - 1))
+        try:
+            return _Run(chain, out, display or Display(), max_minutes).run(span or Span(0, len(chain.stages) - 1))
+        finally:
+            write_page(chain, out)
 
 
 def planned(chain: Chain, records: Records) -> Iterator[tuple[Stage, str]]:
@@ -107,7 +126,7 @@ def planned(chain: Chain, records: Records) -> Iterator[tuple[Stage, str]]:
     kept: dict[str, str] = {}
     for stage in chain.stages:
         if stage.given is not None:
-            kept[stage.name] = given_hash(records, stage.name, stage.given) if records.out.is_dir() else "given"
+            kept[stage.name] = given_hash(records, stage.name, stage.given)
             yield stage, "given"
             continue
         record = records.get(stage.name)
@@ -209,7 +228,7 @@ class _Run:
             progress=self.display.progress,
         )
         if record.state == FINISHED:  # to train on: what it holds will change
-            record.state = "begun"
+            record.state, record.made = "begun", new_making()
             self.records.put(stage.name, record)
         began = time.monotonic()
         with part_of(f"{number}/{len(self.chain.stages)} {stage.name}"), _as_alone():
