@@ -75,7 +75,7 @@ def test_a_checkpoint_and_named_inputs_make_other_chains():
         ({"data": {"gate": {"pictures": 9, "up_to": 9}}}, "data has up_to, but data trains no steps"),
         ({"data": {}, "judge": {"data": "elsewhere"}}, "takes its data from 'elsewhere', which is no stage before it"),
         ({"data": {}, "judge": {}, "base": {"autoencoder": "judge"}}, "from 'judge', a judge: it needs a autoencoder"),
-        ({"data": {"from": "x", "scenes": 3}}, "taken from x, so it has no 'scenes'"),
+        ({"data": {"from": "x", "scenes": 3}}, "taken from x and has no 'scenes'"),
         ({"data": {}, "judge": {"data": ["data", "data"]}}, "takes one data, not data, data"),
         ({}, "tiny has no section 'stages'"),
     ],

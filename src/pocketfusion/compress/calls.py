@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Work:
     inputs: Mapping[str, tuple[str, ...]]
     place: StageRun
     cache: Path  #: latents and prompt states, shared by the stages
+    skip_bad: bool  #: leave pictures out that cannot be read
     progress: Progress
 
     def path(self, role: str) -> Path:
@@ -42,7 +43,12 @@ class Work:
     @property
     def pictures(self) -> CaptionedImages:
         """The data at the recipe's size."""
-        return open_dataset(self.path("data"), self.recipe.data.size)
+        return _opened(self.path("data"), self.recipe.data.size, self.skip_bad)
+
+
+@lru_cache(maxsize=1)  # a folder of pictures is read once for all stages
+def _opened(path: Path, size: int, skip_bad: bool) -> CaptionedImages:
+    return open_dataset(path, size, skip_bad=skip_bad)
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,7 @@ def _evolve(work: Work) -> Made:
         options.seed,
         options.precision,
         options.force,
+        work.skip_bad,
     )
     try:
         made = evolve_folder(
@@ -310,9 +317,8 @@ def _evaluate(work: Work) -> Made:
     from pocketfusion.evaluate.systems import named_systems
 
     options = work.options
-    source = ReferenceSource(
-        work.path("data"), sets=",".join(options.sets), samples=options.samples, seed=options.seed
-    )
+    pictures = {"seed": options.seed, "samples": options.samples, "skip_bad": work.skip_bad}
+    source = ReferenceSource(work.path("data"), sets=",".join(options.sets), **pictures)
     sampling = options.model_dump(include={"seed", "diversity_prompts", "diversity_images", "kid_only"})
     curves = evaluate_systems(
         named_systems(work.inputs["systems"], precision=options.precision),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,14 @@ def _stage(recipe: Recipe, name: str, entry: dict[str, Any], before: list[Stage]
         raise PocketfusionError(f"a stage is called {name!r}: use small letters, digits, dots and hyphens")
     kind: Kind = KINDS[called]
     source, asked = entry.pop("from", None), entry.pop("gate", None)
-    if source is not None and (entry or asked):
-        more = next(iter({**entry, "gate": asked}))
-        raise PocketfusionError(
-            f"the stage {name} is taken from {source}, so it has no {more!r}: leave one of them out"
-        )
     if source is not None:
-        return Stage(name, called, Options(), None, {}, None, Path(source))
+        more = [key for key in entry if called != "data" or key != "skip_bad"] + (["gate"] if asked else [])
+        if more:
+            raise PocketfusionError(
+                f"the stage {name} is taken from {source}, so it has no {more[0]!r}: leave one out"
+            )
+        options = _settings(recipe, name, replace(kind, section=None), entry)[0]
+        return Stage(name, called, options, None, {}, None, Path(str(source)))
     named = {role: entry.pop(role, None) for role in kind.takes}
     options, settings = _settings(recipe, name, kind, entry)
     wanted = {
@@ -252,5 +253,4 @@ def _gated(stage: Stage, asked: Any) -> Stage:
                 "since its learning rate goes through a whole schedule each time"
             )
     sides = {side: {k: float(v) for k, v in bounds.items() if scores[k] == side} for side in ("higher", "lower")}
-    gate = Gate(sides["higher"], sides["lower"], up_to)
-    return Stage(stage.name, stage.kind, stage.options, stage.settings, stage.inputs, gate, stage.given)
+    return replace(stage, gate=Gate(sides["higher"], sides["lower"], up_to))

@@ -14,7 +14,10 @@ class Options(BaseModel):
 
 
 class DataOptions(Options):
-    """Which pictures are made: emoji from packages, or shapes that are drawn here. `size`: pixels, the recipe's."""
+    """Which pictures are made, at the recipe's size: emoji from packages, or shapes that are drawn here.
+
+    `skip_bad`: of pictures that are there already, leave out those that cannot be read.
+    """
 
     source: Literal["emoji", "shapes"] = "emoji"
     style: tuple[str, ...] = ()
@@ -22,6 +25,7 @@ class DataOptions(Options):
     variants: int = Field(default=0, ge=0)
     skin_tones: bool = False
     seed: int = 0
+    skip_bad: bool = False
 
 
 class ProfileOptions(Options):

@@ -142,7 +142,9 @@ def planned(chain: Chain, records: Records) -> Iterator[tuple[Stage, str]]:
 
 def key_of(chain: Chain, stage: Stage, hashes: dict[str, str]) -> dict[str, Any]:
     """All that a stage's result depends on: of the recipe, and what its inputs hold."""
-    return {**chain.depends_on(stage), "parents": {name: hashes[name] for name in stage.parents}}
+    seen = {name: getattr(chain[name].options, "skip_bad", False) for name in stage.parents}
+    parents = {name: f"{hashes[name]}{' without bad ones' if seen[name] else ''}" for name in stage.parents}
+    return {**chain.depends_on(stage), "parents": parents}
 
 
 def _to_train_on(stage: Stage, record: Record) -> bool:
@@ -225,6 +227,7 @@ class _Run:
             inputs={role: tuple(map(self._path, names)) for role, names in stage.inputs.items()},
             place=StageRun(place, place.with_name(f"{stage.name}.run"), left, goal=goal),
             cache=self.out / "_cache",
+            skip_bad=any(getattr(self.chain[name].options, "skip_bad", False) for name in stage.parents),
             progress=self.display.progress,
         )
         if record.state == FINISHED:  # to train on: what it holds will change
