@@ -76,6 +76,7 @@ def test_a_checkpoint_and_named_inputs_make_other_chains():
         ({"data": {}, "judge": {"data": "elsewhere"}}, "takes its data from 'elsewhere', which is no stage before it"),
         ({"data": {}, "judge": {}, "base": {"autoencoder": "judge"}}, "from 'judge', a judge: it needs a autoencoder"),
         ({"data": {"from": "x", "scenes": 3}}, "taken from x and has no 'scenes'"),
+        ({"judge": {"from": "x", "skip_bad": True}}, "taken from x and has no 'skip_bad'"),
         ({"data": {}, "judge": {"data": ["data", "data"]}}, "takes one data, not data, data"),
         ({}, "tiny has no section 'stages'"),
     ],
