@@ -80,7 +80,7 @@ RERUN = [
     ({"elastic__ramp_steps": 3}, {"elastic"} | _FROM_EVOLVE),
     ({"recovery__task_weight": 2.0}, after("recover")),
     ({"step_distillation__original_weight": 0.0}, after("distill-steps")),
-    ({"decoder__loss": "mse+l1"}, after("distill-decoder")),
+    ({"decoder__samples": 10}, after("distill-decoder")),
     ({"guidance__embedding_dim": 32}, set()),  # no stage of the chain reads it
     ({"consistency__steps": 3}, set()),
     ({"stages__quantize": {"min_sqnr": 12}}, {"quantize", "export", "check", "bench"}),

@@ -236,6 +236,7 @@ def _distill_decoder(work: Work) -> Made:
             work.place,
             settings,
             sampler=work.maybe("sampler"),
+            loss_judge=work.maybe("loss-judge"),
             cache=work.cache,
         )
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pocketfusion.compress import options as given
+from pocketfusion.recipe import TeacherSettings
 
 Makes = Literal["data", "loss judge", "autoencoder", "judge", "model", "latency", "weights", "bundle", "result"]
 Better = Literal["higher", "lower"]
@@ -45,17 +46,14 @@ class Kind:
 _DATA = Takes(("data",))
 _MODEL = Takes(("model",))
 _BASE = Takes(("model",), default=("to-v", "base"))
+_LOSS_JUDGE = Takes(("loss judge",), only_with="loss.feature_weight")
 _VALIDATED: dict[str, Better] = {"val_mse": "lower"}
 _RETRIEVAL: dict[str, Better] = {"val_combo_top1": "higher", "val_combo_top5": "higher"}
 #: What every stage that trains a UNet on latents depends on beside its own section.
 _UNET = (
     "data",
     "text",
-    "teacher.scheduler",
-    "teacher.prompt_dropout",
-    "teacher.min_snr_gamma",
-    "teacher.guidance_scale",
-    "teacher.num_inference_steps",
+    *(f"teacher.{name}" for name in TeacherSettings.model_fields if name not in ("unet", "train")),
 )
 
 KINDS: dict[str, Kind] = {
@@ -63,7 +61,7 @@ KINDS: dict[str, Kind] = {
     "loss-judge": Kind("loss judge", {"data": _DATA}, "loss_judge", reads=("data", "text"), scores=_RETRIEVAL),
     "autoencoder": Kind(
         "autoencoder",
-        {"data": _DATA, "loss-judge": Takes(("loss judge",), only_with="loss.feature_weight")},
+        {"data": _DATA, "loss-judge": _LOSS_JUDGE},
         "autoencoder",
         reads=("data",),
         scores={"val_psnr_db": "higher"},
@@ -114,9 +112,9 @@ KINDS: dict[str, Kind] = {
     ),
     "distill-decoder": Kind(
         "model",
-        {"data": _DATA, "folder": _MODEL, "sampler": Takes(("model",), named=True)},
+        {"data": _DATA, "folder": _MODEL, "sampler": Takes(("model",), named=True), "loss-judge": _LOSS_JUDGE},
         "decoder",
-        reads=("data.size", "data.scene_share"),
+        reads=("data",),
         scores={"val_psnr_db": "higher", "val_ssim": "higher", "val_real_psnr_db": "higher"},
     ),
     "quantize": Kind(

@@ -13,6 +13,7 @@ from pocketfusion import __version__
 from pocketfusion.artefact import atomic_file
 from pocketfusion.compress.chain import Chain
 from pocketfusion.compress.overview import Standing, duration, provenance_of, standings
+from pocketfusion.evaluate.curves import Curves
 from pocketfusion.train.log import read_log
 
 #: A stage's pictures, by the names that stages give them, with what they show.
@@ -225,10 +226,11 @@ def _table(file: Path) -> str:
             times = {f"{k} ms": 1000 * one["seconds"][k]["median"] for k in ("text", "step", "decode", "total")}
             rows.append({"bundle": Path(one["path"]).name, **times, "peak MB": (one["peak_rss"] or 0) / 1e6})
     else:
-        for curve in values["curves"]:
-            for point in curve["points"]:
-                measured = {k: point[k]["value"] for k in ("frechet", "clip_score", "top5", "kid") if point[k]}
-                rows.append({"system": curve["label"], "guidance": point["guidance_scale"], **measured})
+        for curve in Curves.model_validate(values).curves:
+            for point in curve.points:
+                distances = {"Fréchet": point.frechet.value if point.frechet else None, "KID": point.kid.value}
+                scores = {"CLIP score": point.clip_score.value, "top-5": point.top5.value}
+                rows.append({"system": curve.label, "guidance": point.guidance_scale, **distances, **scores})
     if not rows:
         return ""
     names = list(dict.fromkeys(key for row in rows for key in row))
