@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -279,8 +280,10 @@ def described(error: ValidationError, model: type[BaseModel]) -> str:
     """The first thing wrong with `model`'s values, for a reader: where, what, and the name that was probably meant."""
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
+    if first["type"] == "missing":
+        return f"{'.'.join(loc)} is missing: add it"
     if first["type"] != "extra_forbidden":
-        return f"{'.'.join(loc) or 'the recipe'}: {first['msg']} (got {str(first['input'])[:200]!r})"
+        return f"{'.'.join(loc) or 'the recipe'}: {first['msg']} (got {reprlib.repr(first['input'])})"
     for name in loc[:-1]:
         model = _section(model, name) or model
     where = f" in {'.'.join(loc[:-1])}" if loc[1:] else ""

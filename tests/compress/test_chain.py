@@ -58,8 +58,11 @@ def test_a_checkpoint_and_named_inputs_make_other_chains():
         ({"data": {"sorce": "shapes"}}, "data has no setting 'sorce': did you mean 'source'?"),
         ({"data": {"source": "paintings"}}, "data: source: Input should be 'emoji' or 'shapes'"),
         ({"Data": {"stage": "data"}}, "a stage is called 'Data'"),
-        ({"autoencoder": {}}, "autoencoder needs a data as its data, and no stage before it makes one: put data"),
-        ({"data": {}, "base": {}, "autoencoder": {}}, "base needs a autoencoder .* put autoencoder before it"),
+        ({"autoencoder": {}}, "autoencoder needs data as its data, and no stage before it makes one: put data"),
+        (
+            {"data": {}, "base": {}, "autoencoder": {}},
+            "base needs an autoencoder as its autoencoder.* put autoencoder before it",
+        ),
         ({"data": {}, "autoencoder": {"loss": {"feature_weight": 1}}}, "needs a loss judge as its loss-judge"),
         (
             {"data": {}, "judge": {"train": {"stepps": 3}}},
@@ -74,9 +77,12 @@ def test_a_checkpoint_and_named_inputs_make_other_chains():
         ),
         ({"data": {"gate": {"pictures": 9, "up_to": 9}}}, "data has up_to, but data trains no steps"),
         ({"data": {}, "judge": {"data": "elsewhere"}}, "takes its data from 'elsewhere', which is no stage before it"),
-        ({"data": {}, "judge": {}, "base": {"autoencoder": "judge"}}, "from 'judge', a judge: it needs a autoencoder"),
-        ({"data": {"from": "x", "scenes": 3}}, "taken from x and has no 'scenes'"),
-        ({"judge": {"from": "x", "skip_bad": True}}, "taken from x and has no 'skip_bad'"),
+        (
+            {"data": {}, "judge": {}, "base": {"autoencoder": "judge"}},
+            "from 'judge', a judge: it needs an autoencoder",
+        ),
+        ({"data": {"from": "x", "scenes": 3}}, "taken from x, so it has no 'scenes'"),
+        ({"judge": {"from": "x", "skip_bad": True}}, "taken from x, so it has no 'skip_bad'"),
         ({"data": {}, "judge": {"data": ["data", "data"]}}, "takes one data, not data, data"),
         ({}, "tiny has no section 'stages'"),
     ],
@@ -100,9 +106,11 @@ def test_a_stage_without_its_section_is_told():
             "'atention_drop' in elastic: did you mean 'attention_drop'",
         ),
         ({"text": {"surce": "x"}}, "no setting 'surce' in text: did you mean 'source'"),
+        ({"elastic": {"attention_drop": 0.1}}, "elastic.train is missing: add it"),
+        ({"data": {"size": 4}}, "data.size: Input should be greater than or equal to 16 .got 4."),
     ],
 )
-def test_the_nearest_setting_of_a_section_is_named(tmp_path, change, said):
+def test_what_is_wrong_with_a_section_is_told(tmp_path, change, said):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({**TINY, **change}))
     with pytest.raises(PocketfusionError, match=said):

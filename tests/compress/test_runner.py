@@ -12,7 +12,8 @@ import yaml
 from pocketfusion.compress import calls
 from pocketfusion.compress.calls import Made
 from pocketfusion.compress.chain import chain_of
-from pocketfusion.compress.records import Records, content_hash
+from pocketfusion.compress.overview import standings
+from pocketfusion.compress.records import Record, Records, content_hash, sole
 from pocketfusion.compress.runner import Span, run_chain
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import Recipe
@@ -260,3 +261,23 @@ def test_time_that_is_over_stops_before_the_next_stage(tmp_path, played, monkeyp
     assert result.unfinished and 0 < len(result.ran) < len(ALL)
     with pytest.raises(PocketfusionError, match="--max-minutes 0 is not above 0"):
         run_chain(tiny(), tmp_path / "out", max_minutes=0)
+
+
+def test_the_standing_of_a_stage_at_work_is_read_from_its_log(tmp_path, played):
+    chain, out = tiny(), tmp_path / "out"
+    run_chain(chain, out, span=Span.of(chain, None, "judge", None))
+    records = Records(out)
+    records.put("base", Record(key={"kind": "base"}))
+    lines = [{"step": n, "loss": 1.0, "seconds": 5.0 * n} for n in (1, 2, 3)]
+    lines.insert(2, {"step": 2, "seconds": 10.0, "held_out": {"val_mse": 0.5}})
+    (out / "base.run").mkdir()
+    (out / "base.run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    found = {one.stage.name: one for one in standings(chain, out)}
+    base = found["base"]
+    assert (base.state, base.done, base.total, base.seconds) == ("stopped", 3, 6, 15.0)
+    assert base.left == pytest.approx(15.0) and base.scores == {"val_mse": 0.5}
+    assert found["judge"].state == "done" and found["elastic"].state == "waiting"
+    with sole(out):  # asked from another process, as the lock is this one's own
+        code = "import sys, pathlib; from pocketfusion.compress.records import at_work"
+        code += "; print(at_work(pathlib.Path(sys.argv[1])))"
+        assert subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True).stdout == "True\n"

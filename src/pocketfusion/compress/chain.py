@@ -154,7 +154,7 @@ def _stage(recipe: Recipe, name: str, entry: dict[str, Any], before: list[Stage]
 
 def _input(name: str, role: str, takes: Takes, asked: Any, before: list[Stage]) -> tuple[str, ...]:
     fitting = [stage for stage in before if stage.is_a.makes in takes.makes]
-    what = " or ".join(takes.makes)
+    what = " or ".join(map(_a, takes.makes))
     if asked is None:
         return _default_input(name, role, takes, fitting, what)
     names = [asked] if isinstance(asked, str) else asked
@@ -175,9 +175,14 @@ def _input(name: str, role: str, takes: Takes, asked: Any, before: list[Stage]) 
         makes = known[plain(one)].is_a.makes
         if makes not in takes.makes:
             raise PocketfusionError(
-                f"the stage {name} takes its {role} from {plain(one)!r}, a {makes}: it needs a {what}"
+                f"the stage {name} takes its {role} from {plain(one)!r}, {_a(makes)}: it needs {what}"
             )
     return tuple(names)
+
+
+def _a(thing: str) -> str:
+    """With its article."""
+    return thing if thing in ("data", "weights") else f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
 def _default_input(name: str, role: str, takes: Takes, fitting: list[Stage], what: str) -> tuple[str, ...]:
@@ -195,7 +200,7 @@ def _default_input(name: str, role: str, takes: Takes, fitting: list[Stage], wha
     if not found and not takes.optional:
         makers = [kind for kind, one in KINDS.items() if one.makes in takes.makes]
         raise PocketfusionError(
-            f"the stage {name} needs a {what} as its {role}, and no stage before it makes one: put "
+            f"the stage {name} needs {what} as its {role}, and no stage before it makes one: put "
             f"{' or '.join(makers[:3])} before it"
         )
     return tuple(found)
