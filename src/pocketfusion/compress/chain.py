@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from pocketfusion.artefact import sha256_folder
 from pocketfusion.compress.kinds import KINDS, Kind, Takes
 from pocketfusion.compress.options import Options
 from pocketfusion.errors import PocketfusionError
@@ -97,6 +99,9 @@ class Chain:
         if stage.given is not None:
             return {"kind": stage.kind, "given": True}
         read = {name: _at(self.recipe, name) for name in stage.is_a.reads}
+        source = Path(self.recipe.text.source)
+        if "text" in read and source.is_dir():  # known by what it holds, wherever it lies
+            read["text"] = {"max_length": self.recipe.text.max_length, "sha256": _text_hash(source)}
         settings = stage.settings.model_dump(mode="json") if stage.settings else {}
         inputs = {role: list(names) for role, names in stage.inputs.items()}
         return {
@@ -106,6 +111,12 @@ class Chain:
             "recipe": read,
             "inputs": inputs,
         }
+
+
+@lru_cache(maxsize=1)  # the stages of a chain share it
+def _text_hash(folder: Path) -> str:
+    parts = [folder / name for name in ("text_encoder", "tokenizer") if (folder / name).is_dir()]
+    return "".join(sha256_folder(part) for part in parts or [folder])
 
 
 def _at(settings: BaseModel | None, dotted: str) -> Any:

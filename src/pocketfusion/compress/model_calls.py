@@ -8,7 +8,7 @@ from pocketfusion.folder import Provenance
 
 def _trained(provenance: Provenance) -> Made:
     numbers = {k: v for k, v in provenance.results.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return Made(numbers, provenance.finished, provenance.samples_seen)
+    return Made(numbers, provenance.finished, provenance.samples_seen, 3600 * provenance.hours)
 
 
 def autoencoder(work: Work) -> Made:

@@ -49,8 +49,9 @@ def _opened(path: Path, size: int, skip_bad: bool) -> CaptionedImages:
 
 @dataclass(frozen=True)
 class Made:
-    """What a stage gave: whether it is finished, the samples that it trained on, and its scores."""
+    """What a stage gave: its scores, whether it is finished, and the samples and seconds that it has trained in all."""
 
     scores: dict[str, float]
     finished: bool = True
     samples: int = 0
+    seconds: float = 0.0
