@@ -27,11 +27,13 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import Recipe
 
 _MEASURABLE = 60e6  #: parameters up to which a network is timed as it is
+_SMALL = 2e8  #: bytes of activations up to which several samples are timed at once
 _CHECKPOINT, _KEPT = 16, 3  #: bytes a parameter of weights, EMA and moments; two are kept while a third is written
 _TRAINED = 20  #: bytes a parameter in memory: those and the gradient
 _PROCESS = 1.2e9  #: what python with its libraries takes
 _PICTURES, _CAPTIONS = 12_000, 4  #: of the emoji data, before they are made; captions of a picture
 _MINILM = 91e6
+_STEPS = 8  #: of sampling, where a folder says it that is not made yet
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,12 @@ class Networks:
         if not self.timed:
             return Cost(parameters, activations, 0.0)
         scale = 1.0
-        if parameters > _MEASURABLE:
-            channels = [max(32, size // 4) for size in config["block_out_channels"]]
-            config = {**config, "block_out_channels": channels, "attention_head_dim": 8}
-            scale = (max(network.config.block_out_channels) / max(channels)) ** 2
-        return Cost(parameters, activations, scale * _seconds(kind(**config), inputs))
+        if parameters > _MEASURABLE:  # narrower, in what group norms and heads divide
+            channels = [max(64, size // 256 * 64) for size in config["block_out_channels"]]
+            scale = (sum(config["block_out_channels"]) / sum(channels)) ** 2
+            config = {**config, "block_out_channels": channels}
+        batch = 4 if activations < _SMALL else 1
+        return Cost(parameters, activations, scale * _seconds(kind(**config), inputs, batch))
 
 
 def _activations(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
@@ -145,7 +148,7 @@ def _activations(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
     return total
 
 
-def _seconds(network: nn.Module, inputs: Any, batch: int = 4) -> float:
+def _seconds(network: nn.Module, inputs: Any, batch: int) -> float:
     """Seconds of forward and backward a sample: the second of two calls, bf16."""
     given, seconds = inputs(batch), 0.0
     for _ in range(2):
@@ -223,7 +226,8 @@ def _time(chain: Chain, stage: Stage, networks: Networks) -> float | None:
         case "distill-consistency":
             return samples * (unet.seconds + guided + unet.forward)
         case "distill-decoder":
-            drawn = (kind.samples + kind.held_out) * (kind.num_inference_steps * guided + networks.decoded.forward)
+            steps = kind.num_inference_steps or _STEPS  # the sampler's own, if the recipe does not say
+            drawn = (kind.samples + kind.held_out) * (steps * guided + networks.decoded.forward)
             return drawn + samples * networks.decoded.seconds / 4
         case "evolve":
             blocks = 40 * len(kind.actions)
@@ -231,8 +235,8 @@ def _time(chain: Chain, stage: Stage, networks: Networks) -> float | None:
             assert chain.recipe.elastic is not None
             return drawn + kind.rounds * kind.train_steps * chain.recipe.elastic.train.batch_size * unet.seconds
         case "evaluate":
-            steps = [int(one.partition("@")[2] or 25) for one in stage.inputs["systems"]]
-            return sum(steps) * len(kind.guidance) * kind.samples * len(kind.sets) * guided
+            drawn_in = sum(int(one.partition("@")[2] or _STEPS) for one in stage.inputs["systems"])
+            return drawn_in * len(kind.guidance) * kind.samples * len(kind.sets) * guided
     return None
 
 

@@ -237,7 +237,8 @@ class _Run:
         began = time.monotonic()
         with part_of(f"{number}/{len(self.chain.stages)} {stage.name}"), _as_alone():
             made = CALLS[stage.kind](work)
-        record.seconds = round(max(record.seconds + time.monotonic() - began, made.seconds), 1)  # kills lose the former
+        # a kill loses what this process has counted, not what the run's log has
+        record.seconds = round(max(record.seconds + time.monotonic() - began, made.seconds), 1)
         record.samples, record.scores = made.samples, made.scores
         if made.finished:
             self.records.finish(stage.name, record)

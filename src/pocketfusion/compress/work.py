@@ -49,7 +49,7 @@ def _opened(path: Path, size: int, skip_bad: bool) -> CaptionedImages:
 
 @dataclass(frozen=True)
 class Made:
-    """What a stage gave: its scores, whether it is finished, and the samples and seconds that it has trained in all."""
+    """What a stage gave: its scores, whether it is finished, the samples and seconds of all its training."""
 
     scores: dict[str, float]
     finished: bool = True
