@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pocketfusion.compress.chain import chain_of
+from pocketfusion.compress.kinds import KINDS
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import Recipe, load_recipe
 
@@ -115,3 +116,25 @@ def test_what_is_wrong_with_a_section_is_told(tmp_path, change, said):
     file.write_text(yaml.safe_dump({**TINY, **change}))
     with pytest.raises(PocketfusionError, match=said):
         load_recipe(file)
+
+
+@pytest.mark.parametrize("kind", ["evolve", "quantize", "export", "check", "evaluate", "bench", "profile"])
+def test_options_have_their_commands_names_and_defaults(kind):
+    """Where a stage and its command differ on purpose, it is listed here."""
+    import typer
+
+    from pocketfusion.cli import app, commands  # noqa: F401  (registers them)
+
+    meant = {"profile": {"batch": "2"}}  # a search needs the guided step alone
+    given = {p.name: p.default for p in typer.main.get_command(app).commands[kind].params}
+    for name, field in KINDS[kind].options.model_fields.items():
+        if name == "architectures":  # pydantic has a method called as the command's --validate is
+            continue
+        option = meant.get(kind, {}).get(name, given[name])
+        wanted = getattr(option, "value", option)
+        own = (
+            ",".join(f"{one:g}" if isinstance(one, float) else str(one) for one in field.default)
+            if isinstance(field.default, tuple)
+            else field.default
+        )
+        assert own == wanted or (not own and not wanted) or (kind, name) == ("evaluate", "samples"), name

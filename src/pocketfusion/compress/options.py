@@ -47,7 +47,7 @@ class EvolveOptions(Options):
     budget_ratio: float | None = Field(default=None, gt=0)
     rounds: int = Field(default=10, gt=0)
     group: int = Field(default=4, gt=0)
-    actions: tuple[str, ...] = ("remove", "self-attention", "feed-forward", "duplicate")
+    actions: tuple[str, ...] = ("remove", "self-attention", "feed-forward", "drop", "duplicate")
     samples: int = Field(default=256, gt=0)
     steps: int = Field(default=10, gt=0)
     train_steps: int = Field(default=200, ge=0)
