@@ -283,7 +283,8 @@ def described(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"{'.'.join(loc)} is missing: add it"
     if first["type"] != "extra_forbidden":
-        return f"{'.'.join(loc) or 'the recipe'}: {first['msg']} (got {reprlib.repr(first['input'])})"
+        what, got = first["msg"].removeprefix("Value error, "), reprlib.repr(first["input"])
+        return f"{'.'.join(loc)}: {what} (got {got})" if loc else what
     for name in loc[:-1]:
         model = _section(model, name) or model
     where = f" in {'.'.join(loc[:-1])}" if loc[1:] else ""

@@ -33,8 +33,13 @@ def test_inputs_are_the_nearest_that_fit():
     assert found["evolve"].inputs == evolve
     assert found["recover"].inputs == {"data": ("data",), "folder": ("evolve",), "base": ("base",)}
     assert found["distill-steps"].inputs["folder"] == ("recover",)
-    assert found["export"].inputs == {"folder": ("distill-decoder",), "weights": ("quantize",)}
+    assert found["export"].inputs == {"folder": ("distill-decoder",), "recipe": ("quantize",)}
     assert found["evaluate"].parents == ("data", "judge", "base", "distill-decoder")
+
+
+def test_an_export_with_its_own_weights_takes_no_recipe():
+    found = chain({"base": {"from": "x"}, "quantize": {"min_sqnr": 28}, "export": {"weights": "int8"}})
+    assert found["export"].inputs == {"folder": ("base",)}
 
 
 def test_a_checkpoint_and_named_inputs_make_other_chains():
@@ -85,6 +90,19 @@ def test_a_checkpoint_and_named_inputs_make_other_chains():
         ({"data": {"from": "x", "scenes": 3}}, "taken from x, so it has no 'scenes'"),
         ({"judge": {"from": "x", "skip_bad": True}}, "taken from x, so it has no 'skip_bad'"),
         ({"data": {}, "judge": {"data": ["data", "data"]}}, "takes one data, not data, data"),
+        ({"base": {"from": "x"}, "quantize": {}}, "the stage quantize: give one budget: min_sqnr, such as 28 dB"),
+        (
+            {"base": {"from": "x"}, "quantize": {"min_sqnr": 28, "forms": ["int9"]}},
+            "quantize: forms.0: Input should be",
+        ),
+        (
+            {"base": {"from": "x"}, "export": {"weights": "int9"}},
+            "export: weights: Input should be 'float32', 'float16'",
+        ),
+        (
+            {"base": {"from": "x"}, "quantize": {"min_sqnr": 28}, "export": {"target": "litert-gpu"}},
+            "export is for litert-gpu and its recipe quantize for litert-cpu",
+        ),
         ({}, "tiny has no section 'stages'"),
     ],
 )

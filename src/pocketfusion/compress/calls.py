@@ -85,7 +85,7 @@ def _export(work: Work) -> Made:
     with quiet():
         from pocketfusion.mobile.export import export
 
-    options, recipe = work.options, work.maybe("weights")
+    options, recipe = work.options, work.maybe("recipe")
     own = {name: getattr(options, f"{name}_weights") for name in ("text_encoder", "unet", "decoder")}
     passed = options.model_dump(
         include={"target", "rewrites", "two_calls", "scheduler_step", "decoder_tile", "size", "gpu_fp32", "gate_steps"}

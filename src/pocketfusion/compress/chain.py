@@ -154,13 +154,28 @@ def _stage(recipe: Recipe, name: str, entry: dict[str, Any], before: list[Stage]
         options = _settings(recipe, name, replace(kind, section=None), entry)[0]
         return Stage(name, called, options, None, {}, None, Path(str(source)))
     named = {role: entry.pop(role, None) for role in kind.takes}
+    own = set(entry)
     options, settings = _settings(recipe, name, kind, entry)
-    wanted = {
-        role: takes for role, takes in kind.takes.items() if not takes.only_with or _at(settings, takes.only_with)
-    }
-    inputs = {role: _input(name, role, takes, named[role], before) for role, takes in wanted.items()}
+    inputs = {}
+    for role, takes in kind.takes.items():
+        if named[role] is None and own.intersection(takes.unless):
+            continue
+        if not takes.only_with or _at(settings, takes.only_with):
+            inputs[role] = _input(name, role, takes, named[role], before)
     stage = Stage(name, called, options, settings, {r: found for r, found in inputs.items() if found}, None, None)
+    _check_target(stage, before)
     return stage if asked is None else _gated(stage, asked)
+
+
+def _check_target(stage: Stage, before: list[Stage]) -> None:
+    """Raises PocketfusionError if the weights of an export were chosen for another target."""
+    target = getattr(stage.options, "target", None)
+    for one in before:
+        other = getattr(one.options, "target", target)
+        if one.name in stage.inputs.get("recipe", ()) and other != target:
+            raise PocketfusionError(
+                f"the stage {stage.name} is for {target} and its recipe {one.name} for {other}: give both one target"
+            )
 
 
 def _input(name: str, role: str, takes: Takes, asked: Any, before: list[Stage]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ class Takes:
 
     `default`: the nearest earlier stage that makes it, or the nearest of these kinds. `optional`: none where none is
     earlier; `named`: none where none is named. `only_with`: taken, and needed, if this setting of the stage is not 0.
-    `several`: a list, each perhaps as NAME@STEPS.
+    `unless`: not taken by default where one of these settings is given. `several`: a list, each perhaps as NAME@STEPS.
     """
 
     makes: tuple[Makes, ...]
@@ -27,6 +27,7 @@ class Takes:
     optional: bool = False
     named: bool = False
     only_with: str | None = None
+    unless: tuple[str, ...] = ()
     several: bool = False
 
 
@@ -46,6 +47,7 @@ class Kind:
 _DATA = Takes(("data",))
 _MODEL = Takes(("model",))
 _BASE = Takes(("model",), default=("to-v", "base"))
+_WEIGHTS = ("weights", "text_encoder_weights", "unet_weights", "decoder_weights")
 _LOSS_JUDGE = Takes(("loss judge",), only_with="loss.feature_weight")
 _VALIDATED: dict[str, Better] = {"val_mse": "lower"}
 _RETRIEVAL: dict[str, Better] = {"val_combo_top1": "higher", "val_combo_top5": "higher"}
@@ -122,7 +124,7 @@ KINDS: dict[str, Kind] = {
     ),
     "export": Kind(
         "bundle",
-        {"folder": _MODEL, "weights": Takes(("weights",), optional=True)},
+        {"folder": _MODEL, "recipe": Takes(("weights",), optional=True, unless=_WEIGHTS)},
         options=given.ExportOptions,
         scores={"sqnr_db": "higher", "guidance_delta": "lower", "mb": "lower"},
     ),

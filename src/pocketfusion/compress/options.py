@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Form = Literal["float32", "float16", "int8", "int8-dynamic", "int4-dynamic"]
 
 
 class Options(BaseModel):
@@ -55,6 +57,12 @@ class EvolveOptions(Options):
     seed: int = 0
     force: bool = False
 
+    @model_validator(mode="after")
+    def _has_one_budget(self) -> EvolveOptions:
+        if (self.budget_ms is None) == (self.budget_ratio is None):
+            raise ValueError("give one budget: budget_ratio, such as 0.5, or budget_ms")
+        return self
+
 
 class StepOptions(Options):
     """Beside the section `step_distillation`: at once, or by successive halvings."""
@@ -74,18 +82,24 @@ class QuantizeOptions(Options):
 
     min_sqnr: float | None = Field(default=None, gt=0)
     max_mb: float | None = Field(default=None, gt=0)
-    forms: tuple[str, ...] = ("int8-dynamic", "int8", "float16")
+    forms: tuple[Form, ...] = ("int8-dynamic", "int8", "float16")
     target: Literal["litert-cpu", "litert-gpu"] = "litert-cpu"
-    samples: int = Field(default=4, gt=0)
+    samples: int = Field(default=4, gt=0, le=10)
+
+    @model_validator(mode="after")
+    def _has_one_budget(self) -> QuantizeOptions:
+        if (self.min_sqnr is None) == (self.max_mb is None):
+            raise ValueError("give one budget: min_sqnr, such as 28 dB, or max_mb")
+        return self
 
 
 class ExportOptions(Options):
     """`pocketfusion export`; `weights` are every network's where a stage `quantize` has not chosen them."""
 
-    weights: str = "float32"
-    text_encoder_weights: str | None = None
-    unet_weights: str | None = None
-    decoder_weights: str | None = None
+    weights: Form = "float32"
+    text_encoder_weights: Form | None = None
+    unet_weights: Form | None = None
+    decoder_weights: Form | None = None
     target: Literal["litert-cpu", "litert-gpu"] = "litert-cpu"
     size: tuple[int, int] | None = None
     rewrites: tuple[str, ...] = ()
@@ -93,7 +107,7 @@ class ExportOptions(Options):
     scheduler_step: bool = False
     decoder_tile: int | None = Field(default=None, gt=0)
     gpu_fp32: tuple[str, ...] = ()
-    gate_steps: int = Field(default=5, gt=0)
+    gate_steps: int = Field(default=5, gt=0, le=50)
     steps: int | None = Field(default=None, gt=0)
     guidance: float | None = None
 
