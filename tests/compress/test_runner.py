@@ -215,6 +215,17 @@ def test_an_altered_result_is_told_and_a_deleted_one_made_again(tmp_path, played
     assert run_chain(tiny(), out).ran == ["base"]
 
 
+def test_where_and_when_a_result_was_made_is_no_content(tmp_path):
+    for name, seconds in (("a", 1), ("b", 2)):
+        (tmp_path / name / "vae").mkdir(parents=True)
+        (tmp_path / name / "vae" / "config.json").write_text(json.dumps({"_name_or_path": name, "channels": 4}))
+        (tmp_path / name / "bundle.json").write_text(json.dumps({"provenance": {"hours": seconds}, "files": {}}))
+        (tmp_path / name / "provenance.json").write_text(json.dumps({"hours": seconds}))
+    assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b")
+    (tmp_path / "b" / "vae" / "config.json").write_text(json.dumps({"_name_or_path": "b", "channels": 8}))
+    assert content_hash(tmp_path / "a") != content_hash(tmp_path / "b")
+
+
 def test_another_recipes_folder_and_a_foreign_one_are_refused(tmp_path, played):
     run_chain(tiny(), tmp_path / "out")
     with pytest.raises(PocketfusionError, match="out is the recipe tiny's, not other's: choose another OUT"):

@@ -23,8 +23,8 @@ from pocketfusion.artefact import sha256_file, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import PROVENANCE
 
-#: Says how, when and from what a result was made: two that are otherwise equal are the same.
-_NOT_CONTENT = {"bundle.json": ("provenance",), "weights.yaml": ("model",)}
+#: Says how, when, where and from what a result was made: two that are otherwise equal are the same.
+_NOT_CONTENT = {"bundle.json": ("provenance",), "weights.yaml": ("model",), "config.json": ("_name_or_path",)}
 BEGUN, FINISHED = "begun", "finished"
 
 
