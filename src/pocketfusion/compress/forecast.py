@@ -152,7 +152,7 @@ def _activations(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
 
 def _seconds(network: nn.Module, inputs: Any, batch: int) -> float:
     """Seconds of forward and backward a sample, bf16: the fastest call after the first, within a moment."""
-    given, seconds, began = inputs(batch), [], time.perf_counter()
+    given, seconds, began = inputs(batch), list[float](), time.perf_counter()
     while len(seconds) < 2 or time.perf_counter() - began < _MOMENT:
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
