@@ -68,7 +68,7 @@ def open_out(chain: Chain, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise PocketfusionError(f"{out} is a file: give a folder for the recipe's results")
     known = recipe_name(out)
-    if known is None and out.is_dir() and any(out.iterdir()):
+    if known is None and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise PocketfusionError(f"{out} holds something else: give a new folder, or one that compress made")
     if known not in (None, chain.recipe.name):
         raise PocketfusionError(f"{out} is the recipe {known}'s, not {chain.recipe.name}'s: choose another OUT")
