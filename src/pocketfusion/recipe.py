@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -278,12 +278,12 @@ def load_recipe(path: Path) -> Recipe:
 
 def described(error: ValidationError, model: type[BaseModel]) -> str:
     """The first thing wrong with `model`'s values, for a reader: where, what, and the name that was probably meant."""
-    first = error.errors()[0]
-    loc = [str(part) for part in first["loc"]]
+    first = error.errors(include_url=False)[0]
+    loc = [str(part)[:200] for part in first["loc"]]
     if first["type"] == "missing":
         return f"{'.'.join(loc)} is missing: add it"
     if first["type"] != "extra_forbidden":
-        what, got = first["msg"].removeprefix("Value error, "), reprlib.repr(first["input"])
+        what, got = first["msg"].removeprefix("Value error, "), shorten(first["input"])
         return f"{'.'.join(loc)}: {what} (got {got})" if loc else what
     for name in loc[:-1]:
         model = _section(model, name) or model
