@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 #: Minutes in one test: begun first, so that no worker is left alone with it at the end.
-LONGEST = "test_readme.py"
+LONGEST = "test_compress_command.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,7 +71,7 @@ def tiny_bundle(tiny_folder: Path, once: Callable) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(once: Callable) -> Path:
     """A packed data set of 72 captioned 64-px squares and discs in all splits. Read only."""
-    from shapes import make_shapes
+    from pocketfusion.data.shapes import make_shapes
 
     return once("shapes", lambda root: make_shapes(root / "data")) / "data"
 
@@ -83,9 +83,39 @@ def tiny_recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     recipe = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
     recipe["text"] = {"source": str(tiny_folder), "max_length": 32}
+    recipe["teacher"]["unet"]["cross_attention_dim"] = 32
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))  # the order of stages counts
     return path
+
+
+@pytest.fixture(scope="session")
+def shallow_recipe(tiny_recipe: Path) -> Path:
+    """The tiny recipe with a UNet of two levels, for what exports it: tracing is most of an export."""
+    import yaml
+
+    recipe = yaml.safe_load(tiny_recipe.read_text())
+    recipe["teacher"]["unet"] |= {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+    }
+    path = tiny_recipe.with_name("shallow.yaml")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="session")
+def compressed(once: Callable, shallow_recipe: Path, cli) -> Path:
+    """What `compress` makes of the shallow recipe, undisturbed. Read only."""
+
+    def make(root: Path) -> None:
+        done = cli("compress", shallow_recipe, root / "out", timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (root / "output.txt").write_text(done.stdout + done.stderr)
+
+    return once("compressed", make) / "out"
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -257,6 +259,7 @@ class Recipe(_Settings):
     to_v: ToVSettings | None = None
     step_distillation: StepDistillSettings | None = None
     consistency: ConsistencySettings | None = None
+    stages: dict[str, dict[str, Any] | None] = {}  #: of `compress`, in their order; `compress.chain` reads them
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -270,6 +273,32 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where, what = ".".join(map(str, first["loc"])) or "the recipe", first["msg"].removeprefix("Value error, ")
-        raise PocketfusionError(f"{path}: {where[:200]}: {what} (got {shorten(first['input'])})") from None
+        raise PocketfusionError(f"{path}: {described(error, Recipe)}") from None
+
+
+def described(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first thing wrong with `model`'s values, for a reader: where, what, and the name that was probably meant."""
+    first = error.errors(include_url=False)[0]
+    loc = [str(part)[:200] for part in first["loc"]]
+    if first["type"] == "missing":
+        return f"{'.'.join(loc)} is missing: add it"
+    if first["type"] != "extra_forbidden":
+        what, got = first["msg"].removeprefix("Value error, "), shorten(first["input"])
+        return f"{'.'.join(loc)}: {what} (got {got})" if loc else what
+    for name in loc[:-1]:
+        model = _section(model, name) or model
+    where = f" in {'.'.join(loc[:-1])}" if loc[1:] else ""
+    return f"there is no setting {loc[-1]!r}{where}: {nearest(loc[-1], list(model.model_fields))}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Says which of `known` was probably meant by `name`, or which there are."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+
+
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The settings' class of a field that holds one, or that and None."""
+    field = model.model_fields.get(name)
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

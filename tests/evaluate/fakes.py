@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shapes import COLOURS
+from pocketfusion.data.shapes import COLOURS
 
 NAMES = list(COLOURS)
 VALUES = np.array([COLOURS[name] for name in NAMES], dtype=np.float32)

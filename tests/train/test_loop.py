@@ -21,6 +21,7 @@ from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.divergence import DivergenceWatch
 from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import learning_rate_at, train, update_ema
+from pocketfusion.train.place import Goal
 from processes import launch_two, run_two
 
 
@@ -203,7 +204,8 @@ def test_learning_rate():
     s = settings(steps=110, warmup_steps=10, learning_rate=1.0)
     assert learning_rate_at(0, s) == pytest.approx(0.1) and learning_rate_at(9, s) == pytest.approx(1.0)
     assert learning_rate_at(60, s) == pytest.approx(0.02 + 0.98 * 0.5)
-    assert learning_rate_at(110, s) == pytest.approx(0.02)
+    assert learning_rate_at(109, s) == pytest.approx(0.02, abs=1e-3)
+    assert learning_rate_at(110, s) == learning_rate_at(0, s)  # beyond its steps the schedule begins again
     constant = settings(warmup_steps=0, schedule="constant", learning_rate=0.5)
     assert learning_rate_at(11, constant) == 0.5
 
@@ -278,3 +280,43 @@ def test_log_and_pictures_are_there(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run" / "previews").iterdir()) == [
         f"step_{n:08d}.png" for n in (5, 10, 12)
     ]
+
+
+def test_training_goes_on_by_whole_schedules_until_its_goal_is_met(tmp_path):
+    short = train(LineTask(), settings(), tmp_path / "short", fingerprint={})
+    first = short.figures["slope"]
+    goal = Goal({"slope": first + 1e-4}, {}, up_to=48)
+    result = train(LineTask(), settings(), tmp_path / "long", fingerprint={}, goal=goal)
+    assert result.finished and result.steps in (24, 36, 48) and result.samples == result.steps * 8
+    rates = [line["learning_rate"] for line in read_log(tmp_path / "long") if "loss" in line]
+    assert rates[12:24] == rates[:12] and rates[11] < rates[2] / 5  # the schedule again, each ending low
+    held_out = {line["step"]: line["held_out"]["slope"] for line in read_log(tmp_path / "long") if "held_out" in line}
+    assert held_out[12] == pytest.approx(first, abs=1e-6) and {12, 24} <= set(held_out)
+    assert all(not goal.met({"slope": held_out[step]}) for step in range(12, result.steps, 12))
+
+
+def test_a_goal_out_of_reach_ends_at_its_limit_and_a_later_higher_one_goes_on(tmp_path):
+    never = {"slope": 99.0}
+    once = train(LineTask(), settings(), tmp_path / "run", fingerprint={}, goal=Goal(never, {}, up_to=24))
+    assert once.steps == 24 and once.finished
+    more = train(LineTask(), settings(), tmp_path / "run", fingerprint={}, goal=Goal(never, {}, up_to=36))
+    whole = train(LineTask(), settings(), tmp_path / "whole", fingerprint={}, goal=Goal(never, {}, up_to=36))
+    assert more.steps == whole.steps == 36 and torch.equal(weights(more), weights(whole))
+    assert train(LineTask(), settings(), tmp_path / "run", fingerprint={}).steps == 36  # without a goal it stays
+
+
+def test_training_on_for_a_goal_resumes_to_the_sample(tmp_path):
+    goal = Goal({"slope": 99.0}, {}, up_to=36)
+    whole = train(LineTask(), settings(), tmp_path / "whole", fingerprint={}, goal=goal)
+
+    def stop(step, _):
+        if step in stops:
+            stops.remove(step)
+            raise _Stop
+
+    stops = [11, 12, 13, 24, 29]
+    while stops:
+        with pytest.raises(_Stop):
+            train(LineTask(), settings(), tmp_path / "cut", fingerprint={}, goal=goal, on_step=stop)
+    resumed = train(LineTask(), settings(), tmp_path / "cut", fingerprint={}, goal=goal)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and torch.equal(weights(resumed), weights(whole))

@@ -30,6 +30,7 @@ from pocketfusion.models.guidance import guidance_of, guided_prediction
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import Sampling, read_sampling
 from pocketfusion.models.text_encoder import TextEncoder
+from pocketfusion.progress import titled
 from pocketfusion.recipe import DecoderDistillSettings
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.cache import CaptionTable
@@ -226,5 +227,5 @@ def _bar(what: str, done: int, total: int) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(what, total=total, completed=done)
+        task = progress.add_task(titled(what), total=total, completed=done)
         yield lambda count: progress.advance(task, count)

@@ -15,6 +15,7 @@ from pocketfusion.artefact import atomic_file, reserve
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.models.judge import pool_states
 from pocketfusion.models.text_encoder import TextEncoder
+from pocketfusion.progress import titled
 from pocketfusion.train.autoencoder import to_tensor
 
 
@@ -26,7 +27,7 @@ def _cached(path: Path, shape: tuple[int, ...], blocks: Callable[[], Iterator[np
             array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
             reserve(partial)
             done = 0
-            for block in track(blocks(), description=what, total=None):
+            for block in track(blocks(), description=titled(what), total=None):
                 array[done : done + len(block)] = block
                 done += len(block)
             array.flush()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 
 from pocketfusion.artefact import atomic_file
+from pocketfusion.progress import titled
 from pocketfusion.recipe import TrainSettings
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class TrainLog:
         self._bar = bar = Progress(
             *columns, TextColumn("{task.fields[speed]} samples/s"), TimeElapsedColumn(), TimeRemainingColumn()
         )
-        self._task = bar.add_task("training", total=self.settings.steps, completed=self._step, loss="-", speed="-")
+        total = max(self.settings.steps, self._step)
+        self._task = bar.add_task(titled("training"), total=total, completed=self._step, loss="-", speed="-")
         (self.run / "previews").mkdir(exist_ok=True)
         with atomic_file(self.path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
@@ -84,6 +86,11 @@ class TrainLog:
             self.flush()
         speed = f"{self.settings.batch_size / max(elapsed, 1e-9):.0f}"
         self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=speed)
+
+    def prolong(self, steps: int) -> None:
+        """Training goes on to `steps`."""
+        if self._bar is not None:
+            self._bar.update(self._task, total=steps)
 
     def flush(self) -> None:
         """Lets the lines so far survive a kill."""

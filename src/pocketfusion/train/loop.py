@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import nn
 
@@ -24,6 +25,7 @@ from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from pocketfusion.train.divergence import DivergenceWatch
 from pocketfusion.train.log import TrainLog
+from pocketfusion.train.place import Goal
 
 
 class Task(Protocol):
@@ -67,7 +69,13 @@ class TrainResult:
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up to `learning_rate`, then constant or a cosine to a fiftieth of it at the last step."""
+    """Linear warm-up to `learning_rate`, then constant or a cosine to a fiftieth of it at the last step.
+
+    Training on beyond `steps` goes through warm-up and cosine again (warm restarts, arXiv 1608.03983), so that every
+    multiple of `steps` ends at the low rate that held-out figures are best at.
+    """
+    if settings.schedule == "cosine":
+        step %= settings.steps
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -91,13 +99,15 @@ def train(
     fingerprint: dict,
     max_minutes: float | None = None,
     first_step: int = 0,
+    goal: Goal | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainResult:
     """Trains `task.model` in the run folder `run`, from its newest checkpoint if it has one, else from `first_step`.
 
     `fingerprint` (settings and input hashes) must equal the one the run was begun with. Stops after `max_minutes`
-    with a checkpoint. The samples and random numbers of a step depend on the seed and the step alone. A step whose
-    gradient norm is not finite leaves weights, moments and EMA as they are.
+    with a checkpoint. Short of `goal` after `settings.steps`, it goes on for as many again. The samples and random
+    numbers of a step depend on the seed and the step alone. A step whose gradient norm is not finite leaves weights,
+    moments and EMA as they are.
     Raises PocketfusionError on a run begun with other settings, a batch that does not divide, several such steps in a
     row, or a loss that is not finite or diverges (the last good checkpoint stays).
     """
@@ -133,7 +143,8 @@ def train(
         model = torch.compile(model)
     log = TrainLog(run, step, settings, enabled=accelerator.is_main_process)
     watch = DivergenceWatch()
-    started, saved_at, figures = time.monotonic(), step, {}
+    started, saved_at, figures, looked_at = time.monotonic(), step, dict[str, float](), -1
+    end = settings.steps * max(1, -(-step // settings.steps))  # of the schedule that `step` is in
     deadline = started + 60 * max_minutes if max_minutes else math.inf
 
     def save() -> None:
@@ -143,15 +154,31 @@ def train(
             save_checkpoint(run / "checkpoints", step, raw, ema, optimizer)
         saved_at = step
 
-    def look() -> dict[str, float]:
+    def look() -> None:
+        nonlocal figures, looked_at
+        if looked_at == step:
+            return
         with swapped(parameters, ema):
             raw.eval()
-            held_out = task.validate(raw)
+            figures = task.validate(raw)
             if accelerator.is_main_process:
                 with atomic_file(log.preview_path(step)) as partial:
                     task.preview(raw).save(partial)
             raw.train()
-        return held_out
+        looked_at = step
+        log.held_out(step, figures)
+
+    def goes_on() -> bool:
+        nonlocal end
+        if step == end and goal is not None and end < goal.up_to:
+            save()
+            look()
+            short = [not goal.met(figures)]
+            broadcast_object_list(short)  # the first process's figures decide
+            if short[0]:
+                end += settings.steps
+                log.prolong(end)
+        return step < end and not time_is_up()
 
     def time_is_up() -> bool:
         if deadline == math.inf:
@@ -161,7 +188,7 @@ def train(
 
     raw.train()
     with lost_processes_are_told("and it goes on from the newest checkpoint"), log.progress():
-        while step < settings.steps and not time_is_up():
+        while goes_on():
             for group in prepared.param_groups:
                 group["lr"] = learning_rate_at(step, settings)
             loss_sum, gradient_norm = 0.0, math.nan
@@ -200,18 +227,16 @@ def train(
                 on_step(step, {"loss": loss_sum, **logged})
             if step % settings.checkpoint_every == 0 and not watch.suspect:
                 save()
-            if step % settings.preview_every == 0 and step < settings.steps:
-                figures = look()
-                log.held_out(step, figures)
+            if step % settings.preview_every == 0 and step < end:
+                look()
         save()
-        figures = look()
-        log.held_out(step, figures)
+        look()
     accelerator.wait_for_everyone()
     with torch.no_grad():
         for parameter, average in zip(parameters, ema, strict=True):
             parameter.copy_(average)
     raw.eval()
-    finished, samples = step >= settings.steps, step * settings.batch_size
+    finished, samples = step >= end, step * settings.batch_size
     return TrainResult(raw, step, samples, log.seconds, finished, figures, log.skipped)
 
 

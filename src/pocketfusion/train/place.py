@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,32 @@ from pocketfusion.errors import PocketfusionError
 
 
 @dataclass(frozen=True)
+class Goal:
+    """Held-out figures that training has to reach: short of one it goes through its schedule again, up to a limit.
+
+    `least` and `most`: figure → the value that it must not fall below, or not exceed. `up_to`: steps in all, a
+    multiple of the schedule's.
+    """
+
+    least: Mapping[str, float]
+    most: Mapping[str, float]
+    up_to: int
+
+    def met(self, figures: Mapping[str, float]) -> bool:
+        """Whether all figures are there and good enough; one that is not finite is not."""
+        enough = all(figures.get(name, float("nan")) >= value for name, value in self.least.items())
+        return enough and all(figures.get(name, float("nan")) <= value for name, value in self.most.items())
+
+
+@dataclass(frozen=True)
 class StageRun:
-    """Where a stage writes and how long it may take."""
+    """Where a stage writes, how long it may take, and what it has to reach."""
 
     out: Path
     run: Path
     max_minutes: float | None = None
     overwrite: bool = False
+    goal: Goal | None = None
 
     @classmethod
     def at(

@@ -22,7 +22,8 @@ from pocketfusion.train.place import StageRun
 def finished_result(stage: StageRun, identity: dict[str, Any]) -> Provenance | None:
     """The provenance of `stage.out` if it is the finished result of the same inputs.
 
-    Else None, and the run folder is this process's until `run_stage` or the process ends.
+    Else None, and the run folder is this process's until `run_stage` or the process ends. A result short of
+    `stage.goal` is not finished while it may train on.
     Raises PocketfusionError if something else is there, unless it may be overwritten or it is this stage's unfinished
     result, or if another process has the run folder.
     """
@@ -37,7 +38,7 @@ def _finished(stage: StageRun, identity: dict[str, Any]) -> Provenance | None:
         return None
     before = read_provenance(stage.out)
     if before is not None and _same_inputs(before, identity):
-        return before if before.finished else None
+        return before if _is_done(stage, before) else None
     if not stage.overwrite:
         raise PocketfusionError(f"{stage.out} exists and came from other inputs: choose another --out or --overwrite")
     return None
@@ -47,10 +48,17 @@ def _same_inputs(provenance: Provenance, identity: dict[str, Any]) -> bool:
     return all(getattr(provenance, name) == value for name, value in identity.items())
 
 
+def _is_done(stage: StageRun, before: Provenance) -> bool:
+    """Whether a result is finished, and at its goal or at the end of what it may train for that."""
+    if not before.finished or stage.goal is None or stage.goal.met(before.results):
+        return before.finished
+    return before.results.get("steps", before.settings["train"]["steps"]) >= stage.goal.up_to
+
+
 def _steps_in(stage: StageRun, identity: dict[str, Any], batch_size: int, samples_before: int) -> int:
     """Steps that `stage.out` holds, if it is unfinished and its run folder has no checkpoint; else 0."""
     before = read_provenance(stage.out)
-    if before is None or before.finished or not _same_inputs(before, identity):
+    if before is None or _is_done(stage, before) or not _same_inputs(before, identity):
         return 0
     return 0 if latest_checkpoint(stage.run / "checkpoints") else (before.samples_seen - samples_before) // batch_size
 
@@ -73,7 +81,8 @@ def run_stage(
     first = _steps_in(stage, identity, settings.batch_size, samples_before)
     if first:
         task.model.load_state_dict(reopen(stage.out).float().state_dict())
-    result = train(task, settings, stage.run, fingerprint=identity, max_minutes=stage.max_minutes, first_step=first)
+    minutes, goal = stage.max_minutes, stage.goal
+    result = train(task, settings, stage.run, fingerprint=identity, max_minutes=minutes, first_step=first, goal=goal)
     provenance = Provenance(
         **identity,
         seed=settings.seed,
@@ -86,6 +95,8 @@ def run_stage(
         with atomic_folder(stage.out, overwrite=True) as partial:
             skipped = {"skipped_steps": result.skipped} if result.skipped else {}
             provenance.results = {**result.figures, **skipped, **write(partial, result)}
+            if result.steps > settings.steps:  # trained on for a goal: more than its settings say
+                provenance.results["steps"] = result.steps
             write_provenance(partial, provenance)
     release(stage.run)
     return provenance
