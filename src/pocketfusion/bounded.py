@@ -36,11 +36,11 @@ def parse_json(content: bytes | str) -> Any:
     try:
         value = json.loads(content, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg}, line {error.lineno}") from None
+        raise ValueError(f"it is not valid JSON: {error.msg}, line {error.lineno}") from None
     except UnicodeDecodeError:
-        raise ValueError("not valid JSON: not UTF-8") from None
+        raise ValueError("it is not valid JSON: not UTF-8") from None
     except RecursionError:
-        raise ValueError("not valid JSON: nested too deeply") from None
+        raise ValueError("it is not valid JSON: nested too deeply") from None
     return value
 
 

@@ -94,7 +94,7 @@ def killed_again_and_again(recipe: Path, out: Path, times: int, longest: float) 
     kills, rng = 0, random.Random(times)
     context = multiprocessing.get_context("forkserver")
     while True:
-        state = (os.getcwd(), dict(os.environ), str(out.with_suffix(".out")), str(out.with_suffix(".err")))
+        state = (os.getcwd(), dict(os.environ), str(out.with_suffix(".out")), str(out.with_suffix(".err")), None)
         process = context.Process(target=_child, args=(["compress", str(recipe), str(out)], *state))
         process.start()
         process.join(rng.uniform(0.2, longest) if kills < times else 1200)

@@ -75,10 +75,15 @@ def test_a_tile_that_is_none(tile, match):
         check_tile(tile, 8, 12)
 
 
-def test_a_bundle_whose_decoder_is_smaller_than_its_latents(bundle, edit):
+def test_a_bundle_whose_decoder_is_smaller_than_its_latents(bundle):
     """The tiny decoder as the tile of pictures of 12 x 16 latents, which the UNet here never sees."""
-    edit(lambda m: (m["latents"].update(height=12, width=16), m["image"].update(height=96, width=128)))
     pipeline = Pipeline.load(bundle, 1)
+    pipeline.manifest = pipeline.manifest.model_copy(
+        update={
+            "latents": pipeline.manifest.latents.model_copy(update={"height": 12, "width": 16}),
+            "image": pipeline.manifest.image.model_copy(update={"height": 96, "width": 128}),
+        }
+    )
     latents = pipeline.noise(0)
     picture = pipeline.decode(latents)
     assert picture.size == (128, 96)

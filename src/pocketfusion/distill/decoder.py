@@ -30,6 +30,7 @@ from pocketfusion.folder import (
     weights_hash,
 )
 from pocketfusion.info import read_safetensors_header
+from pocketfusion.locks import hold
 from pocketfusion.models.base import copy_folder
 from pocketfusion.models.judge import JudgeModel, load_judge
 from pocketfusion.models.slim_autoencoder import DecoderShape, SlimAutoencoderKL, load_vae
@@ -294,6 +295,7 @@ def distill_decoder(
     task = DecoderTask(settings, recipe.data, data, teacher, slim, judge)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae_hash = sha256(f"{weights_hash(folder / 'vae')}{teacher.config.scaling_factor}".encode()).hexdigest()
+    hold(stage.run)  # the caches lie in it
     with process_state().main_process_first():  # one process fills the caches, the others find them
         hashes = (vae_hash, weights_hash(folder / "vae", ENCODER))
         task.prepare(drawing, hashes, cache or stage.run / "cache", device)

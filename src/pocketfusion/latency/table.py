@@ -44,7 +44,7 @@ class Entry(_Value):
     kind: str
     parameters: int = Field(ge=0)
     macs: int = Field(ge=0)
-    ms: dict[Batch, Timing] = Field(min_length=1)
+    ms: dict[Batch, Timing]  #: none yet where a pack's logs are to give them
 
 
 class Whole(_Value):
@@ -135,6 +135,14 @@ class LatencyTable(_Value):
     #: `text_encoder` and `decoder`, batch 1
     networks: dict[str, Entry] = {}
     validation: list[Check] = []
+
+    @field_validator("parts", "networks")
+    @classmethod
+    def _are_timed(cls, value: dict[str, Entry]) -> dict[str, Entry]:
+        for key, entry in value.items():
+            if not entry.ms:
+                raise ValueError(f"{key[:80]} has no timing")
+        return value
 
     @classmethod
     def load(cls, path: Path | str) -> LatencyTable:

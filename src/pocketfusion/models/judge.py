@@ -143,7 +143,10 @@ def load_judge(path: Path, *, for_losses: bool = False) -> Judge:
         raise PocketfusionError(f"there is no judge at {path}: train one with 'pocketfusion train-judge'")
     if read_json(path / "config.json").get("_class_name") != "JudgeModel":
         raise PocketfusionError(f"{path} is not a judge: its config.json names another class")
-    model = load_part(JudgeModel, path)
+    try:
+        model = load_part(JudgeModel, path)
+    except PocketfusionError as error:
+        raise PocketfusionError(f"the judge is damaged: {error}") from None
     if model.config.for_losses != for_losses:
         raise PocketfusionError(
             f"{path} was trained to give losses their features and must not score: name the recipe's other judge"

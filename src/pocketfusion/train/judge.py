@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance
+from pocketfusion.locks import hold
 from pocketfusion.models.judge import Judge, JudgeModel
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import JudgeSettings, Recipe
@@ -143,6 +144,7 @@ def train_judge(recipe: Recipe, data: CaptionedImages, stage: StageRun, *, for_l
         for_losses=for_losses,
     )
     task = JudgeTask(recipe, settings, data, model, text)
+    hold(stage.run)  # the cache lies in it
     task.prepare(stage.run / "cache")
 
     def write(folder: Path, result: TrainResult) -> dict:

@@ -20,20 +20,12 @@ from pocketfusion.train.place import StageRun
 
 
 def finished_result(stage: StageRun, identity: dict[str, Any]) -> Provenance | None:
-    """The provenance of `stage.out` if it is the finished result of the same inputs.
+    """The provenance of `stage.out` if it is the finished result of the same inputs, else None.
 
-    Else None, and the run folder is this process's until `run_stage` or the process ends. A result short of
-    `stage.goal` is not finished while it may train on.
+    A result short of `stage.goal` is not finished while it may train on.
     Raises PocketfusionError if something else is there, unless it may be overwritten or it is this stage's unfinished
-    result, or if another process has the run folder.
+    result.
     """
-    finished = _finished(stage, identity)
-    if finished is None:
-        hold(stage.run)
-    return finished
-
-
-def _finished(stage: StageRun, identity: dict[str, Any]) -> Provenance | None:
     if not stage.out.exists():
         return None
     before = read_provenance(stage.out)
@@ -78,6 +70,7 @@ def run_stage(
     result's own weights at its own step: `reopen` makes `task.model`'s like of a result folder. AdamW's moments and
     the rounding of the weights are then lost, the schedule and the samples are not.
     """
+    hold(stage.run)
     first = _steps_in(stage, identity, settings.batch_size, samples_before)
     if first:
         task.model.load_state_dict(reopen(stage.out).float().state_dict())

@@ -19,6 +19,7 @@ from pocketfusion.folder import (
     read_provenance,
     weights_hash,
 )
+from pocketfusion.locks import hold
 from pocketfusion.models.base import copy_with_unet, write_scheduler
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
 from pocketfusion.models.noise_schedule import read_ddim_scheduler
@@ -84,6 +85,7 @@ def train_on(
 
     `sampling` and `scheduler`: how the result is sampled, if not as `start` is.
     """
+    hold(stage.run)  # the caches lie in it
     with process_state().main_process_first():  # one process fills the caches, the others find them
         task.prepare(cache or stage.run / "cache", start.vae_hash, start.text.fingerprint, start.device)
 

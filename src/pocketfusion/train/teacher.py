@@ -17,6 +17,7 @@ from torch import nn
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash, read_provenance
+from pocketfusion.locks import hold
 from pocketfusion.models.base import write_base_folder
 from pocketfusion.models.loading import load_part
 from pocketfusion.models.sampling import Sampling
@@ -241,6 +242,7 @@ def train_teacher(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast_attention(unet, device)
     task = TeacherTask(recipe, data, unet, vae, text)
+    hold(stage.run)  # the caches lie in it
     with process_state().main_process_first():  # one process fills the caches, the others find them
         task.prepare(cache or stage.run / "cache", vae_hash, text.fingerprint, device)
 
