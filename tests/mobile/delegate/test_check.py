@@ -143,7 +143,7 @@ def test_the_worst_of_several_runs_counts(tmp_path):
 def test_bundle_is_checked_with_its_own_inputs():
     """The embedded bundle: each network's calls while a picture is drawn, the UNet's from its noise on."""
     inputs = samples.recorded(embedded_bundle(), 1)
-    assert [(name, len(inputs[name])) for name in NETWORKS] == [("text_encoder", 1), ("unet", 3), ("decoder", 1)]
+    assert [(name, len(inputs[name])) for name in NETWORKS] == [("text_encoder", 2), ("unet", 3), ("decoder", 1)]
     assert all(tensor.name in one for one in inputs["unet"] for tensor in UNET.inputs)
     first = inputs["unet"][0]["sample"]
     np.testing.assert_array_equal(first[0], seeded_noise(samples.SEED, *first.shape[1:]))
