@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from pocketfusion.cli import app
-from pocketfusion.cli.train import RecipeArg
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -22,7 +21,7 @@ NameOpt = str | None
 
 @app.command("compress")
 def compress_command(
-    recipe: RecipeArg,
+    recipe: Annotated[Path, typer.Argument(help="Recipe with stages, such as recipes/tiny.yaml.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder of all stages' results.", show_default=False)],
     start: Annotated[NameOpt, typer.Option("--from", metavar="STAGE", help="Begin with it.")] = None,
     until: Annotated[NameOpt, typer.Option("--until", metavar="STAGE", help="Stop after it.")] = None,
@@ -103,6 +102,8 @@ class _Shown:
 
         from pocketfusion.progress import titled
 
+        if not self.console.is_terminal:
+            return
         if self.bar is None:
             columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
             left = progress.TimeRemainingColumn()

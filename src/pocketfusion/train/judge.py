@@ -58,7 +58,8 @@ class JudgeTask:
         needed = np.unique(np.concatenate([self.captions.choices[i] for i in np.concatenate(self.plan.pools)]))
         texts = [self.captions.captions[i] for i in needed]
         self.pooled = torch.zeros(len(self.captions.captions), self.text.width)
-        self.pooled[needed] = torch.from_numpy(cache_pooled(self.text, self.text.fingerprint, texts, cache)).float()
+        pooled = cache_pooled(self.text, self.text.fingerprint, texts, cache)
+        self.pooled[needed] = torch.from_numpy(np.asarray(pooled, dtype=np.float32))  # a copy: the cache is read-only
 
     def to(self, device: torch.device) -> None:
         """Pictures and pooled states are moved batch by batch."""
