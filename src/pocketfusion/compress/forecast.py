@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from pocketfusion.compress.chain import Chain, Stage
-from pocketfusion.compress.overview import duration, standings
+from pocketfusion.compress.overview import duration, size, standings
 from pocketfusion.compress.records import Records
 from pocketfusion.compress.runner import Span, planned
 from pocketfusion.errors import PocketfusionError
@@ -299,29 +299,39 @@ def check_disk(chain: Chain, out: Path, span: Span | None = None) -> None:
     free = shutil.disk_usage(out if out.is_dir() else out.absolute().parent).free
     if needed > free:
         raise PocketfusionError(
-            f"the chain needs about {needed / 1e9:.1f} GB in {out} and {free / 1e9:.1f} GB are free: "
+            f"the chain needs about {size(needed)} in {out} and {size(free)} are free: "
             "free some, or choose another disk"
         )
 
 
 def table(chain: Chain, rows: list[Forecast]) -> Table:
     """The plan as a table, with its sums."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        show_footer=True,
+        caption_justify="left",
+    )
     needed = sum(row.disk for row in rows)
     seconds = sum(row.seconds or 0 for row in rows)
     peak = max((row.memory for row in rows), default=0.0)
-    footers = ("in all", "", "", "", f"{peak / 1e9:.1f} GB", f"{needed / 1e9:.2f} GB", duration(seconds))
+    unmeasured = [row.stage.name for row in rows if row.seconds is None]
+    threads = torch.get_num_threads()
+    shown.caption = f"\ntimes as measured now on {threads} CPU thread{'s' if threads > 1 else ''}" + (
+        f", without those of {', '.join(unmeasured)}" if unmeasured else ""
+    )
+    footers = ("in all", "", "", "", size(peak), size(needed), duration(seconds))
     names = ("stage", "will", "samples", "parameters", "memory", "disk", "time")
     for name, footer in zip(names, footers, strict=True):
         shown.add_column(name, footer, justify="left" if name in names[:2] else "right", no_wrap=True)
     for row in rows:
         if row.action in ("skip", "given"):
-            shown.add_row(row.stage.name, "is done" if row.action == "skip" else "is given")
+            shown.add_row(row.stage.name, "done" if row.action == "skip" else "given")
             continue
         time = "unknown" if row.seconds is None else duration(row.seconds)
-        size = f"{row.parameters / 1e6:.1f} M" if row.parameters else ""
+        parameters = f"{row.parameters / 1e6:,.1f} M" if row.parameters else ""
         samples = f"{row.samples:,}" if row.samples else ""
-        shown.add_row(
-            row.stage.name, row.action, samples, size, f"{row.memory / 1e9:.1f} GB", f"{row.disk / 1e9:.2f} GB", time
-        )
+        shown.add_row(row.stage.name, row.action, samples, parameters, size(row.memory), size(row.disk), time)
     return shown

@@ -88,10 +88,17 @@ def overview(chain: Chain, out: Path) -> Table:
 
 def duration(seconds: float) -> str:
     """In the unit that a reader would use."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    for unit, span in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= (2 * span if span >= 86400 else span):
+            return f"{seconds / span:,.1f} {unit}"
+    return "under 1 s" if 0 < seconds < 1 else f"{seconds:.0f} s"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that a reader would use."""
+    if count >= 1e11:
+        return f"{count / 1e9:,.0f} GB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB" if count >= 1e6 else "under 1 MB"
 
 
 def provenance_of(place: Path) -> dict[str, Any]:
