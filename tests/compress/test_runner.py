@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pocketfusion.compress import calls
+from pocketfusion.compress import calls, overview
 from pocketfusion.compress.chain import chain_of
 from pocketfusion.compress.overview import standings
 from pocketfusion.compress.records import Record, Records, content_hash, sole
@@ -272,6 +272,26 @@ def test_time_that_is_over_stops_before_the_next_stage(tmp_path, played, monkeyp
     assert result.unfinished and 0 < len(result.ran) < len(ALL)
     with pytest.raises(PocketfusionError, match="--max-minutes 0 is not above 0"):
         run_chain(tiny(), tmp_path / "out", max_minutes=0)
+
+
+def test_a_stage_that_does_not_train_says_elsewhere_what_it_does(tmp_path, played, monkeypatch):
+    chain, out, seen, clock = tiny(), tmp_path / "out", [], [time.time()]
+    monkeypatch.setattr(overview, "at_work", lambda folder: True)  # asked from the process that holds the lock
+
+    def evolve(work) -> Made:
+        clock[0] += 120
+        work.progress("round 1", 3, 40)
+        seen.append(next(one for one in standings(chain, out) if one.stage.name == "evolve"))
+        work.progress("round 1", 4, 40)  # too soon to be written again
+        seen.append(next(one for one in standings(chain, out) if one.stage.name == "evolve"))
+        work.place.out.mkdir()
+        return Made({})
+
+    calls.CALLS["evolve"] = evolve
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    run_chain(chain, out, span=Span.of(chain, None, "evolve", None))
+    assert [one.doing for one in seen] == ["round 1: 3 of 40"] * 2 and seen[0].seconds == pytest.approx(120)
+    assert seen[0].state == "running" and not any(one.doing for one in standings(chain, out))
 
 
 def test_the_standing_of_a_stage_at_work_is_read_from_its_log(tmp_path, played):

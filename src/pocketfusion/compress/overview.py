@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ _SPAN = 50  #: newest steps that the speed is taken from
 
 @dataclass(frozen=True)
 class Standing:
-    """One stage: `state` is given, done, running, stopped, short or waiting; `left` in seconds, where it is known."""
+    """One stage: `state` is given, done, running, stopped, short or waiting; `left` in seconds, where it is known;
+    `doing`: what it is at, where it does not train."""
 
     stage: Stage
     state: str
@@ -28,6 +30,7 @@ class Standing:
     seconds: float = 0.0
     left: float | None = None
     scores: dict[str, float] | None = None
+    doing: str = ""
 
 
 def standings(chain: Chain, out: Path) -> list[Standing]:
@@ -45,14 +48,18 @@ def standings(chain: Chain, out: Path) -> list[Standing]:
             scores = {name: record.scores[name] for name in stage.is_a.scores if name in record.scores}
             found.append(Standing(stage, state, steps, steps, record.seconds, scores=scores))
         else:
-            found.append(_begun(stage, record, out / f"{stage.name}.run", running))
+            doing = records.told(stage.name) if running else {}
+            found.append(_begun(stage, record, out / f"{stage.name}.run", running, doing))
     return found
 
 
-def _begun(stage: Stage, record: Record, run: Path, running: bool) -> Standing:
+def _begun(stage: Stage, record: Record, run: Path, running: bool, doing: dict[str, Any]) -> Standing:
     state = "running" if running else "stopped"
     if stage.train is None or not (run / "log.jsonl").is_file():
-        return Standing(stage, state, total=stage.train.steps if stage.train else 0, seconds=record.seconds)
+        seconds = record.seconds + (time.time() - doing["since"] if doing else 0)
+        parts = [doing.get("what"), f"{doing['done']:,} of {doing['total']:,}" if doing.get("total") else ""]
+        total = stage.train.steps if stage.train else 0
+        return Standing(stage, state, total=total, seconds=seconds, doing=": ".join(filter(None, parts)))
     lines = read_log(run)
     steps = [line for line in lines if "loss" in line]
     done = int(steps[-1]["step"]) if steps else 0
@@ -81,7 +88,12 @@ def overview(chain: Chain, out: Path) -> Table:
         left = duration(one.left) if one.left is not None else ""
         gate = f" (gate: {one.stage.gate.text})" if one.stage.gate else ""
         table.add_row(
-            one.stage.name, one.state, steps, duration(one.seconds) if one.seconds else "", left, scores + gate
+            one.stage.name,
+            one.state,
+            steps,
+            duration(one.seconds) if one.seconds else "",
+            left,
+            (scores or one.doing) + gate,
         )
     return table
 

@@ -2,6 +2,7 @@
 
 OUT/compress.json      the recipe           OUT/NAME, OUT/NAME.run   a stage's result and its run folder
 OUT/_stages/NAME.json  a stage's record     OUT/_earlier/NAME-KEY    a result that other settings made
+OUT/_stages/doing      what the stage at work does just now, as JSON
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,20 @@ class Records:
             return
         (self.out / "_stages").mkdir(exist_ok=True)
         write_json(self.out / "_stages" / f"{name}.json", record.model_dump())
+
+    def tell(self, name: str, since: float, what: str = "", done: int = 0, total: int = 0) -> None:
+        """Says what a stage is doing, and since when (seconds of the epoch), to who asks from elsewhere."""
+        doing = {"stage": name, "since": since, "what": what, "done": done, "total": total}
+        with suppress(OSError):  # of a full disk the work itself will tell
+            (self.out / "_stages" / "doing").write_text(json.dumps(doing), encoding="utf-8")
+
+    def told(self, name: str) -> dict[str, Any]:
+        """What `tell` said last of the stage; empty if it was another or is being written."""
+        try:
+            doing = json.loads((self.out / "_stages" / "doing").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return doing if doing.get("stage") == name else {}
 
     def begin(self, name: str, key: dict[str, Any], made_of: Mapping[str, str]) -> Record:
         """The record to work under: what was begun or finished under `key`, brought back if other settings came

@@ -229,7 +229,7 @@ class _Run:
             place=StageRun(place, place.with_name(f"{stage.name}.run"), left, goal=goal),
             cache=self.out / "_cache",
             skip_bad=any(getattr(self.chain[name].options, "skip_bad", False) for name in stage.parents),
-            progress=self.display.progress,
+            progress=self._telling(stage),
         )
         if record.state == FINISHED:  # to train on: what it holds will change
             record.state, record.made = "begun", new_making()
@@ -245,6 +245,20 @@ class _Run:
         else:
             self.records.put(stage.name, record)
         return record
+
+    def _telling(self, stage: Stage) -> Progress:
+        """Shows the stage's progress here and, once a second, leaves it for `--status`."""
+        since, told = time.time(), float("-inf")
+        self.records.tell(stage.name, since)
+
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal told
+            self.display.progress(what, done, total)
+            if time.monotonic() >= told + 1:
+                self.records.tell(stage.name, since, what, done, total)
+                told = time.monotonic()
+
+        return tell
 
     def _path(self, system: str) -> str:
         """Where a stage's result is, with the steps that were asked of it."""
