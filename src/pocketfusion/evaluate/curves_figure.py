@@ -42,7 +42,7 @@ def plot_curves(result: Curves, path: Path) -> None:
                 f"{point.guidance_scale:g}", (left, top), xytext=(5, 5), textcoords="offset points",
                 fontsize=8, color=colour,
             )  # fmt: skip
-    name = result.protocol["extractor"]["name"]
+    name = " ".join(dict.fromkeys(result.protocol["extractor"]["name"].split()))  # a judge's folder may be "judge"
     kid_only = any(point.frechet is None for curve in result.curves for point in curve.points)
     axis.set_xlabel(f"CLIP score (higher is better), {name}")
     axis.set_ylabel(f"{'KID' if kid_only else 'Fréchet distance'} (lower is better), {name}")
