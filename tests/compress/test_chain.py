@@ -64,12 +64,12 @@ def test_a_checkpoint_and_named_inputs_make_other_chains():
         ({"data": {"sorce": "shapes"}}, "data has no setting 'sorce': did you mean 'source'?"),
         ({"data": {"source": "paintings"}}, "data: source: Input should be 'emoji' or 'shapes'"),
         ({"Data": {"stage": "data"}}, "a stage is called 'Data'"),
-        ({"autoencoder": {}}, "autoencoder needs data as its data, and no stage before it makes one: put data"),
+        ({"autoencoder": {}}, "autoencoder needs data, and no stage before it makes one: put data"),
         (
             {"data": {}, "base": {}, "autoencoder": {}},
-            "base needs an autoencoder as its autoencoder.* put autoencoder before it",
+            "base needs an autoencoder, and no stage before it makes one: put autoencoder before it",
         ),
-        ({"data": {}, "autoencoder": {"loss": {"feature_weight": 1}}}, "needs a loss judge as its loss-judge"),
+        ({"data": {}, "autoencoder": {"loss": {"feature_weight": 1}}}, "needs a loss judge, and no"),
         (
             {"data": {}, "judge": {"train": {"stepps": 3}}},
             "judge: there is no setting 'stepps' in train: did .*'steps'",

@@ -81,7 +81,7 @@ def test_what_it_will_take_is_told_before(cli, shallow_recipe, tmp_path, monkeyp
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    with pytest.raises(PocketfusionError, match=r"needs about .* GB in .*out and 1 MB are free"):
+    with pytest.raises(PocketfusionError, match=r"needs about .* in .*out and 1 MB are free"):
         forecast.check_disk(chain_of(load_recipe(shallow_recipe)), tmp_path / "out")
 
 

@@ -163,6 +163,9 @@ def test_from_until_and_only(tmp_path, played):
     ):
         with pytest.raises(PocketfusionError, match=said):
             Span.of(chain, *asked)
+    with pytest.raises(PocketfusionError, match="evolve needs data, which is not finished"):
+        run_chain(chain, tmp_path / "new", span=Span.of(chain, "evolve", None, None))
+    assert not (tmp_path / "new").exists()  # nothing half-made, which would then be this recipe's
     stale = tiny(judge__embed_dim=8)
     with pytest.raises(PocketfusionError, match="evolve needs judge, which is not finished"):
         run_chain(stale, out, span=Span.of(stale, "evolve", None, None))

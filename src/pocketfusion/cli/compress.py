@@ -62,7 +62,8 @@ def compress_command(
     check_disk(chain, out, span)
     with _Shown(chain) as shown:
         result = run_chain(chain, out, span=span, max_minutes=max_minutes, display=shown.display)
-    console.print(f"{len(result.ran)} stages run, {len(result.skipped)} unchanged")
+    ran = len(result.ran)
+    console.print(f"{ran} {'stage' if ran == 1 else 'stages'} run, {len(result.skipped)} unchanged")
     console.print(f"written: {out / 'report.html'}")
     if result.unfinished:
         console.print(f"stopped by --max-minutes in {result.unfinished}; run the same command to go on")

@@ -225,8 +225,9 @@ def _default_input(name: str, role: str, takes: Takes, fitting: list[Stage], wha
         found = [stage.name for stage in (preferred or fitting)[-1:]]
     if not found and not takes.optional:
         makers = [kind for kind, one in KINDS.items() if one.makes in takes.makes]
+        purpose = "" if role.replace("-", " ") in takes.makes else f" as its {role}"
         raise PocketfusionError(
-            f"the stage {name} needs {what} as its {role}, and no stage before it makes one: put "
+            f"the stage {name} needs {what}{purpose}, and no stage before it makes one: put "
             f"{' or '.join(makers[:3])} before it"
         )
     return tuple(found)

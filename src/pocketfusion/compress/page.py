@@ -40,7 +40,7 @@ _STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 0; }
-p.lead { color: var(--soft); margin: 0 0 1.6rem; }
+p.lead { color: var(--soft); margin: 0 0 1.6rem; } main > .scroll { margin-top: 1.6rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .38rem .7rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; } td.number, th.number { text-align: right; white-space: nowrap; }
@@ -49,11 +49,11 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
           margin-top: 1.3rem; }
 section header { display: flex; gap: .8rem; align-items: baseline; flex-wrap: wrap; margin-bottom: .6rem; }
 .state { font-size: .82rem; color: var(--soft); } .met { color: var(--good); } .missed { color: var(--bad); }
-a { color: var(--mark); text-decoration: none; } a:hover { text-decoration: underline; }
+a { color: var(--mark); text-decoration: none; white-space: nowrap; } a:hover { text-decoration: underline; }
 figure { margin: .9rem 0 0; } figcaption { color: var(--soft); font-size: .86rem; margin-top: .3rem; }
 img { max-width: 100%; border-radius: 6px; border: 1px solid var(--line); background: #fff; image-rendering: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 0 1.4rem; }
-svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 15px system-ui, sans-serif; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .5rem 1rem; margin: .4rem 0 0; }
 dt { color: var(--soft); font-size: .84rem; } dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 details { margin-top: .8rem; } summary { cursor: pointer; color: var(--soft); }

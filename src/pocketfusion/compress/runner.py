@@ -112,11 +112,17 @@ def run_chain(
     open_out(chain, out)
     for stage in chain.stages:
         _check_given(stage)
+    span = span or Span(0, len(chain.stages) - 1)
+    if not out.exists():  # nothing is finished there, and nothing is to be left there
+        for stage in chain.stages[span.first : span.last + 1]:
+            for name in stage.parents:
+                if chain.stages.index(chain[name]) < span.first and chain[name].given is None:
+                    raise _missing(stage, name)
     out.mkdir(exist_ok=True)
     with sole(out):
         write_json(out / "compress.json", {"recipe": chain.recipe.model_dump(mode="json")})
         try:
-            return _Run(chain, out, display or Display(), max_minutes).run(span or Span(0, len(chain.stages) - 1))
+            return _Run(chain, out, display or Display(), max_minutes).run(span)
         finally:
             write_page(chain, out)
 
@@ -193,10 +199,7 @@ class _Run:
         """Makes one stage; False if time ran out. Raises PocketfusionError if its gate is not met."""
         for name in stage.parents:
             if name not in self.hashes:
-                raise PocketfusionError(
-                    f"the stage {stage.name} needs {name}, which is not finished with these settings: run without "
-                    f"--from and --only, or --from {name}"
-                )
+                raise _missing(stage, name)
         key = key_of(self.chain, stage, self.hashes)
         record = self.records.begin(stage.name, key, {name: self.made[name] for name in stage.parents})
         skipped = self._is_done(stage, record)
@@ -271,6 +274,13 @@ class _Run:
         if (record.gate, record.gate_met) != (text, met):
             record.gate, record.gate_met = text, met
             self.records.put(stage.name, record)
+
+
+def _missing(stage: Stage, parent: str) -> PocketfusionError:
+    return PocketfusionError(
+        f"the stage {stage.name} needs {parent}, which is not finished with these settings: run without --from and "
+        f"--only, or --from {parent}"
+    )
 
 
 @contextmanager
