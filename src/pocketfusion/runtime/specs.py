@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from pocketfusion.errors import PocketfusionError
 
 #: What a manifest may say is bounded far above what the family needs (SD's pictures have 1024 pixels, its prompts 77
 #: tokens) and far below what would fill a machine's memory.
@@ -30,6 +40,27 @@ class Strict(BaseModel):
     """A model that refuses unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def made(cls: type[Part], **values: Any) -> Part:
+        """One of `values`; raises PocketfusionError for what a reader would refuse."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise PocketfusionError(
+                f"the bundle's manifest would not be valid ({first_fault(error)}): change that"
+            ) from None
+
+
+Part = TypeVar("Part", bound=Strict)
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where a model's values are wrong first, and how."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])[:200]
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{where + ': ' if where else ''}{what}"
 
 
 class BundleFile(Strict):
