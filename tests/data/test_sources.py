@@ -195,6 +195,13 @@ def test_members_that_are_no_files(tmp_path):
             add(tar, "a.png", png())
             add(tar, "a.txt", text)
     refused(tmp_path, "holds 'a.png' twice")
+    for name in (".", "./"):  # of a plain file
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            add(tar, name, b"x")
+            add(tar, "a.png", png())
+            add(tar, "a.txt", b"red")
+        refused(tmp_path, "0.tar holds a file without a name")
+        assert left_out(tmp_path, 1, "without a name") == ["a"]  # and not the rest of the shard
 
 
 def test_damaged_archives(tmp_path):
