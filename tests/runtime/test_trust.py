@@ -307,10 +307,10 @@ def parts(good: dict) -> dict[str, dict]:
             "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaaaaaaaaaaaaa"}
         },
         "replaced without end": {
-            "normalizer": {"type": "Replace", "pattern": {"String": "\U000f0001"}, "content": "\U000f0001" * 9}
+            "normalizer": {"type": "Replace", "pattern": {"String": "\U00017001"}, "content": "\U00017001" * 9}
         },
         "too many vectors": {
-            "normalizer": {"type": "Replace", "pattern": {"String": "<x>"}, "content": "\U000f0001" * 65}
+            "normalizer": {"type": "Replace", "pattern": {"String": "<x>"}, "content": "\U00017001" * 65}
         },
         "split": {
             "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Removed", "invert": True}
