@@ -186,8 +186,7 @@ class SchedulerSpec(Strict):
             betas = np.linspace(self.beta_start, self.beta_end, n)
         else:
             betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, n) ** 2
-        levels: npt.NDArray[np.float64] = np.cumprod(1.0 - betas)
-        return levels
+        return np.cumprod(1.0 - betas).astype(np.float64)
 
     @model_validator(mode="after")
     def _samplers_can_compute_it(self) -> SchedulerSpec:
