@@ -297,8 +297,8 @@ def test_an_unsound_file_is_refused_in_a_sentence(
 @pytest.mark.parametrize(
     ("metadata", "match"),
     [
-        ("{", "settings of .* are damaged: not valid JSON"),
-        ("[" * 100_000, "settings of .* are damaged: not valid JSON"),
+        ("{", "settings of .* are damaged: it is not valid JSON"),
+        ("[" * 100_000, "settings of .* are damaged: it is not valid JSON"),
         ('{"lora_alpha": 4, "lora_alpha": 64}', "gives 'lora_alpha' twice"),
         ("[1]", "not a JSON object"),
         ('{"lora_alpha": "much"}', "lora_alpha is not what PEFT writes"),
