@@ -91,6 +91,9 @@ def test_the_projects_recipes_are_within_the_bounds():
 
 
 def test_json_is_bounded(tmp_path):
+    many = "{" + ",".join(f'"{key}":0' for key in [*range(50_000), 49_999]) + "}"
+    with pytest.raises(ValueError, match="it gives '49999' twice"):
+        parse_json(many)  # minutes where every key is counted among all
     with pytest.raises(ValueError, match="it gives 'a' twice"):
         parse_json('{"b": [{"a": 1, "a": 2}]}')
     with pytest.raises(ValueError, match="nested too deeply"):

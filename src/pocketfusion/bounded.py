@@ -34,7 +34,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 def parse_json(content: bytes | str) -> Any:
     """The value of JSON text; ValueError with what is wrong with it."""
     try:
-        value = json.loads(content, object_pairs_hook=_once)
+        value = json.loads(content, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not valid JSON: {error.msg}, line {error.lineno}") from None
     except UnicodeDecodeError:
@@ -44,12 +44,18 @@ def parse_json(content: bytes | str) -> Any:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it gives {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return values
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON by its pairs (json's `object_pairs_hook`); ValueError for a key that it gives twice."""
+    _check_once([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _check_once(keys: list[str]) -> None:
+    seen = set[str]()
+    for key in keys:  # in one pass: a file has a million keys
+        if key in seen:
+            raise ValueError(f"it gives {key[:80]!r} twice")
+        seen.add(key)
 
 
 def walk(value: Any) -> Iterator[Any]:
@@ -84,8 +90,7 @@ def read_yaml(path: Path) -> Any:
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(keys)) != len(keys):  # the safe loader takes the last
-                raise ValueError(f"it gives {next(key for key in keys if keys.count(key) > 1)!r} twice")
+            _check_once(keys)  # the safe loader takes the last
             return super().construct_mapping(node, deep)
 
     content = read_bytes(path, _YAML_BYTES)

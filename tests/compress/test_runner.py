@@ -11,7 +11,7 @@ import yaml
 
 from pocketfusion.compress import calls, overview
 from pocketfusion.compress.chain import chain_of
-from pocketfusion.compress.overview import standings
+from pocketfusion.compress.overview import provenance_of, standings
 from pocketfusion.compress.records import Record, Records, content_hash, sole
 from pocketfusion.compress.runner import Span, run_chain
 from pocketfusion.compress.work import Made
@@ -315,3 +315,16 @@ def test_the_standing_of_a_stage_at_work_is_read_from_its_log(tmp_path, played):
         code = "import sys, pathlib; from pocketfusion.compress.records import at_work"
         code += "; print(at_work(pathlib.Path(sys.argv[1])))"
         assert subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True).stdout == "True\n"
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", "{", "\x00", BOMB])
+def test_a_given_result_may_hold_anything(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bundle.json").write_text(content)
+    seen = content_hash(tmp_path)
+    (tmp_path / "bundle.json").write_text(content + " ")
+    assert content_hash(tmp_path) != seen and provenance_of(tmp_path) == {}

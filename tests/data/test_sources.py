@@ -163,7 +163,7 @@ def test_in_a_shard_too(tmp_path):
         ({"b.png": png(), "b.txt": "caf\u00e9".encode("cp1252")}, r"'b' \(.txt\) is not UTF-8 .*it would read 'café'"),
         ({"b.png": png(), "b.json": b'{"caption": null}'}, "sample 'b' has null as its caption"),
         ({"b.png": png(), "b.json": b'{"caption": "x", "flip": 1}'}, "sample 'b' has 1 for 'flip'"),
-        ({"b.png": png(), "b.json": b'{"caption": "x", "caption": "y"}'}, "the key 'caption' stands twice"),
+        ({"b.png": png(), "b.json": b'{"caption": "x", "caption": "y"}'}, "it gives 'caption' twice"),
         ({"b.png": png(), "b.json": b"[" * 100_000}, "nests too deeply"),
         ({"../b.png": png()}, r"holds the path '../b.png'"),
         ({"/b.png": png()}, r"holds the path '/b.png'"),
@@ -195,6 +195,13 @@ def test_members_that_are_no_files(tmp_path):
             add(tar, "a.png", png())
             add(tar, "a.txt", text)
     refused(tmp_path, "holds 'a.png' twice")
+    for name in (".", "./"):  # of a plain file
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            add(tar, name, b"x")
+            add(tar, "a.png", png())
+            add(tar, "a.txt", b"red")
+        refused(tmp_path, "0.tar holds a file without a name")
+        assert left_out(tmp_path, 1, "without a name") == ["a"]  # and not the rest of the shard
 
 
 def test_damaged_archives(tmp_path):
@@ -317,13 +324,13 @@ def test_what_is_well_formed_is_taken(tmp_path):
         "captions": ["red"],
     }
     for line, match in (
-        ('{"file_name": "a.png", "text": "x", "text": "y"}', "the key 'text' stands twice"),
+        ('{"file_name": "a.png", "text": "x", "text": "y"}', "it gives 'text' twice"),
         ('["a.png"]', "has no 'file_name'"),
         ("null", "has no 'file_name'"),
         ('{"file_name": "a.png"', "line 1 is not valid JSON"),
         ('{"file_name": "a.png", "text": "x"}\n{"file_name": "./a.png", "text": "y"}', "lists a.png twice"),
         ("[" * 100_000, "nests too deeply"),
-        ("{" + ",".join(f'"{i}":0' for i in [*range(50_000), 49_999]) + "}", "the key '49999' stands twice"),
+        ("{" + ",".join(f'"{i}":0' for i in [*range(50_000), 49_999]) + "}", "it gives '49999' twice"),
     ):
         (tmp_path / "metadata.jsonl").write_text(line)
         refused(tmp_path, match)

@@ -199,7 +199,7 @@ def test_encodings_of_the_captions_file(own, encoding, match):
     ("text", "match"),
     [
         ("[" * 100_000, "nests too deeply"),
-        ('{"images": [], "images": []}', "the key 'images' stands twice"),
+        ('{"images": [], "images": []}', "it gives 'images' twice"),
         ("[]", "no list"),
     ],
 )

@@ -64,6 +64,8 @@ def test_unknown_schedule_is_named(tiny_folder_copy: Path, tmp_path: Path) -> No
     file = tiny_folder_copy / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
     refused(tiny_folder_copy, tmp_path / "out", "prediction_type 'sample'")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon", "beta_end": 1.5}))
+    refused(tiny_folder_copy, tmp_path / "out", "manifest would not be valid .beta_end")
 
 
 def test_mixed_models_are_refused(tiny_folder_copy: Path, tmp_path: Path) -> None:
@@ -82,6 +84,7 @@ def test_mixed_models_are_refused(tiny_folder_copy: Path, tmp_path: Path) -> Non
         ({"weights": {"vae": "int8"}}, "'int8' weights for 'vae'"),
         ({"num_inference_steps": 0}, "--steps is 0"),
         ({"guidance_scale": float("nan")}, "--guidance is nan"),
+        ({"guidance_scale": 1e9}, "manifest would not be valid .guidance_scale"),
     ],
 )
 def test_settings(tiny_folder: Path, tmp_path: Path, settings: dict, match: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from transformers import CLIPTextModel
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline
 from pocketfusion.mobile import specs
-from pocketfusion.models.learnt_tokens import add_embedding
+from pocketfusion.models.learnt_tokens import add_embedding, spell_out
 from pocketfusion.models.text_encoder import load_text_encoder
 from pocketfusion.recipe import TextSettings
 from pocketfusion.runtime.tokenizer import PromptTokenizer
-from tiny import tiny_pipeline
+from pocketfusion.runtime.trust.vocabulary import check_parts
+from tiny import tiny_pipeline, tiny_tokenizer
 from tiny_clip import LENGTH, clip_tokenizer, text_config
 
 PROMPTS = (
@@ -81,6 +83,24 @@ def test_tokens_and_states_are_the_stock_pipelines(tmp_path: Path, vectors: int)
         torch.testing.assert_close(added.encode_prompt(prompt, "cpu", 1, False)[0], states)
 
 
+def test_berts_tokenizer_spells_them_out_too() -> None:
+    """It drops private characters: a stand-in of no letters matched everywhere, and spelt every other word."""
+    tokenizer, grown = tiny_tokenizer(), tiny_tokenizer()
+    for one in (tokenizer, grown):
+        one.add_tokens(["<x>", "<x>_1", "<y>", "<y>_1"])
+    spell_out(grown)
+    grown.add_tokens(["<z>", "<z>_1"])  # a file's, at export, after the folder's
+    tokenizer.add_tokens(["<z>", "<z>_1"])
+    spell_out(grown)
+    check_parts(json.loads(grown.backend_tokenizer.to_str()))
+    for prompt, stock in (
+        ("a red cat", "a red cat"),
+        ("a <x> cat, <y>", "a <x> <x>_1 cat, <y> <y>_1"),
+        ("<z><x> dog", "<z> <z>_1 <x> <x>_1 dog"),
+    ):
+        assert grown(prompt).input_ids == tokenizer(stock).input_ids, prompt
+
+
 def test_a1111s_files_are_named_after_themselves(tmp_path: Path) -> None:
     plain = pipeline()
     assert add_embedding(plain, embedding(tmp_path / "mascot.safetensors", 2, "emb_params")) == "mascot"
@@ -103,6 +123,7 @@ def test_a1111s_files_are_named_after_themselves(tmp_path: Path) -> None:
         ({"\x1b[31m": torch.ones(1, 32)}, "which no prompt can name"),
         ({" ": torch.ones(1, 32)}, "which no prompt can name"),
         ({"cat</w>": torch.ones(1, 32)}, "which the folder has"),
+        ({"x" * 98: torch.ones(2, 32)}, "which no prompt can name"),
     ],
 )
 def test_what_is_no_sound_embedding_is_told(tmp_path: Path, state: dict, match: str) -> None:

@@ -45,6 +45,9 @@ from pocketfusion.terminal import printable, printable_json
         (lambda m: m["tokenizer"].update(max_length=10**9), "tokenizer.max_length"),
         (lambda m: m["scheduler"].update(num_train_timesteps=10**12), "scheduler.num_train_timesteps"),
         (lambda m: m["scheduler"].update(steps_offset=1000), "steps_offset is not below"),
+        (lambda m: m["scheduler"].update(beta_start=1e-300), "scheduler.beta_start"),
+        (lambda m: m["scheduler"].update(beta_start=0.9, beta_end=0.99), r"scheduler: .*alpha\^2 = 0 at the last"),
+        (lambda m: m["scheduler"].update(num_train_timesteps=100_000), r"scheduler: .*alpha\^2 = .* at the last"),
         (lambda m: m["networks"]["decoder"]["inputs"][0].update(shape=[]), r"decoder.inputs.0.shape"),
         (lambda m: m["networks"]["unet"]["outputs"][0].update(shape=[2**40]), r"unet.outputs.0.shape"),
         (lambda m: m["networks"]["unet"]["outputs"][0].update(shape=[2**14] * 4), "elements"),
@@ -304,10 +307,10 @@ def parts(good: dict) -> dict[str, dict]:
             "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaaaaaaaaaaaaa"}
         },
         "replaced without end": {
-            "normalizer": {"type": "Replace", "pattern": {"String": "\U000f0001"}, "content": "\U000f0001" * 9}
+            "normalizer": {"type": "Replace", "pattern": {"String": "\U00017001"}, "content": "\U00017001" * 9}
         },
         "too many vectors": {
-            "normalizer": {"type": "Replace", "pattern": {"String": "<x>"}, "content": "\U000f0001" * 65}
+            "normalizer": {"type": "Replace", "pattern": {"String": "<x>"}, "content": "\U00017001" * 65}
         },
         "split": {
             "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Removed", "invert": True}

@@ -120,5 +120,6 @@ def provenance_of(place: Path) -> dict[str, Any]:
             values = json.loads((place / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        return values if name == "provenance.json" else dict(values.get("provenance", {}))
+        said = values.get("provenance") if name == "bundle.json" and isinstance(values, dict) else values
+        return said if isinstance(said, dict) else {}
     return {}

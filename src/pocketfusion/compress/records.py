@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pocketfusion.artefact import sha256_file, write_json
+from pocketfusion.bounded import read_yaml
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import PROVENANCE
 
@@ -66,11 +67,12 @@ def content_hash(path: Path) -> str:
 def _file_hash(file: Path) -> str:
     if file.name not in _NOT_CONTENT:
         return sha256_file(file)
-    import yaml
-
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in values.items() if key not in _NOT_CONTENT[file.name]}
-    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    try:
+        values = read_yaml(file)  # JSON is YAML
+        kept = {key: value for key, value in dict(values).items() if key not in _NOT_CONTENT[file.name]}
+        return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    except (ValueError, TypeError):  # a given result's file may hold anything
+        return sha256_file(file)
 
 
 def _files(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pocketfusion.bounded import once
 from pocketfusion.errors import PocketfusionError
 
 MAX_BYTES = 1 << 29  #: of a picture or a table: nothing that is meant to be read whole is larger
@@ -68,19 +69,10 @@ def read_text(path: Path) -> str:
     return plain_text(read_bytes(path), str(path))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in made:
-            raise ValueError(f"the key {name[:80]!r} stands twice in one object")
-        made[name] = value
-    return made
-
-
 def parse_json(text: str, where: str) -> Any:
     """Like json.loads; raises PocketfusionError for what is no JSON, nests too deeply or has a key twice."""
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)
         raise PocketfusionError(f"{where} is not valid JSON ({reason}): mend or replace it") from None

@@ -105,6 +105,8 @@ def _sort_in(member: tarfile.TarInfo, file: Path, samples: dict[str, _Sample], s
     if member.isdir() or any(part.startswith((".", "__")) for part in path.parts):
         return  # hidden, such as the ._ files of macOS
     name = str(path)
+    if not path.name:
+        raise PocketfusionError(f"{file} holds a file without a name ({member.name!r}): pack it again without it")
     if not member.isreg():
         kind = "link" if member.issym() or member.islnk() else "device or FIFO"
         raise PocketfusionError(f"{file} holds the {kind} {name!r}: pack plain files (tar --dereference)")

@@ -42,9 +42,9 @@ from pocketfusion.runtime.manifest import (
     MANIFEST,
     NETWORKS,
     BundleFile,
+    Manifest,
     Network,
     Networks,
-    make_manifest,
 )
 from pocketfusion.runtime.samplers.sampler import Sampler
 from pocketfusion.runtime.specs import MULTISTEP, SamplerName
@@ -180,12 +180,12 @@ def export(
         files = {n: partial / f"{n}.tflite" for n in NETWORKS} | {"tokenizer": partial / "tokenizer.json"}
         if guidance == "classifier-free":
             files[EMPTY_PROMPT] = partial / "empty_prompt.f32"
-        manifest = make_manifest(
+        manifest = Manifest.made(
             name=name or out.name,
             created_by=f"pocketfusion {__version__}",
             target=settings.target,
             files={key: _file(path, partial) for key, path in (files | licence_files).items()},
-            networks=Networks(**{n: _network(described[n], row, settings) for n, row in rows.items()}),
+            networks=Networks.made(**{n: _network(described[n], row, settings) for n, row in rows.items()}),
             tokenizer=spec,
             latents=specs.latent_spec(pipeline),
             image=specs.image_spec(pipeline),
@@ -257,7 +257,7 @@ def _label(kind: str | NetworkRecipe, chosen: dict[str, Form]) -> str:
 
 
 def _network(described: Described, row: NetworkReport, settings: ExportSettings) -> Network:
-    return Network(
+    return Network.made(
         inputs=described.inputs,
         outputs=described.outputs,
         parameters=row.parameters,
@@ -270,7 +270,9 @@ def _network(described: Described, row: NetworkReport, settings: ExportSettings)
 
 
 def _file(path: Path, bundle: Path) -> BundleFile:
-    return BundleFile(path=path.relative_to(bundle).as_posix(), sha256=sha256_file(path), size=path.stat().st_size)
+    return BundleFile.made(
+        path=path.relative_to(bundle).as_posix(), sha256=sha256_file(path), size=path.stat().st_size
+    )
 
 
 def _provenance(folder: Path, settings: ExportSettings) -> dict[str, Any]:

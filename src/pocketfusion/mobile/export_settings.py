@@ -119,7 +119,7 @@ class ExportSettings:
                 "leave --guidance out"
             )
         steps, scale = self.num_inference_steps, self.guidance_scale
-        return Defaults(
+        return Defaults.made(
             num_inference_steps=known.num_inference_steps if steps is None else steps,
             guidance_scale=known.guidance_scale if scale is None else scale,
         )

@@ -31,5 +31,5 @@ def copy_licences(folder: Path, bundle: Path) -> tuple[dict[str, Path], list[Lic
         spdx = _SPDX.search(text)
         reference = "LicenseRef-" + re.sub(r"[^\w.-]", "-", source.stem)
         attribution = "; ".join((a or b).strip() for a, b in _ATTRIBUTION.findall(text))
-        entries.append(Licence(what=source.stem, spdx=spdx[1] if spdx else reference, attribution=attribution))
+        entries.append(Licence.made(what=source.stem, spdx=spdx[1] if spdx else reference, attribution=attribution))
     return copies, entries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from pocketfusion.bounded import parse_json
 from pocketfusion.errors import PocketfusionError
 
 #: How a tensor's name ends, and what it then is: kohya's names, PEFT's, diffusers' three older ones.
@@ -56,6 +56,7 @@ _OTHERS = {
 _PARTS = ("unet.", "text_encoder.")
 _PEFT_PREFIX = "base_model.model."
 _CONFIG_LIMIT = 1 << 20
+_PLAIN = ("gaussian", "eva", "orthogonal")  #: ways to begin that leave the base's weights as they are
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def check_lora(file: Path, scale: float) -> list[LoraLayer]:
         raise PocketfusionError(
             f"--lora {file}:{scale} is no scale: choose a finite number, 1 for the adapter as trained"
         )
-    state, settings = _read(file)
+    state, said = _read(file)
+    settings = _Strengths(file, said)
     for key, value in state.items():
         for part, what in _OTHERS.items():
             if part in key:
@@ -131,17 +133,21 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         config = file.with_name("adapter_config.json")
         if said is None and file.name == "adapter_model.safetensors" and config.is_file():
             said = config.read_text(encoding="utf-8") if config.stat().st_size < _CONFIG_LIMIT else "too long"
-        settings = {} if said is None else json.loads(said)
-    except (ValueError, RecursionError):
-        raise PocketfusionError(f"the settings of {file} are damaged: they are not JSON") from None
+        settings = {} if said is None else parse_json(said)
+    except ValueError as error:
+        raise PocketfusionError(f"the settings of {file} are damaged: {_short(str(error))}") from None
     except (OSError, SafetensorError, TypeError, AttributeError, KeyError, RuntimeError):  # the last four: odd types
         raise PocketfusionError(f"{file} is not a safetensors file: only safetensors adapters are read") from None
     if not isinstance(settings, dict):
         raise PocketfusionError(f"the settings of {file} are damaged: they are not a JSON object")
     if not state:
         raise PocketfusionError(f"{file} holds no LoRA: it has no tensors")
-    return {key.removeprefix(_PEFT_PREFIX): value.float() if value.is_floating_point() else value
-            for key, value in state.items()}, settings  # fmt: skip
+    named: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        if (name := key.removeprefix(_PEFT_PREFIX)) in named:
+            raise PocketfusionError(f"{file} holds {_short(name)} twice, under two names: it cannot be merged")
+        named[name] = value.float() if value.is_floating_point() else value
+    return named, settings
 
 
 def _grouped(file: Path, state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tuple[str, torch.Tensor]]]:
@@ -170,7 +176,7 @@ def _layer(
     file: Path,
     name: str,
     tensors: Mapping[str, tuple[str, torch.Tensor]],
-    settings: Mapping[str, Any],
+    settings: _Strengths,
     scale: float,
 ) -> LoraLayer:
     for role in ("down", "up"):
@@ -198,49 +204,69 @@ def _layer(
         alpha = float(value) or rank
         strength = alpha / rank
     else:
-        strength = _peft_strength(file, name, settings, rank, magnitude is not None)
+        strength = settings.of(name, rank, magnitude is not None)
     return LoraLayer(
         key.replace(".default.", "."), down, up, strength, magnitude, "lora_magnitude_vector" in magnitude_key
     )
 
 
-def _peft_strength(file: Path, name: str, settings: Mapping[str, Any], rank: int, magnitudes: bool) -> float:
+class _Strengths:
     """alpha/r, or alpha/√r (rsLoRA, arXiv 2312.03732), with the alpha of PEFT's settings; 1 without one.
 
-    Settings of one part have its name before their keys in a file of both.
+    Settings of one part have its name before their keys in a file of both. Each is read once: a file may have tens of
+    thousands of patterns.
     """
-    own, path = settings, name
-    for part in _PARTS:
-        if name.startswith(part):
-            path = name.removeprefix(part)
-            if any(key.startswith(_PARTS) for key in settings):
+
+    def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
+        self.file = file
+        self._own = {part: settings for part in ("", *_PARTS)}
+        if any(key.startswith(_PARTS) for key in settings):
+            for part in _PARTS:
                 own = {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)}
-    try:
-        said = _Settings.model_validate({key: own[key] for key in _Settings.model_fields if key in own})
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"][:1]))
-        raise PocketfusionError(f"the settings of {file} are damaged: {where} is not what PEFT writes") from None
-    if isinstance(said.init_lora_weights, str) and said.init_lora_weights not in ("gaussian", "eva", "orthogonal"):
-        raise PocketfusionError(
-            f"{file} was begun with {_short(said.init_lora_weights)}, which changes the base's weights as well: "
-            "convert it to a plain LoRA with PEFT first"
-        )
-    if said.use_dora and not magnitudes:
-        raise PocketfusionError(f"{file} is a DoRA without the magnitudes of {_short(name)}: it cannot be merged")
-    alpha = said.lora_alpha
-    for pattern, value in said.alpha_pattern.items():
-        # PEFT takes these for regular expressions; a hostile one could run for ever, and in practice they are names
-        literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if not all(character.isalnum() or character in "._" for character in literal):
+                self._own[part] = own
+        self._read: dict[str, tuple[_Settings, dict[str, tuple[int, float]]]] = {}
+
+    def of(self, name: str, rank: int, magnitudes: bool) -> float:
+        """A layer's strength; raises PocketfusionError for settings that are damaged or change more than it."""
+        part = next((part for part in _PARTS if name.startswith(part)), "")
+        if part not in self._read:
+            self._read[part] = self._checked(self._own[part])
+        said, alphas = self._read[part]
+        if said.use_dora and not magnitudes:
             raise PocketfusionError(
-                f"the settings of {file} have an alpha for {_short(pattern)}: it is no layer's name"
+                f"{self.file} is a DoRA without the magnitudes of {_short(name)}: it cannot be merged"
             )
-        if path == literal or path.endswith(f".{literal}"):
-            alpha = value
-            break
-    if alpha is None:
-        return 1.0
-    return alpha / math.sqrt(rank) if said.use_rslora else alpha / rank
+        words = name.removeprefix(part).split(".")
+        found = [alphas[end] for i in range(len(words)) if (end := ".".join(words[i:])) in alphas]
+        alpha = min(found)[1] if found else said.lora_alpha  # PEFT takes the first pattern that fits
+        if alpha is None:
+            return 1.0
+        return alpha / math.sqrt(rank) if said.use_rslora else alpha / rank
+
+    def _checked(self, own: Mapping[str, Any]) -> tuple[_Settings, dict[str, tuple[int, float]]]:
+        """Settings, and the name or end of a name → its pattern's number and alpha."""
+        try:
+            said = _Settings.model_validate({key: own[key] for key in _Settings.model_fields if key in own})
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"][:1]))
+            raise PocketfusionError(
+                f"the settings of {self.file} are damaged: {where} is not what PEFT writes"
+            ) from None
+        if isinstance(said.init_lora_weights, str) and said.init_lora_weights not in _PLAIN:
+            raise PocketfusionError(
+                f"{self.file} was begun with {_short(said.init_lora_weights)}, which changes the base's weights as "
+                "well: convert it to a plain LoRA with PEFT first"
+            )
+        alphas: dict[str, tuple[int, float]] = {}
+        for number, (pattern, value) in enumerate(said.alpha_pattern.items()):
+            # PEFT takes these for regular expressions; a hostile one could run for ever, and in practice all are names
+            literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            if not all(character.isalnum() or character in "._" for character in literal):
+                raise PocketfusionError(
+                    f"the settings of {self.file} have an alpha for {_short(pattern)}: it is no layer's name"
+                )
+            alphas.setdefault(literal, (number, value))
+        return said, alphas
 
 
 def _short(text: str) -> str:

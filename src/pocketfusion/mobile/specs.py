@@ -54,13 +54,13 @@ def latent_spec(pipeline: StablePipeline) -> LatentSpec:
     """Shape of the latents that the UNet was made for."""
     config = pipeline.unet.config
     height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-    return LatentSpec(channels=config.in_channels, height=height, width=width)
+    return LatentSpec.made(channels=config.in_channels, height=height, width=width)
 
 
 def image_spec(pipeline: StablePipeline) -> ImageSpec:
     """Size of the pictures: the latents' times the autoencoder's factor."""
     latents, factor = latent_spec(pipeline), 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    return ImageSpec(height=latents.height * factor, width=latents.width * factor)
+    return ImageSpec.made(height=latents.height * factor, width=latents.width * factor)
 
 
 def tokenizer_spec(pipeline: StablePipeline) -> TokenizerSpec:
@@ -69,7 +69,7 @@ def tokenizer_spec(pipeline: StablePipeline) -> TokenizerSpec:
     if tokenizer.pad_token is None:
         raise PocketfusionError("the folder's tokenizer has no padding token: set pad_token in tokenizer_config.json")
     length = min(tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings)
-    return TokenizerSpec(max_length=length, pad_token=tokenizer.pad_token, pad_token_id=tokenizer.pad_token_id)
+    return TokenizerSpec.made(max_length=length, pad_token=tokenizer.pad_token, pad_token_id=tokenizer.pad_token_id)
 
 
 def sampler_of(scheduler: Any) -> SamplerName:
@@ -104,7 +104,7 @@ def scheduler_spec(pipeline: StablePipeline) -> SchedulerSpec:
     for key in ("rescale_betas_zero_snr", "thresholding", "clip_sample", "trained_betas"):
         if config[key] is not None and config[key] is not False:
             raise PocketfusionError(f"the folder's scheduler sets {key}, which the runtime does not know: turn it off")
-    return SchedulerSpec(**{name: config[name] for name in SchedulerSpec.model_fields if name in config})
+    return SchedulerSpec.made(**{name: config[name] for name in SchedulerSpec.model_fields if name in config})
 
 
 def samples(
@@ -143,7 +143,7 @@ def samples(
 def tensor_specs(tensors: Samples) -> list[TensorSpec]:
     """The manifest's entries for named tensors."""
     kinds: dict[torch.dtype, Any] = {torch.float32: "float32", torch.int32: "int32"}
-    return [TensorSpec(name=name, shape=list(x.shape), dtype=kinds[x.dtype]) for name, x in tensors.items()]
+    return [TensorSpec.made(name=name, shape=list(x.shape), dtype=kinds[x.dtype]) for name, x in tensors.items()]
 
 
 @torch.no_grad()

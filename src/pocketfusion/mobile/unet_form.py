@@ -63,7 +63,7 @@ def unet_form(guidance: Guidance, target: str, two_calls: bool = False, schedule
 def time_embedding_spec(unet: Any) -> TimeEmbedding:
     """How the runtime computes `timestep_embedding`, from the UNet's config."""
     config = unet.config
-    return TimeEmbedding(
+    return TimeEmbedding.made(
         dim=config.block_out_channels[0],
         flip_sin_to_cos=config.flip_sin_to_cos,
         downscale_freq_shift=config.freq_shift,

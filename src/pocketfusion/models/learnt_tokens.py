@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.trust.vocabulary import STAND_INS
 
-_PRIVATE = 0xF0000  #: the first code point of a plane that no text uses: a stand-in for a vector's own name
 _MOST_VECTORS = 64
+_LONGEST = 97  #: letters of a token, whose vectors have three more: a bundle's names have 100
 
 
 def spell_out(tokenizer: Any) -> None:
@@ -23,13 +24,14 @@ def spell_out(tokenizer: Any) -> None:
 
     diffusers keeps such a token as `<x>`, `<x>_1`, `<x>_2` … and expands it in the prompt (`maybe_convert_prompt`),
     which only its pipelines do. Here the tokenizer does it, so that it holds wherever that goes: the ids stay, their
-    names become private code points, which a replacement before all other normalisation puts in.
-    Raises PocketfusionError for a tokenizer that the runtime cannot read.
+    names become `STAND_INS`, which a replacement before all other normalisation puts in.
+    Raises PocketfusionError for a tokenizer that the runtime cannot read, or of more vectors than there are stand-ins.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise PocketfusionError(f"the folder's tokenizer is a {type(tokenizer).__name__}, which has no tokenizer.json")
     said = json.loads(tokenizer.backend_tokenizer.to_str())
     ids = {token["content"]: token for token in said["added_tokens"]}
+    free = iter(sorted(set(STAND_INS) - set(ids)))
     spelt: list[tuple[str, str]] = []
     for name in list(ids):
         vectors = [name]
@@ -37,7 +39,9 @@ def spell_out(tokenizer: Any) -> None:
             vectors.append(following)
         if len(vectors) == 1 or re.fullmatch(r"(.+)_\d+", name) and name.rpartition("_")[0] in ids:
             continue
-        own = [chr(_PRIVATE + ids[vector]["id"]) for vector in vectors]
+        own = [character for character, _ in zip(free, vectors, strict=False)]
+        if len(own) < len(vectors):
+            raise PocketfusionError(f"the folder's tokenizer has over {len(STAND_INS):,} vectors of learnt tokens")
         spelt += [*zip(vectors[1:], own[1:], strict=True), (name, "".join(own))]
         for vector, character in zip(vectors, own, strict=True):
             ids[vector] |= {"content": character, "normalized": True, "special": False}
@@ -108,6 +112,6 @@ def read_embedding(file: Path) -> tuple[str, torch.Tensor]:
         raise PocketfusionError(f"{file} is no textual inversion: its tensor is {list(value.shape)} {value.dtype}")
     if not bool(value.float().isfinite().all()):
         raise PocketfusionError(f"{file} cannot be used: its vectors hold NaN or infinity")
-    if not token.strip() or token != token.strip() or not token.isprintable() or len(token) > 100:
+    if not token.strip() or token != token.strip() or not token.isprintable() or len(token) > _LONGEST:
         raise PocketfusionError(f"{file} teaches the token {token[:40]!a}, which no prompt can name: rename it")
     return token, value.float()

@@ -31,6 +31,7 @@ from pocketfusion.runtime.specs import (
     Text,
     TimeEmbedding,
     TokenizerSpec,
+    first_fault,
     most_steps,
 )
 from pocketfusion.runtime.specs import Network as Network  # this and TensorSpec: for those who write manifests
@@ -268,23 +269,8 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
         return Manifest.model_validate(raw), hashlib.sha256(content).hexdigest()
     except ValidationError as error:
         raise PocketfusionError(
-            f"{file} is not a valid manifest ({_first(error)}): restore the bundle from its source"
+            f"{file} is not a valid manifest ({first_fault(error)}): restore the bundle from its source"
         ) from None
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])[:200]
-    what = first["msg"].removeprefix("Value error, ")
-    return f"{where + ': ' if where else ''}{what}"
-
-
-def make_manifest(**values: Any) -> Manifest:
-    """A manifest of `values`; raises PocketfusionError for what a reader would refuse."""
-    try:
-        return Manifest(**values)
-    except ValidationError as error:
-        raise PocketfusionError(f"the bundle's manifest would not be valid ({_first(error)}): change that") from None
 
 
 def embedded_bundle() -> Path:

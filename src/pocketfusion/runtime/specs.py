@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+import numpy as np
+import numpy.typing as npt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from pocketfusion.errors import PocketfusionError
 
 #: What a manifest may say is bounded far above what the family needs (SD's pictures have 1024 pixels, its prompts 77
 #: tokens) and far below what would fill a machine's memory.
@@ -14,6 +26,8 @@ Positive = Annotated[int, Field(gt=0, le=2**14)]
 Count = Annotated[int, Field(ge=0, le=10**16)]
 Text = Annotated[str, Field(max_length=2000)]
 _MAX_ELEMENTS = 2**28  #: of a network's input or output: 1 GB of float32
+#: Of a schedule's last alpha^2, and of a beta: the samplers divide by alpha and by sigma. (SD's: 0.0047 and 0.00085.)
+_LEAST = 1e-9
 Weights = Literal["float32", "float16", "int8", "int8-dynamic", "int4-dynamic", "mixed"]
 SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-karras", "lcm", "tcd"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
@@ -26,6 +40,27 @@ class Strict(BaseModel):
     """A model that refuses unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def made(cls: type[Part], **values: Any) -> Part:
+        """One of `values`; raises PocketfusionError for what a reader would refuse."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise PocketfusionError(
+                f"the bundle's manifest would not be valid ({first_fault(error)}): change that"
+            ) from None
+
+
+Part = TypeVar("Part", bound=Strict)
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where a model's values are wrong first, and how."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])[:200]
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{where + ': ' if where else ''}{what}"
 
 
 class BundleFile(Strict):
@@ -135,14 +170,31 @@ class SchedulerSpec(Strict):
     """
 
     num_train_timesteps: int = Field(gt=0, le=100_000)
-    beta_start: float = Field(gt=0, lt=1)
-    beta_end: float = Field(gt=0, lt=1)
+    beta_start: float = Field(ge=_LEAST, lt=1)
+    beta_end: float = Field(ge=_LEAST, lt=1)
     beta_schedule: Literal["linear", "scaled_linear"]
     prediction_type: Literal["epsilon", "v_prediction"]
     timestep_spacing: Literal["leading", "trailing", "linspace"]
     steps_offset: int = Field(default=0, ge=0, le=100_000)
     set_alpha_to_one: bool = True
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+
+    def alphas_cumprod(self) -> npt.NDArray[np.float64]:
+        """alpha^2 by timestep, falling, [num_train_timesteps]."""
+        n = self.num_train_timesteps
+        if self.beta_schedule == "linear":
+            betas = np.linspace(self.beta_start, self.beta_end, n)
+        else:
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, n) ** 2
+        return np.cumprod(1.0 - betas).astype(np.float64)
+
+    @model_validator(mode="after")
+    def _samplers_can_compute_it(self) -> SchedulerSpec:
+        if not (last := float(self.alphas_cumprod()[-1])) >= _LEAST:
+            raise ValueError(
+                f"the betas leave alpha^2 = {last:.1g} at the last timestep: at least {_LEAST:g} is drawn"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

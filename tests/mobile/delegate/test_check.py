@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -203,12 +204,14 @@ def test_bad_input(run, tmp_path):
     content = (tmp_path / "good.tflite").read_bytes()
     (tmp_path / "cut.tflite").write_bytes(content[: len(content) // 2])
     (tmp_path / "empty.tflite").write_bytes(b"")
+    os.mkfifo(tmp_path / "fifo.tflite")
     for arguments, words in (
         ([tmp_path / "custom.tflite"], "custom operation FlexErf"),
         ([tmp_path / "text.tflite"], "is not a .tflite file"),
         ([tmp_path / "cut.tflite"], "is damaged"),
         ([tmp_path / "empty.tflite"], "is not a .tflite file"),
         ([tmp_path / "none.tflite"], "No such file"),
+        ([tmp_path / "fifo.tflite"], "is a FIFO, socket or device"),
         ([tmp_path], "is not a bundle"),
         ([tmp_path / "good.tflite", "--precision", "int8"], "choose fp32 or fp16"),
         ([tmp_path / "good.tflite", "--threads", "0"], "the number of threads is 0: choose 1 to"),

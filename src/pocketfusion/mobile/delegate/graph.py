@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from pocketfusion.data.files import open_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile import flatbuffer
 
@@ -130,11 +131,8 @@ def load(path: Path) -> File:
 
     Raises PocketfusionError if it is missing, is no `.tflite`, is damaged or has custom operations, which it names.
     """
-    try:
-        with path.open("rb") as f:
-            begin = f.read(8)
-    except OSError as error:
-        raise PocketfusionError(f"{path} cannot be read ({error.strerror}): give a .tflite file or a bundle") from None
+    with open_file(path) as f:  # a FIFO would be waited for
+        begin = f.read(8)
     if begin[4:8] != b"TFL3":
         raise PocketfusionError(f"{path} is not a .tflite file: give a LiteRT model or a bundle's folder")
     try:

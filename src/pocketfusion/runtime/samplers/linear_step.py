@@ -20,12 +20,7 @@ class NoiseLevels:
     """The levels that a schedule was trained on, by timestep, float64 [num_train_timesteps]."""
 
     def __init__(self, spec: SchedulerSpec) -> None:
-        n = spec.num_train_timesteps
-        if spec.beta_schedule == "linear":
-            betas = np.linspace(spec.beta_start, spec.beta_end, n)
-        else:
-            betas = np.linspace(spec.beta_start**0.5, spec.beta_end**0.5, n) ** 2
-        self.alphas_cumprod = np.cumprod(1.0 - betas)
+        self.alphas_cumprod = spec.alphas_cumprod()
         #: sigma / alpha, the levels of latents with x_0 at weight 1 (Karras et al., arXiv 2206.00364)
         self.sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
 

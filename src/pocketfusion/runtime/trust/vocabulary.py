@@ -23,6 +23,10 @@ _MAX_TEXT, _MAX_WORD = 100, 1000
 #: Vectors of one learnt token, and parts of a normalizer: BERT's and CLIP's few, and one for every learnt vector.
 _MAX_VECTORS, _MAX_NORMALIZERS = 64, 1000
 
+#: What stands for a vector of a learnt token: letters of a script of the 11th century (Tangut), as BERT's and CLIP's
+#: normalizers leave them as they are, where BERT's drops private code points.
+STAND_INS = tuple(map(chr, range(0x17000, 0x187ED)))
+
 Check = Callable[[Any], bool]
 
 
@@ -104,20 +108,20 @@ def _merges(value: Any) -> bool:
 
 
 def _learnt_token(value: Any) -> bool:
-    """A learnt token's name → one private character a vector. They are in no name, so none feeds another."""
+    """A learnt token's name → one of `STAND_INS` a vector. They are in no name, so none feeds another."""
     if not _record(pattern=_record(String=_text), content=_text)(value):
         return False
     name, content = value["pattern"]["String"], value["content"]
     return (
         bool(name)
-        and not any(map(_private, name))
+        and not any(map(_stand_in, name))
         and 0 < len(content) <= _MAX_VECTORS
-        and all(map(_private, content))
+        and all(map(_stand_in, content))
     )
 
 
-def _private(character: str) -> bool:
-    return character >= "\U000f0000"
+def _stand_in(character: str) -> bool:
+    return STAND_INS[0] <= character <= STAND_INS[-1]
 
 
 _NOTHING = _record()
