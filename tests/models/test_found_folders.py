@@ -406,3 +406,19 @@ def test_a_scale_up_to_one_draws_the_prompt_alone(plain: StableDiffusionPipeline
     torch.testing.assert_close(drawn[:3], alone[:3], atol=1e-5, rtol=1e-5)
     empty = plain.unet(z[3:], 300, null[None]).sample
     torch.testing.assert_close(drawn[3:], empty + 3 * (alone[3:] - empty), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("text_encoder", "num_hidden_layers", 10**9),
+        ("text_encoder", "hidden_size", 10**9),
+        ("unet", "layers_per_block", 10**8),
+        ("vae", "block_out_channels", [8, 10**9]),
+    ],
+)
+def test_a_config_of_a_far_larger_network_is_refused_before_that_is_built(folder, part, key, value):
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(PocketfusionError, match=f"says {key} 10+, and the weights beside it are of a smaller"):
+        load_pipeline(folder)

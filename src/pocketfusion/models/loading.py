@@ -19,6 +19,7 @@ from pocketfusion.models.learnt_tokens import spell_out
 
 Network = TypeVar("Network", bound=nn.Module)
 _TEXT_ENCODERS: dict[str, type[Any]] = {"CLIPTextModel": CLIPTextModel, "BertModel": BertModel}
+_LARGEST = 2**17  #: of a number in a config that is no width: pixels, positions, token ids
 _UNUSED = ("pooler.",)  # BERT's, which no prompt state depends on
 
 
@@ -28,7 +29,8 @@ def load_part(kind: type[Network], folder: Path, **options: Any) -> Network:
     Of files in several variants `folder.weight_files` says which is read. Raises PocketfusionError if it does not
     load, lacks a weight, has one of another shape, or one is NaN.
     """
-    _, variant = weight_files(folder)
+    files, variant = weight_files(folder)
+    _check_config(folder, files)
     if issubclass(kind, PreTrainedModel):
         options["ignore_mismatched_sizes"] = True  # they are refused below, by name; diffusers does so itself
     network, said = _loaded(
@@ -52,6 +54,24 @@ def load_part(kind: type[Network], folder: Path, **options: Any) -> Network:
         raise PocketfusionError(f"{folder}: the weight {key} is {shapes} in the file and by the config: restore both")
     check_finite(network, str(folder))
     return network
+
+
+def _check_config(folder: Path, files: list[Path]) -> None:
+    """Raises PocketfusionError if `config.json` asks for a far larger network than its weights are: it would be built
+    first, for hours or past the memory, and then lack them."""
+    from pocketfusion.info import read_safetensors_header
+
+    headers = [read_safetensors_header(file)[0] for file in files]
+    tensors = sum(map(len, headers))
+    widest = max((size for header in headers for one in header.values() for size in one["shape"]), default=0)
+    for key, value in read_json(folder / "config.json").items():
+        most = tensors if "layers" in key else max(widest, _LARGEST)
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and abs(number) > most:
+                raise PocketfusionError(
+                    f"{folder / 'config.json'} says {key[:80]} {number}, and the weights beside it are of a smaller "
+                    "network: restore both from their source"
+                )
 
 
 def assemble(path: Path) -> StableDiffusionPipeline:
