@@ -297,13 +297,13 @@ def test_whoever_works_in_a_run_folder_asks_for_it(tmp_path):
     from pocketfusion.evolve.ledger import Ledger
     from pocketfusion.train.loop import train
     from pocketfusion.train.place import StageRun
-    from pocketfusion.train.stage import finished_result
+    from pocketfusion.train.stage import run_stage
 
     run = tmp_path / "out.run"
     owner = elsewhere(f"locks.hold(Path({str(run)!r})); print('in', flush=True); time.sleep(60)")
     for work in (
         lambda: train(LineTask(), settings(), run, fingerprint={}),
-        lambda: finished_result(StageRun.at(tmp_path / "out"), {}),
+        lambda: run_stage(StageRun.at(tmp_path / "out"), LineTask(), settings(), {}, write=dict, reopen=list),
         lambda: Ledger(run, {}),
     ):
         with pytest.raises(PocketfusionError, match="out.run is in use by another run"):

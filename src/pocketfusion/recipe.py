@@ -66,6 +66,7 @@ class PictureLossSettings(_Settings):
     mse_weight: float = Field(default=1.0, ge=0)
     l1_weight: float = Field(default=0.0, ge=0)
     gradient_weight: float = Field(default=0.0, ge=0)
+    colour_weight: float = Field(default=0.0, ge=0)
     feature_weight: float = Field(default=0.0, ge=0)
     feature_start: float = Field(default=0.0, ge=0, lt=1)
 

@@ -12,7 +12,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.judge import JudgeModel, load_judge
 from pocketfusion.recipe import PictureLossSettings, load_recipe
 from pocketfusion.train.autoencoder import AutoencoderTask, fold_whitening, latent_statistics, to_tensor
-from pocketfusion.train.picture_losses import PictureLoss, gradient_loss
+from pocketfusion.train.picture_losses import PictureLoss, colour_loss, gradient_loss
 
 
 @pytest.fixture
@@ -71,17 +71,25 @@ def test_the_gradient_loss_by_hand():
     assert gradient_loss(b.repeat(1, 1, 4, 4), b.repeat(1, 1, 4, 4) + 0.7).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_the_colour_loss_sees_flat_colours_alone():
+    a = torch.rand(2, 3, 16, 16)
+    checker = 0.3 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2 - 1)
+    assert colour_loss(a, a + checker).item() == pytest.approx(0, abs=1e-6)  # detail without a mean
+    shift = torch.tensor([0.1, -0.2, 0.0])[:, None, None]
+    assert colour_loss(a, a + shift + checker).item() == pytest.approx(0.1, abs=1e-5)
+
+
 def test_terms_have_their_weights_and_parts_average_to_the_whole():
     torch.manual_seed(0)
     judge = JudgeModel(image_size=16, widths=(8, 8), text_width=8, embed_dim=8, for_losses=True)
     settings = PictureLossSettings(
-        mse_weight=0.5, l1_weight=2.0, gradient_weight=3.0, feature_weight=5.0, feature_start=0.5
+        mse_weight=0.5, l1_weight=2.0, gradient_weight=3.0, colour_weight=4.0, feature_weight=5.0, feature_start=0.5
     )
     loss = PictureLoss(settings, judge)
     a, b = torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)
     total, terms = loss(a, b, 0.5)
-    assert set(terms) == {"mse", "l1", "gradient", "features"}
-    weights = {"mse": 0.5, "l1": 2.0, "gradient": 3.0, "features": 5.0}
+    assert set(terms) == {"mse", "l1", "gradient", "colour", "features"}
+    weights = {"mse": 0.5, "l1": 2.0, "gradient": 3.0, "colour": 4.0, "features": 5.0}
     assert total.item() == pytest.approx(sum(weights[name] * value for name, value in terms.items()), rel=1e-5)
     assert terms["mse"] == pytest.approx((a - b).square().mean().item(), rel=1e-5)
     assert "features" not in loss(a, b, 0.49)[1]

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
@@ -20,7 +21,7 @@ from pocketfusion.recipe import Recipe
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.held_out import shared, spread
 from pocketfusion.train.loop import TrainResult
-from pocketfusion.train.picture_losses import PictureLoss
+from pocketfusion.train.picture_losses import COLOUR_BLOCK, PictureLoss
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.stage import finished_result, run_stage
 
@@ -107,12 +108,14 @@ class AutoencoderTask:
         return torch.cat(pixels), torch.cat(images)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean of the pictures' PSNR on the held-out ones."""
+        """Mean of the pictures' PSNR on the held-out ones, and that of their means over 8x8 pixels: their colours."""
 
         def found(rows: torch.Tensor) -> torch.Tensor:
-            return psnr(*self.reconstruct(self.held_out[rows.numpy()]))[:, None]
+            both = self.reconstruct(self.held_out[rows.numpy()])
+            return torch.stack([psnr(*both), psnr(*(F.avg_pool2d(one, COLOUR_BLOCK) for one in both))], 1)
 
-        return {"val_psnr_db": shared(len(self.held_out), 1, found).mean().item()}
+        whole, colours = shared(len(self.held_out), 2, found).mean(0).tolist()
+        return {"val_psnr_db": whole, "val_colour_psnr_db": colours}
 
     def preview(self, model: nn.Module) -> Image.Image:
         """Held-out pictures above their reconstructions."""

@@ -10,6 +10,8 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.judge import JudgeModel
 from pocketfusion.recipe import PictureLossSettings
 
+COLOUR_BLOCK = 8  #: pixels of a side
+
 
 def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Mean absolute error of the differences of neighbours across and down, at full and half size; scalar, fp32.
@@ -21,6 +23,15 @@ def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     for e in (error, F.avg_pool2d(error, 2)):
         terms += [(e[..., 1:] - e[..., :-1]).abs().mean(), (e[..., 1:, :] - e[..., :-1, :]).abs().mean()]
     return torch.stack(terms).mean()
+
+
+def colour_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error of the means of 8x8 pixels; scalar, fp32. [B, C, H, W] each.
+
+    Flat colours count for what they are: an autoencoder with few channels keeps edges and gives up the hues that are
+    rare in the data, which a mean over pixels hardly notices and the eye does.
+    """
+    return F.avg_pool2d(a.float() - b.float(), COLOUR_BLOCK).abs().mean()
 
 
 class PictureLoss(nn.Module):
@@ -66,6 +77,8 @@ class PictureLoss(nn.Module):
             terms.append(("l1", settings.l1_weight, F.l1_loss(picture, wanted)))
         if settings.gradient_weight:
             terms.append(("gradient", settings.gradient_weight, gradient_loss(picture, wanted)))
+        if settings.colour_weight:
+            terms.append(("colour", settings.colour_weight, colour_loss(picture, wanted)))
         if self.judge is not None and progress >= settings.feature_start:
             terms.append(("features", settings.feature_weight, self.feature_distance(picture, wanted)))
         loss = torch.stack([weight * term for _, weight, term in terms]).sum()
