@@ -61,7 +61,10 @@ def _check_config(folder: Path, files: list[Path]) -> None:
     first, for hours or past the memory, and then lack them."""
     from pocketfusion.info import read_safetensors_header
 
-    headers = [read_safetensors_header(file)[0] for file in files]
+    try:
+        headers = [read_safetensors_header(file)[0] for file in files]
+    except PocketfusionError as error:
+        raise PocketfusionError(f"{folder} could not be loaded ({error})") from None
     tensors = sum(map(len, headers))
     widest = max((size for header in headers for one in header.values() for size in one["shape"]), default=0)
     for key, value in read_json(folder / "config.json").items():
