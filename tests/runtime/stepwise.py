@@ -87,7 +87,9 @@ def errors(name: str, steps: int, monkeypatch, dtype: str = "float32", **changes
     Both run freely from the same noise; each step's output is the same for both, near the latents' own noise. With
     `float64` diffusers' tables, which it computes in float32, are replaced by float64 ones of the same values.
     """
-    ours, theirs = Sampler(name, spec(**changes)), reference(name, **changes)
+    ours = Sampler(name, spec(**changes))
+    eta = {"eta": changes.pop("eta")} if "eta" in changes else {}
+    theirs = reference(name, **changes)
     timesteps = ours.set_timesteps(steps)
     theirs.set_timesteps(steps)
     np.testing.assert_array_equal(timesteps, theirs.timesteps.numpy()[:steps])
@@ -110,7 +112,7 @@ def errors(name: str, steps: int, monkeypatch, dtype: str = "float32", **changes
         if changes.get("prediction_type", "epsilon") == "epsilon":  # a network's is near: keeps latents at unit scale
             sigma = np.sqrt(1 - theirs.alphas_cumprod[min(int(t), 999)].item())
             output = (0.1 * output + sigma * seen.numpy()).astype(dtype)
-        expected = theirs.step(torch.from_numpy(output), t, expected).prev_sample
+        expected = theirs.step(torch.from_numpy(output), t, expected, **eta).prev_sample
         sample = ours.step(output, k, sample, lambda k=k: noise.at(k))
         assert sample.dtype == dtype
         scale = 1.0

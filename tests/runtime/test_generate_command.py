@@ -58,11 +58,23 @@ def test_another_sampler_is_written_down_and_draws_again(run, tiny_bundle, out):
     assert (out / "a.png").read_bytes() == (out / "b.png").read_bytes() != (out / "c.png").read_bytes()
 
 
+def test_an_eta_is_written_down_and_changes_the_picture(run, bundle, edit, out):
+    edit(lambda m: m["scheduler"].update(eta=0.5))
+    given = ("generate", "cat", "--bundle", bundle, "--seed", 1, "--steps", 3, "--sampler", "tcd", "-o")
+    for name, eta in (("a", ("--eta", 0.5)), ("b", ()), ("c", ("--eta", 0))):
+        code, _, notes = run(*given, out / f"{name}.png", "--json", out / f"{name}.json", *eta)
+        assert (code, notes) == (0, "")
+    assert (out / "a.png").read_bytes() == (out / "b.png").read_bytes() != (out / "c.png").read_bytes()
+    assert Image.open(out / "b.png").text["eta"] == "0.5" and json.loads((out / "c.json").read_text())["eta"] == 0
+
+
 def test_samplers_that_cannot_draw(run, bundle, edit, out):
     arguments = ("generate", "cat", "-o", out / "a.png", "--bundle", bundle, "--sampler")
     refused(run(*arguments, "heun"), out, "the sampler 'heun' is not known: choose ddim or euler or euler-ancestral")
     refused(run(*arguments, ""), out, "the sampler '' is not known")
     refused(run(*arguments, "lcm", "--steps", 51), out, "the number of steps is 51: choose 1 to 50 with lcm")
+    refused(run(*arguments, "tcd", "--eta", 1.5), out, "eta is 1.5: choose 0 (no noise between the steps) to 1")
+    refused(run(*arguments, "lcm", "--eta", 0.3), out, "eta is 0.3, but the sampler is lcm: it is of tcd")
     edit(lambda m: m.update(samplers=["ddim"]))
     refused(
         run(*arguments, "euler"), out, "'euler' has timesteps that this bundle's UNet was not taught: choose ddim\n"

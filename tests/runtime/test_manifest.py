@@ -65,6 +65,7 @@ def test_newer_version(bundle, edit):
         (lambda m: m.update(samplers=[]), "sampler is ddim, which samplers"),
         (lambda m: m.update(sampler="lcm") or m["defaults"].update(num_inference_steps=51), "51, but lcm has 50"),
         (lambda m: m["scheduler"].update(final_sigmas_type="one"), "scheduler.final_sigmas_type"),
+        (lambda m: m["scheduler"].update(eta=1.01), "scheduler.eta"),
         (lambda m: m["files"]["unet"].update(sha256="abc"), "files.unet.sha256"),
         (lambda m: m.update(version="1"), "version"),
     ],
@@ -204,9 +205,10 @@ def test_later_keys_that_break_a_rule(bundle, edit, change, match):
 
 def test_what_a_sampler_adds_to_the_manifest_is_only_there_where_it_says_something(bundle, edit):
     old = Bundle.open(bundle).manifest.contents()
-    assert "sampler" not in old and "samplers" not in old and "final_sigmas_type" not in old["scheduler"]
+    assert "sampler" not in old and "samplers" not in old
+    assert not {"final_sigmas_type", "eta"} & old["scheduler"].keys()
     edit(lambda m: m.update(sampler="euler", samplers=["ddim", "euler"]))
-    edit(lambda m: m["scheduler"].update(final_sigmas_type="sigma_min", timestep_spacing="linspace"))
+    edit(lambda m: m["scheduler"].update(final_sigmas_type="sigma_min", timestep_spacing="linspace", eta=0.5))
     manifest = Bundle.open(bundle).manifest
     assert manifest.contents() == json.loads((bundle / "bundle.json").read_text())
 

@@ -107,6 +107,15 @@ def test_every_step_equals_diffusers(name, prediction, spacing, monkeypatch):
             assert max(errors(name, steps, monkeypatch, "float64", **settings, **end)) < 1e-5
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.55, 1.0])
+def test_every_eta_of_tcd_equals_diffusers(eta, prediction, monkeypatch):
+    for steps in (1, 4, 25):
+        for dtype, bound in (("float32", 2e-5), ("float64", 1e-5)):
+            assert max(errors("tcd", steps, monkeypatch, dtype, prediction_type=prediction, eta=eta)) < bound
+    assert sampler("tcd", 4, eta=eta).adds_noise == (eta > 0) and not sampler("tcd", 1, eta=eta).adds_noise
+
+
 def test_the_pages_formulas_give_the_weights():
     """docs/samplers.md's table, computed here in plain Python, of 4 steps with `trailing` spacing."""
     first, last, bars, product = 0.00085**0.5, 0.012**0.5, [], 1.0

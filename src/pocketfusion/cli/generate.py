@@ -33,6 +33,9 @@ def generate_command(
         str | None,
         typer.Option("--sampler", metavar="NAME", help="One of those that info lists. Default: the bundle's."),
     ] = None,
+    eta: Annotated[
+        float | None, typer.Option("--eta", help="TCD's fresh noise at each step, 0 to 1. Default: the bundle's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="First picture's seed. Default: random, printed.")] = None,
     count: Annotated[int, typer.Option("--count", help="Pictures to draw; picture i takes seed + i.")] = 1,
     negative: Annotated[str, typer.Option("--negative", help="What the pictures should not show.")] = "",
@@ -96,6 +99,7 @@ def generate_command(
             seed=seed,
             num_images=count,
             sampler=sampler,
+            eta=eta,
             callback=callback,
         )
     for warning in result.warnings:

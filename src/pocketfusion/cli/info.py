@@ -66,7 +66,8 @@ def _print(console: Console, about: dict[str, Any]) -> None:
         console.print(f"  scheduler   {', '.join(str(scheduler[key]) for key in keys if key in scheduler)}")
     if "samplers" in about:
         others = ", ".join(name for name in about["samplers"] if name != about["sampler"])
-        console.print(f"  sampler     {about['sampler']}{'; also ' if others else ''}{others}")
+        eta = f" with eta {about['scheduler'].get('eta', 0.3):g}" if about["sampler"] == "tcd" else ""
+        console.print(f"  sampler     {about['sampler']}{eta}{'; also ' if others else ''}{others}")
     if "defaults" in about:
         defaults = about["defaults"]
         console.print(

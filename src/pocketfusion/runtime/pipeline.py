@@ -120,15 +120,17 @@ class Pipeline:
         num_images: int = 1,
         latents: Array | None = None,
         sampler: str | None = None,
+        eta: float | None = None,
         callback: Callback | None = None,
     ) -> GenerationResult:
         """Draws `num_images` pictures of `prompt` with a sampler and guidance: classifier-free (Ho & Salimans, arXiv
         2207.12598, in diffusers' convention: `guidance_scale` up to 1 is the plain conditional model), or whatever the
         bundle's is. Where it is embedded or folded a step is one prediction and there is no negative prompt.
 
-        `sampler` is one of `manifest.allowed_samplers`; None is the bundle's own. Picture i starts from the noise of
-        seed + i (a random seed if None) or from `latents` [num_images, height, width, channels]; what noise a sampler
-        adds later is the seed's in both cases. The same seed gives the same bytes on the same machine.
+        `sampler` is one of `manifest.allowed_samplers`; None is the bundle's own. `eta` is TCD's share of fresh noise,
+        0 to 1. Picture i starts from the noise of seed + i (a random seed if None) or from `latents` [num_images,
+        height, width, channels]; what noise a sampler adds later is the seed's in both cases. The same seed gives the
+        same bytes on the same machine.
         `callback(step, timestep, latents)` is called after each step (counted from 0, afresh for each picture) with
         latents [1, height, width, channels], which `decode` makes a preview of; returning False or raising
         `Cancelled` stops, and `generate` raises `Cancelled`.
@@ -139,7 +141,7 @@ class Pipeline:
         steps = self.manifest.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         timings, warnings = Timings(self.load_seconds), list[str]()
         scale = resolve_guidance(self.manifest, guidance_scale, negative_prompt, warnings)
-        chosen = resolve_sampler(self.manifest, sampler)
+        chosen = resolve_sampler(self.manifest, sampler, eta)
         chosen.set_timesteps(steps)
         seeds = self._seeds(seed, num_images, scale)
         given = None if latents is None else self._given(latents, num_images)
@@ -174,6 +176,7 @@ class Pipeline:
             peak_rss(),
             warnings,
             chosen.name,
+            chosen.spec.eta if chosen.name == "tcd" else None,
         )
 
     def noise(self, seed: int) -> Array:

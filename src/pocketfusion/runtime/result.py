@@ -42,3 +42,4 @@ class GenerationResult:
     peak_rss: int | None  #: bytes, of the whole process so far; None where the system does not tell
     warnings: list[str]
     sampler: SamplerName
+    eta: float | None = None  #: TCD's share of fresh noise; None with other samplers

@@ -166,7 +166,8 @@ class TimeEmbedding(Strict):
 class SchedulerSpec(Strict):
     """The noise schedule, with the names of diffusers' schedulers.
 
-    `set_alpha_to_one` is where DDIM ends, `final_sigmas_type` where Euler and DPM-Solver do.
+    `set_alpha_to_one` is where DDIM ends, `final_sigmas_type` where Euler and DPM-Solver do; `eta` is TCD's share of
+    fresh noise (the paper's gamma).
     """
 
     num_train_timesteps: int = Field(gt=0, le=100_000)
@@ -178,6 +179,7 @@ class SchedulerSpec(Strict):
     steps_offset: int = Field(default=0, ge=0, le=100_000)
     set_alpha_to_one: bool = True
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    eta: float = Field(default=0.3, ge=0, le=1)
 
     def alphas_cumprod(self) -> npt.NDArray[np.float64]:
         """alpha^2 by timestep, falling, [num_train_timesteps]."""
@@ -198,10 +200,12 @@ class SchedulerSpec(Strict):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the key that older readers refuse where it says nothing new."""
+        """Without the keys that older readers refuse where they say nothing new."""
         values: dict[str, Any] = handler(self)
         if self.final_sigmas_type == "zero":
             del values["final_sigmas_type"]
+        if self.eta == SchedulerSpec.model_fields["eta"].default:
+            del values["eta"]
         return values
 
 

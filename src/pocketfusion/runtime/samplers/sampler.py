@@ -91,14 +91,15 @@ class Sampler:
         return self.add_noise(k, latents, noise)
 
 
-def resolve_sampler(manifest: Manifest, name: str | None) -> Sampler:
-    """The bundle's own sampler, or the one called `name`; raises PocketfusionError for one that it does not allow."""
-    if name is None:
-        return Sampler(manifest.sampler, manifest.scheduler)
+def resolve_sampler(manifest: Manifest, name: str | None, eta: float | None = None) -> Sampler:
+    """The bundle's own sampler, or the one called `name`, with TCD's `eta` if not the bundle's.
+
+    Raises PocketfusionError for a sampler that the bundle does not allow, and an eta that is none or has no sampler.
+    """
     allowed = manifest.allowed_samplers
     for sampler in allowed:
-        if sampler == name:
-            return Sampler(sampler, manifest.scheduler)
+        if sampler == (manifest.sampler if name is None else name):
+            return Sampler(sampler, with_eta(manifest.scheduler, sampler, eta))
     if name not in SAMPLERS:
         why = "is not known"
     elif manifest.samplers is not None and name not in manifest.samplers:
@@ -106,3 +107,14 @@ def resolve_sampler(manifest: Manifest, name: str | None) -> Sampler:
     else:
         why = "needs the UNet's own prediction, which this bundle's UNet with the step in its graph does not give"
     raise PocketfusionError(f"the sampler {name!a} {why}: choose {' or '.join(allowed)}")
+
+
+def with_eta(spec: SchedulerSpec, sampler: SamplerName, eta: float | None) -> SchedulerSpec:
+    """`spec` with TCD's `eta` if one is given; PocketfusionError for one that is none, or of another sampler."""
+    if eta is None:
+        return spec
+    if sampler != "tcd":
+        raise PocketfusionError(f"eta is {eta:g}, but the sampler is {sampler}: it is of tcd, leave it out")
+    if not 0 <= eta <= 1:
+        raise PocketfusionError(f"eta is {eta:g}: choose 0 (no noise between the steps) to 1 (all of it)")
+    return spec.model_copy(update={"eta": float(eta)})
