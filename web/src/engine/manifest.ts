@@ -61,6 +61,7 @@ const scheduler = v.strictObject({
   steps_offset: v.optional(integer(0, 100_000), 0),
   set_alpha_to_one: v.optional(v.boolean(), true),
   final_sigmas_type: v.optional(v.picklist(["zero", "sigma_min"]), "zero"),
+  eta: v.optional(real(0, 1), 0.3), // of TCD
 });
 
 const timeEmbedding = v.strictObject({
