@@ -92,12 +92,14 @@ class TeacherSettings(_Settings):
     """`unet` and `scheduler` go to UNet2DConditionModel and DDIMScheduler unchanged.
 
     `min_snr_gamma`: γ of min-SNR weighting; None: the plain squared error of what is predicted.
+    `half_size_until`: share of the steps that train on pictures of half the width and height, before the whole ones.
     """
 
     unet: dict[str, Any]
     scheduler: dict[str, Any]
     prompt_dropout: float = Field(default=0.1, ge=0, lt=1)
     min_snr_gamma: float | None = Field(default=None, gt=0)
+    half_size_until: float = Field(default=0.0, ge=0, lt=1)
     guidance_scale: float = 4.0
     num_inference_steps: int = Field(default=25, gt=0)
     train: TrainSettings
@@ -116,11 +118,15 @@ class ElasticSettings(_Settings):
 
 
 class RecoverySettings(_Settings):
-    """Distillation of a smaller UNet from its base (BK-SDM, eq. 1): weights of its three losses."""
+    """Distillation of a smaller UNet from its base (BK-SDM, eq. 1): weights of its three losses.
+
+    `half_size_until`: as in `TeacherSettings`.
+    """
 
     task_weight: float = Field(default=1.0, ge=0)
     output_weight: float = Field(default=1.0, ge=0)
     feature_weight: float = Field(default=1.0, ge=0)
+    half_size_until: float = Field(default=0.0, ge=0, lt=1)
     train: TrainSettings
 
 

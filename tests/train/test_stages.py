@@ -60,6 +60,25 @@ def test_held_out_error_by_noise_level(trained, tiny_recipe, tiny_data):
     assert len(TeacherTask(recipe, data, start.unet, start.vae, start.text, few).held_out) == 3
 
 
+def test_the_first_steps_may_train_on_pictures_of_half_the_size(trained, tiny_recipe, tiny_data, tmp_path):
+    recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
+    start = open_start(trained / "base", recipe)
+    task = TeacherTask(recipe, data, start.unet, start.vae, start.text, half_size_until=0.5)
+    task.prepare(tmp_path, "", start.text.fingerprint, start.device)
+    sides = [task.clean(task.plan.part(step, 0, 1))[0].shape[-1] for step in range(6)]
+    assert sides == [4, 4, 4, 8, 8, 8]  # of 6 steps
+    picture = data.images[task.indices[3]].astype(np.float64)
+    small = picture.reshape(32, 2, 32, 2, 3).mean((1, 3)) / 127.5 - 1  # means over 2x2 pixels
+    pixels = torch.from_numpy(small).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        wanted = start.vae.encode(pixels).latent_dist.mean[0]
+    assert np.abs(task.half_latents[3, 0, :4] - wanted.numpy()).max() < 2e-3  # fp16
+    loss, _ = task.loss(task.model, task.plan.part(0, 0, 1))
+    assert math.isfinite(loss.item())
+    _, noise, _ = task.held_out_pairs()
+    assert noise.shape[-1] == 8  # held-out pictures are whole ones throughout
+
+
 def test_the_scaling_factor_gives_unit_latents(trained, tiny_data):
     from diffusers import AutoencoderKL
 

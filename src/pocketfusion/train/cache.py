@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from rich.progress import track
+from torch.nn import functional as F
 
 from pocketfusion.artefact import atomic_file, reserve
 from pocketfusion.data.packed import CaptionedImages
@@ -40,23 +41,34 @@ def _key(*parts: str) -> str:
 
 
 def cache_latents(
-    vae: AutoencoderKL, vae_hash: str, data: CaptionedImages, indices: np.ndarray, folder: Path, device: torch.device
+    vae: AutoencoderKL,
+    vae_hash: str,
+    data: CaptionedImages,
+    indices: np.ndarray,
+    folder: Path,
+    device: torch.device,
+    halved: bool = False,
 ) -> np.ndarray:
-    """Posterior mean and standard deviation of each picture and its mirror image: fp16 [N, 2 (flip), 2C, h, w]."""
-    side = data.size // 2 ** (len(vae.config.block_out_channels) - 1)
+    """Posterior mean and standard deviation of each picture and its mirror image: fp16 [N, 2 (flip), 2C, h, w].
+
+    `halved`: of the pictures at half their width and height (means over 2x2 pixels).
+    """
+    side = data.size // 2 ** (len(vae.config.block_out_channels) - 1) // (2 if halved else 1)
     channels = vae.config.latent_channels
-    key = _key("latents", vae_hash, data.fingerprint, sha256(indices.tobytes()).hexdigest())
+    what = "halved latents" if halved else "latents"
+    key = _key(what, vae_hash, data.fingerprint, sha256(indices.tobytes()).hexdigest())
 
     @torch.no_grad()
     def blocks() -> Iterator[np.ndarray]:
         model = vae.to(device).eval()
         for part in np.array_split(indices, max(1, len(indices) // 64)):
             pixels = to_tensor(data.images[part]).to(device)
+            pixels = F.avg_pool2d(pixels, 2) if halved else pixels
             both = [model.encode(x).latent_dist for x in (pixels, pixels.flip(-1))]
             yield torch.stack([torch.cat([p.mean, p.std], 1) for p in both], 1).half().cpu().numpy()
 
     shape = (len(indices), 2, 2 * channels, side, side)
-    return _cached(folder / f"latents-{key}.npy", shape, blocks, "encoding pictures")
+    return _cached(folder / f"latents-{key}.npy", shape, blocks, "encoding halved pictures" if halved else "encoding pictures")
 
 
 def cache_prompts(text: TextEncoder, text_hash: str, captions: Sequence[str], folder: Path) -> np.ndarray:

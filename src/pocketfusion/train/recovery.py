@@ -60,7 +60,7 @@ class RecoveryTask(TeacherTask):
     def __init__(
         self, recipe: Recipe, settings: RecoverySettings, data: CaptionedImages, start: Start, base: ElasticUNet
     ):
-        super().__init__(recipe, data, start.unet, start.vae, start.text, settings.train)
+        super().__init__(recipe, data, start.unet, start.vae, start.text, settings.train, settings.half_size_until)
         self.recovery, self.base = settings, base.eval().requires_grad_(False)
         self.features = (StageFeatures(start.unet), StageFeatures(base))
 

@@ -60,7 +60,11 @@ class Noised(NamedTuple):
 
 
 class TeacherTask:
-    """SD's training objective: a noised latent, its caption's states (dropped with `prompt_dropout`), the target."""
+    """SD's training objective: a noised latent, its caption's states (dropped with `prompt_dropout`), the target.
+
+    Until `half_size_until` of the steps the pictures are those of half the size, at a third of the time a sample (as
+    SD was trained at 256 px before 512): captions, forms and colours are learnt there, detail after.
+    """
 
     def __init__(
         self,
@@ -70,8 +74,10 @@ class TeacherTask:
         vae: AutoencoderKL,
         text: TextEncoder,
         settings: TrainSettings | None = None,
+        half_size_until: float = 0.0,
     ):
         settings = settings or recipe.teacher.train
+        self.half_steps = round(half_size_until * settings.steps)
         self.settings, self.data, self.model, self.vae, self.text = recipe.teacher, data, unet, vae, text
         self.scheduler = DDIMScheduler(**recipe.teacher.scheduler)
         self.objective = DenoisingObjective(
@@ -95,7 +101,9 @@ class TeacherTask:
 
     def prepare(self, cache: Path, vae_hash: str, text_hash: str, device: torch.device) -> None:
         """Fills the caches; later runs find them."""
-        self.latents = cache_latents(self.vae, vae_hash, self.data, self.indices, cache, device)
+        made_of = (self.vae, vae_hash, self.data, self.indices, cache, device)
+        self.latents = cache_latents(*made_of)
+        self.half_latents = cache_latents(*made_of, halved=True) if self.half_steps else None
         self.text.encoder.to(device)
         self.states = cache_prompts(self.text, text_hash, self.captions.captions, cache)
         self.null = self.text.encode([""])[0][0].cpu()
@@ -109,7 +117,9 @@ class TeacherTask:
     def clean(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's latents x (mirrored at random where allowed) and caption states, some dropped; on the CPU."""
         mirrored = (batch.rand() < 0.5).numpy() & self.flip[batch.indices]
-        mean, std = torch.from_numpy(self.latents[batch.indices, mirrored.astype(int)]).float().chunk(2, dim=1)
+        halved = self.half_latents is not None and batch.step < self.half_steps
+        latents = self.half_latents if halved else self.latents
+        mean, std = torch.from_numpy(latents[batch.indices, mirrored.astype(int)]).float().chunk(2, dim=1)
         x = (mean + std * batch.randn(*mean.shape[1:])) * self.vae.config.scaling_factor
         states = torch.from_numpy(self.states[self.captions.pick(batch.indices, batch.rand().numpy())]).float()
         dropped = batch.rand() < self.settings.prompt_dropout
@@ -241,7 +251,7 @@ def train_teacher(
         unet = load_part(UNet2DConditionModel, init / "unet")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast_attention(unet, device)
-    task = TeacherTask(recipe, data, unet, vae, text)
+    task = TeacherTask(recipe, data, unet, vae, text, half_size_until=recipe.teacher.half_size_until)
     hold(stage.run)  # the caches lie in it
     with process_state().main_process_first():  # one process fills the caches, the others find them
         task.prepare(cache or stage.run / "cache", vae_hash, text.fingerprint, device)
