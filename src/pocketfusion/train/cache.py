@@ -68,7 +68,7 @@ def cache_latents(
             yield torch.stack([torch.cat([p.mean, p.std], 1) for p in both], 1).half().cpu().numpy()
 
     shape = (len(indices), 2, 2 * channels, side, side)
-    return _cached(folder / f"latents-{key}.npy", shape, blocks, "encoding halved pictures" if halved else "encoding pictures")
+    return _cached(folder / f"latents-{key}.npy", shape, blocks, f"encoding {what}")
 
 
 def cache_prompts(text: TextEncoder, text_hash: str, captions: Sequence[str], folder: Path) -> np.ndarray:
