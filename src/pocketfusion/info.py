@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from pocketfusion.bounded import parse_json
-from pocketfusion.errors import PocketfusionError
+from pocketfusion.errors import INSTALL_COMPRESS, PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash, read_json, read_provenance, weight_files
 from pocketfusion.models.sampling import read_sampling
 from pocketfusion.runtime.manifest import MANIFEST, Bundle
@@ -223,7 +223,7 @@ def _multiply_adds(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
     """Multiply-adds of one call per network at batch 1, counted on shapes alone (meta tensors), a note if not, and
     what weights the files lack."""
     if find_spec("torch") is None or find_spec("diffusers") is None:
-        return None, "to count them: pip install 'pocketfusion[compress]'", []
+        return None, f"to count them: {INSTALL_COMPRESS}", []
     from pocketfusion.quiet import quiet
 
     with quiet():  # what the libraries say on import is of no use here

@@ -223,4 +223,4 @@ def test_command_says_what_to_install(
         cli.main()
     error = capsys.readouterr().err
     assert caught.value.code == 2
-    assert "torch" in error and "pip install 'pocketfusion[compress]'" in error and "Traceback" not in error
+    assert "torch" in error and "pip install '.[compress]'" in error and "Traceback" not in error

@@ -69,7 +69,7 @@ def test_model_folder_equals_what_torch_counts(run, folder):
 def test_model_folder_without_torch(monkeypatch, folder):
     monkeypatch.setattr("pocketfusion.info.find_spec", lambda name: None)
     about = describe(folder)
-    assert about["multiply_adds"] is None and "pip install 'pocketfusion[compress]'" in about["multiply_adds_note"]
+    assert about["multiply_adds"] is None and "pip install '.[compress]'" in about["multiply_adds_note"]
     assert about["networks"]["unet"]["parameters"] > 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from importlib.util import find_spec
 
-from pocketfusion.errors import PocketfusionError
+from pocketfusion.errors import INSTALL_COMPRESS, PocketfusionError
 from pocketfusion.quiet import quiet
 
 COMPRESS = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "yaml")
@@ -15,7 +15,7 @@ def require(*modules: str) -> None:
     """Raises PocketfusionError unless all `modules` are installed."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise PocketfusionError(f"this command needs {', '.join(missing)}: pip install 'pocketfusion[compress]'")
+        raise PocketfusionError(f"this command needs {', '.join(missing)}: {INSTALL_COMPRESS}")
 
 
 def require_compress() -> None:

@@ -263,7 +263,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     if isinstance(version, int) and version > VERSION:
         raise PocketfusionError(
             f"{file} is of version {version}, made by a newer pocketfusion (this one reads {VERSION}): "
-            "upgrade with pip install -U pocketfusion"
+            "upgrade pocketfusion"
         )
     try:
         return Manifest.model_validate(raw), hashlib.sha256(content).hexdigest()

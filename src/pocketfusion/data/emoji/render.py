@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pocketfusion.errors import PocketfusionError
+from pocketfusion.errors import INSTALL_COMPRESS, PocketfusionError
 
 WHITE = (255, 255, 255)
 
@@ -28,7 +28,7 @@ def render_rgba(source: str | Path, size: int) -> Image.Image:
         png = resvg_py.svg_to_bytes(svg_string=source, width=size, height=size, skip_system_fonts=True)
         return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     except ImportError:
-        raise PocketfusionError("resvg-py is missing: pip install 'pocketfusion[compress]'") from None
+        raise PocketfusionError(f"resvg-py is missing: {INSTALL_COMPRESS}") from None
     except Exception as error:
         raise PocketfusionError(f"a drawing could not be rendered ({error}): the package may be damaged") from None
 

@@ -1,0 +1,68 @@
+"""`make demo` installs what the sources are now: anew after any change of them, and not without one."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def dry_run(clone: Path) -> str:
+    return subprocess.run(["make", "-n", "demo"], cwd=clone, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone in miniature, an hour old, that `make demo` has run in half an hour ago."""
+    package = tmp_path / "src" / "pocketfusion"
+    (package / "bundles").mkdir(parents=True)
+    for file in (package / "info.py", package / "bundles" / "bundle.json", tmp_path / ".venv-demo" / "ready"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for path in [tmp_path, *tmp_path.rglob("*")]:
+        age(path, 60)
+    age(tmp_path / ".venv-demo" / "ready", 30)
+    return tmp_path
+
+
+def age(path: Path, minutes: float) -> None:
+    now = path.stat().st_ctime
+    os.utime(path, (now - 60 * minutes,) * 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda clone: (clone / "src/pocketfusion/info.py").write_text("x = 1\n"),
+        lambda clone: (clone / "src/pocketfusion/bundles/bundle.json").write_text("{}"),
+        lambda clone: (clone / "src/pocketfusion/bundles/bundle.json").unlink(),
+        lambda clone: (clone / "src/pocketfusion/new.py").touch(),
+        lambda clone: (clone / "pyproject.toml").touch(),
+        lambda clone: (clone / "Makefile").touch(),
+    ],
+    ids=["a module", "data", "a file less", "a file more", "dependencies", "how it is made"],
+)
+def test_a_change_is_installed(clone: Path, change: Callable[[Path], object]) -> None:
+    assert "pip install" not in dry_run(clone)
+    change(clone)
+    said = dry_run(clone)
+    assert "rm -rf build" in said and "pip install" in said  # what was removed would else come from build/
+
+
+def test_what_python_and_pip_leave_behind_is_no_change(clone: Path) -> None:
+    for name in ("__pycache__", "../pocketfusion.egg-info"):
+        (clone / "src" / "pocketfusion" / name).mkdir()
+        (clone / "src" / "pocketfusion" / name / "x").touch()
+    for folder in (clone / "src", clone / "src" / "pocketfusion"):
+        age(folder, 60)
+    assert "pip install" not in dry_run(clone)
+
+
+def test_it_says_how_to_type_pocketfusion(clone: Path) -> None:
+    assert ". .venv-demo/bin/activate" in dry_run(clone)
