@@ -103,7 +103,7 @@ class TeacherTask:
         """Fills the caches; later runs find them."""
         made_of = (self.vae, vae_hash, self.data, self.indices, cache, device)
         self.latents = cache_latents(*made_of)
-        self.half_latents = cache_latents(*made_of, halved=True) if self.half_steps else None
+        self.half_latents = cache_latents(*made_of, halved=True) if self.half_steps else self.latents
         self.text.encoder.to(device)
         self.states = cache_prompts(self.text, text_hash, self.captions.captions, cache)
         self.null = self.text.encode([""])[0][0].cpu()
@@ -117,8 +117,7 @@ class TeacherTask:
     def clean(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's latents x (mirrored at random where allowed) and caption states, some dropped; on the CPU."""
         mirrored = (batch.rand() < 0.5).numpy() & self.flip[batch.indices]
-        halved = self.half_latents is not None and batch.step < self.half_steps
-        latents = self.half_latents if halved else self.latents
+        latents = self.half_latents if batch.step < self.half_steps else self.latents
         mean, std = torch.from_numpy(latents[batch.indices, mirrored.astype(int)]).float().chunk(2, dim=1)
         x = (mean + std * batch.randn(*mean.shape[1:])) * self.vae.config.scaling_factor
         states = torch.from_numpy(self.states[self.captions.pick(batch.indices, batch.rand().numpy())]).float()
