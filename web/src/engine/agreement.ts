@@ -1,6 +1,7 @@
 /** What a manifest says in several places, checked against each other: what one network gives, the next one takes. */
 
-import { allowedSamplers, batchOf, elements, EMPTY_PROMPT, input, type Manifest, mostSteps, type Network } from "./manifest";
+import { allowedSamplers, batchOf, elements, EMPTY_PROMPT, input, LEAST, type Manifest, mostSteps, type Network } from "./manifest";
+import { NoiseLevels } from "./samplers/linear_step";
 
 type Shape = (number | null)[]; // null: any extent
 
@@ -43,6 +44,10 @@ function check(manifest: Manifest): void {
   );
   gives("decoder", networks.decoder, [1, factor * height, factor * width, 3]);
   demand(scheduler.steps_offset < scheduler.num_train_timesteps, "scheduler.steps_offset is beyond the timesteps");
+  demand(
+    new NoiseLevels(scheduler).alphasCumprod.at(-1)! >= LEAST,
+    "the betas leave next to nothing of the picture at the last timestep",
+  );
   const range = manifest.guidance_range;
   demand(!range || range[0] <= range[1], "guidance_range does not ascend");
   demand(allowedSamplers(manifest).includes(manifest.sampler), `sampler is ${manifest.sampler}, which is ruled out`);

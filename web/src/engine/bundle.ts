@@ -114,7 +114,7 @@ export async function openBundle(source: BundleSource, cache: BundleCache | null
   } catch (error) {
     if (!(error instanceof BundleError) || error.fault !== "missing") throw error;
     const kept = await cache?.get(key).catch(() => null);
-    if (!kept) throw error;
+    if (!kept) throw source.descriptor.kind === "url" ? error : notOne(source.name);
     [content, fresh] = [kept, false];
   }
   if (content.length > MANIFEST_LIMIT) {
@@ -123,6 +123,10 @@ export async function openBundle(source: BundleSource, cache: BundleCache | null
   const bundle = new Bundle(source, content, cache);
   if (fresh) await cache?.put(key, content).catch(() => undefined);
   return bundle;
+}
+
+function notOne(name: string): BundleError {
+  return new BundleError("not-a-bundle", `${name} is not a bundle: it has no ${MANIFEST}: choose a bundle's folder`);
 }
 
 /** SHA-256 in hex: the browser's own, or noble's where a page that is not secure has none. */

@@ -9,7 +9,7 @@ import { BundleError } from "./errors";
 
 const FORMAT = "pocketfusion-bundle";
 const VERSION = 1;
-const LEAST = 1e-9; // of a beta and of the schedule's last alpha^2: samplers divide by both
+export const LEAST = 1e-9; // of a beta and of the schedule's last alpha^2: samplers divide by both
 const MAX_ELEMENTS = 2 ** 28;
 
 export const SAMPLERS = ["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-karras", "lcm", "tcd"] as const;

@@ -1,0 +1,281 @@
+"""What Python computes of what the browser's engine computes as well: made when the tests run, never committed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.guidance import guidance_embedding
+from pocketfusion.runtime.manifest import TokenizerSpec, embedded_bundle
+from pocketfusion.runtime.samplers.sampler import Sampler
+from pocketfusion.runtime.specs import SAMPLERS, SchedulerSpec, TimeEmbedding, most_steps
+from pocketfusion.runtime.tiles import starts
+from pocketfusion.runtime.time_embedding import timestep_embedding
+from pocketfusion.runtime.tokenizer import PromptTokenizer
+
+_WORDS = "a red apple, noto style|two happy cats!|THE sun's 42nd don't|smiling-face #7|<toy>|[MASK] in text|x" * 2
+_SCRIPTS = (
+    (0x20, 0x7F), (0xA0, 0x17F), (0x300, 0x370), (0x370, 0x400), (0x400, 0x530), (0x5D0, 0x5EB), (0x600, 0x700),
+    (0x900, 0x980), (0xE00, 0xE60), (0x1100, 0x1200), (0x1E00, 0x2000), (0x2000, 0x2070), (0x2190, 0x2200),
+    (0x2C00, 0x2C60), (0x3040, 0x3100), (0x4E00, 0x4F00), (0xA640, 0xA6A0), (0xAC00, 0xAD00), (0xE000, 0xE010),
+    (0xF900, 0xFB00), (0xFB00, 0xFB50), (0xFE00, 0xFE30), (0xFF00, 0xFF70), (0x10400, 0x10450), (0x11380, 0x113D0),
+    (0x16D40, 0x16D80), (0x17000, 0x17040), (0x1D400, 0x1D440), (0x1E900, 0x1E944), (0x1F300, 0x1F650),
+    (0x1F900, 0x1F9FF), (0x20000, 0x20040), (0x2A6F0, 0x2A740), (0x2F800, 0x2F840), (0xE0000, 0xE0080), (0, 0x20),
+)  # fmt: skip
+_TELLING = [
+    "", " ", "\n", "ΣΊΣΥΦΟΣ ΟΔΥΣΣΕΎΣ", "ΑΣ. ΑΣ", "İstanbul ISPARTA ıI", "ẞtraße", "ﬁﬂ ﬃ", "𠀀𪜀你好x你", "Ǆǅǆ Ωmega K Å",
+    "👩🏽‍🚀 family 👨‍👩‍👧‍👦 🇩🇪", "e\u0301 é e\u0323\u0301 e\u0301\u0323 ệ", "각 각 \u1100\u1161\u11a8", "क्षि हिन्दी", "\u0344\u0390",
+    "\x00a\x01b\u200bc\u200dd\ufeff", "a\u0085b\u00a0c\u3000d\u2028e\u2029f", "it's WE'RE i'd've 'S 'tis o'clock''s",
+    "[CLS] [SEP] [PAD] [MASK][mask] [UNK]", "<|endoftext|> <|startoftext|> <|ENDOFTEXT|>a<|startoftext|>", "q" * 101,
+    "q" * 100, "word " * 500, "苹果" * 300, "a\ud83cb \udf4e c", "😀" * 60, "١٢٣ ⅷ ½ ² 10,000.5", "foo_bar-baz/qux\\x",
+    "<toy> and <other>", "a<toy>b<toy><toy>", "<TOY>", "ZAL\u0316\u0300\u0334GO" * 9, "\u0301\u0301", "\t\ttabs\tin\t",
+]  # fmt: skip
+
+
+def prompts(count: int = 2000) -> list[str]:
+    """Odd prompts: those that tell implementations apart, words, and random text of every script and of any."""
+    chance = random.Random(14)
+    made = [*_TELLING, *_WORDS.split("|")]
+    while len(made) < count:
+        kind = chance.randrange(4)
+        parts: list[str] = []
+        for _ in range(chance.randrange(1, 40)):
+            first, last = chance.choice(_SCRIPTS) if kind else (0, 0x110000)
+            if kind == 3:
+                first, last = 0x20, 0x7F
+            code = chance.randrange(first, last)
+            parts.append(chance.choice(["", " ", ""]) + ("" if 0xD800 <= code < 0xE000 else chr(code)))
+        made.append("".join(parts))
+    return made
+
+
+def tokenizers(folder: Path) -> list[dict[str, Any]]:
+    """The embedded bundle's tokenizer, CLIP's and ones with learnt tokens; ids, masks and warnings of odd prompts."""
+    cases = []
+    embedded = embedded_bundle() / "tokenizer.json"
+    files = [(embedded, TokenizerSpec(max_length=32, pad_token="[PAD]", pad_token_id=0))]
+    files += _clip(folder)
+    for file, spec in files:
+        tokenizer, expected = PromptTokenizer(file, spec), []
+        for prompt in prompts():
+            tokens = tokenizer.encode(prompt)
+            expected.append([tokens.input_ids[0].tolist(), int(tokens.attention_mask.sum()), tokens.warning])
+        cases.append({"file": str(file), "spec": spec.model_dump(), "expected": expected})
+    return cases
+
+
+def _clip(folder: Path) -> list[tuple[Path, TokenizerSpec]]:
+    """CLIP's tokenizer as export writes it, with learnt tokens: the real vocabulary where open_clip is installed."""
+    from pocketfusion.models.learnt_tokens import spell_out
+    from tiny import tiny_tokenizer
+    from tiny_clip import clip_tokenizer
+
+    made = []
+    for name, tokenizer in (("clip", _real_clip() or clip_tokenizer()), ("tiny", tiny_tokenizer())):
+        tokenizer.add_tokens(["<toy>", "<toy>_1", "<toy>_2", "<other>"])
+        spell_out(tokenizer)
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        file = folder / f"{name}.json"
+        backend.save(str(file))
+        length = min(tokenizer.model_max_length, 77)
+        made.append(
+            (
+                file,
+                TokenizerSpec(
+                    max_length=length, pad_token=tokenizer.pad_token, pad_token_id=int(tokenizer.pad_token_id)
+                ),
+            )
+        )
+    return made
+
+
+def _real_clip() -> Any:
+    import gzip
+    import importlib.util
+
+    from transformers import CLIPTokenizer
+
+    found = importlib.util.find_spec("open_clip")
+    if found is None or found.origin is None:
+        return None
+    lines = gzip.open(Path(found.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt").read().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges)]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def noise() -> dict[str, list[int]]:
+    """By seed: the bits of the first numbers, of 72 seeds up to 2^160."""
+    chance = random.Random(3)
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**64 - 1, 2**64, 2**96, 2**127, 2**128, 2**129 + 5, 2**160 - 1, 2**160]
+    seeds += [chance.getrandbits(chance.choice([8, 16, 31, 32, 33, 64, 100, 128, 160])) for _ in range(60)]
+    bits = {}
+    for seed in seeds:
+        generator = np.random.Generator(np.random.PCG64(seed))
+        drawn = [generator.standard_normal(n, np.float32) for n in (4096, 1)]  # an odd count leaves half a word
+        bits[str(seed)] = np.concatenate(drawn).view(np.uint32).tolist()
+    return bits
+
+
+def _specs() -> list[SchedulerSpec]:
+    specs = []
+    for spacing, prediction in itertools.product(("leading", "trailing", "linspace"), ("epsilon", "v_prediction")):
+        for final, one in (("zero", True), ("sigma_min", False)):
+            specs.append(
+                SchedulerSpec(
+                    num_train_timesteps=1000,
+                    beta_start=0.00085,
+                    beta_end=0.012,
+                    beta_schedule="scaled_linear",
+                    prediction_type=prediction,  # type: ignore[arg-type]
+                    timestep_spacing=spacing,  # type: ignore[arg-type]
+                    steps_offset=1,
+                    set_alpha_to_one=one,
+                    final_sigmas_type=final,  # type: ignore[arg-type]
+                )
+            )
+    small = specs[0].model_copy(
+        update={"num_train_timesteps": 37, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    )
+    return [*specs, small]
+
+
+def samplers() -> list[dict[str, Any]]:
+    """Every sampler and schedule: timesteps of all counts of steps (one spec a spacing), and whole runs of some."""
+    cases = []
+    for number, spec in enumerate(_specs()):
+        for name in SAMPLERS:
+            sampler, most = Sampler(name, spec), most_steps(name, spec)
+            counts = range(1, most + 1) if number % 4 == 0 else [1, 2, 4, 8, 25, most]
+            timesteps = {str(n): sampler.set_timesteps(n).tolist() for n in counts if n <= most and (n < 130 or n == most)}
+            runs = [_run(sampler, n) for n in (1, 2, 4, 8, 20) if n <= most]
+            cases.append({"name": name, "spec": spec.model_dump(), "timesteps": timesteps, "runs": runs})
+    return cases  # fmt: skip
+
+
+def _run(sampler: Sampler, steps: int) -> dict[str, Any]:
+    """Latents after each step for outputs that depend on them, as a network's do, in float32."""
+    sampler.set_timesteps(steps)
+    chance = np.random.Generator(np.random.PCG64(steps))
+    first, fresh = chance.standard_normal((2, 24), np.float32)
+    latents, after = sampler.start(first), []
+    for k in range(steps):
+        output = (latents * np.float32(0.5) + np.float32(0.25)).astype(np.float32)
+        latents = sampler.step(output, k, latents, lambda: fresh)
+        after.append(latents.tolist())
+    coefficients = [sampler.coefficients(k) for k in range(steps)]
+    return {"steps": steps, "first": first.tolist(), "fresh": fresh.tolist(), "after": after, "ab": coefficients}
+
+
+def embeddings() -> dict[str, Any]:
+    """Time and guidance embeddings."""
+    times = []
+    for dim, flip, shift in ((8, True, 0.0), (320, True, 0.0), (128, False, 1.0), (5, True, 0.5)):
+        spec = TimeEmbedding(dim=dim, flip_sin_to_cos=flip, downscale_freq_shift=shift)
+        values = {str(t): timestep_embedding(t, spec)[0].tolist() for t in (0.0, 1.0, 333.25, 500.0, 999.0)}
+        times.append({"spec": spec.model_dump(), "values": values})
+    scales = [[scale, dim, guidance_embedding(scale, dim)[0].tolist()] for scale in (1.0, 6.0, 7.5) for dim in (9, 256)]
+    return {"times": times, "scales": scales}
+
+
+def tiles() -> list[list[Any]]:
+    return [[length, tile, starts(length, tile)] for tile in (1, 3, 8, 16, 64) for length in range(tile, 150, 7)]
+
+
+def picture(folder: Path) -> dict[str, Any]:
+    """A PNG of Pillow's with settings as `generate` writes them, and a plain one."""
+    pixels = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    settings = {
+        "prompt": 'a "red" apple, ΣΊΣΥΦΟΣ 苹果 🍎\nnoto style',
+        "negative_prompt": "",
+        "seed": 4294967295,
+        "num_inference_steps": 8,
+        "guidance_scale": 6.0,
+        "sampler": "dpmpp-2m-karras",
+        "bundle": "emoji64 " + "0" * 64,
+        "Software": "pocketfusion 0.1.0",
+    }
+    info = PngInfo()
+    for key, value in settings.items():
+        info.add_itxt(key, str(value))
+    Image.fromarray(pixels).save(folder / "pillow.png", pnginfo=info)
+    Image.fromarray(pixels).save(folder / "plain.png")
+    return {"settings": settings, "pixels": pixels.tolist()}
+
+
+def check_ours(folder: Path, expected: dict[str, Any]) -> None:
+    """The PNG that the engine wrote of the same picture, as Pillow reads it."""
+    with Image.open(folder / "ours.png") as image:
+        image.load()
+        assert image.mode == "RGB"
+        assert np.asarray(image).tolist() == expected["pixels"]
+        assert image.text == {key: str(value) for key, value in expected["settings"].items()}  # type: ignore[attr-defined]
+
+
+def manifests() -> list[dict[str, Any]]:
+    """Manifests that Python refuses, by one change each, beside the good one; and whether Python does."""
+    from pocketfusion.runtime.manifest import Manifest
+
+    good = json.loads((embedded_bundle() / "bundle.json").read_text())
+    changes: list[tuple[str, Any]] = [
+        ("name", "x" * 2001), ("surplus", 1), ("files.unet.path", "../unet.tflite"), ("files.unet.path", "/unet.tflite"),
+        ("files.unet.path", "a\\b"), ("files.unet.path", "c:unet"), ("files.unet.path", "a\nb"), ("files.unet.sha256", "0"),
+        ("files.unet.size", -1), ("files.tokenizer", None), ("files.empty_prompt_embeds.size", 4),
+        ("latents.height", 9), ("latents.channels", 4), ("image.width", 63), ("networks.unet.outputs", []),
+        ("networks.unet.inputs.0.shape", [2, 8, 8, 4]), ("networks.unet.inputs.1.name", "time"),
+        ("networks.unet.inputs.1.dtype", "int32"), ("networks.text_encoder.outputs.0.shape", [1, 31, 384]),
+        ("networks.decoder.inputs.0.shape", [1, 16, 16, 16]), ("networks.unet.weights", "int2"),
+        ("tokenizer.max_length", 0), ("scheduler.beta_end", 1), ("scheduler.steps_offset", 1000),
+        ("scheduler.timestep_spacing", "karras"), ("scheduler.num_train_timesteps", 0), ("sampler", "plms"),
+        ("samplers", ["euler"]), ("defaults.num_inference_steps", 1001), ("defaults.guidance_scale", 1e9),
+        ("guidance", "embedded"), ("guidance", "folded"), ("guidance_range", [7, 3]), ("time_embedding", {"dim": 320}),
+        ("target", "coreml"), ("licences", [{"what": "x"}]), ("sampler", "euler"), ("samplers", ["ddim", "lcm"]),
+        ("target", "litert-gpu"), ("defaults.num_inference_steps", 1000), ("scheduler.final_sigmas_type", "sigma_min"),
+        ("networks.unet.gpu_precision", "fp32"), ("scheduler.beta_start", 0.99999),
+    ]  # fmt: skip
+    cases = [{"manifest": good, "change": "none", "holds": True}]
+    for path, value in changes:
+        made = json.loads(json.dumps(good))
+        *way, last = path.split(".")
+        place = made
+        for key in way:
+            place = place[int(key)] if isinstance(place, list) else place[key]
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+        try:
+            Manifest.model_validate(made)
+            holds = True
+        except (ValueError, PocketfusionError):
+            holds = False
+        cases.append({"manifest": made, "change": f"{path} = {value!r}"[:80], "holds": holds})
+    return cases
+
+
+def write(folder: Path) -> None:
+    """Everything, as one JSON file a kind."""
+    (folder / "prompts.json").write_text(json.dumps(prompts()))
+    for kind, values in (
+        ("tokenizers", tokenizers(folder)),
+        ("noise", noise()),
+        ("samplers", samplers()),
+        ("embeddings", embeddings()),
+        ("tiles", tiles()),
+        ("picture", picture(folder)),
+        ("manifests", manifests()),
+    ):
+        (folder / f"{kind}.json").write_text(json.dumps(values))
