@@ -1,5 +1,5 @@
-import { cpSync, readdirSync } from "node:fs";
-import { join } from "node:path";
+import { cpSync, readdirSync, readFileSync } from "node:fs";
+import { join, resolve } from "node:path";
 import { defineConfig, type Plugin } from "vite";
 
 /** LiteRT's WebAssembly, beside the page in `wasm/`: the builds that the engine chooses from (not the JSPI one). */
@@ -9,7 +9,7 @@ function litertWasm(): Plugin {
     name: "litert-wasm",
     apply: "build",
     configResolved: (config) => {
-      out = join(config.root, config.build.outDir, "wasm");
+      out = join(resolve(config.root, config.build.outDir), "wasm");
     },
     writeBundle: () => {
       const from = join(import.meta.dirname, "node_modules/@litertjs/core/wasm");
@@ -20,7 +20,11 @@ function litertWasm(): Plugin {
   };
 }
 
+const project = readFileSync(join(import.meta.dirname, "../pyproject.toml"), "utf8");
+const version = /^version = "(.+)"$/m.exec(project)?.[1];
+
 export default defineConfig({
+  define: { __VERSION__: JSON.stringify(version) },
   base: "./", // the page works in any folder of any host
   build: {
     target: "es2022",

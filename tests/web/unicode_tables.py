@@ -1,7 +1,7 @@
 """Writes web/src/engine/tokenizer/unicode.ts: what `tokenizers` takes each code point for, found by asking it.
 
-Its Unicode tables are of several old versions, and a browser's of whatever version it has; token ids must not depend on
-that. `python tests/web/unicode_tables.py` (a minute) writes the file; a slow test compares it.
+Its Unicode tables are of several old versions, and a browser's of whatever version it has; token ids must not depend
+on that. `python tests/web/unicode_tables.py` (a minute) writes the file; a slow test compares it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 FILE = Path(__file__).parents[2] / "web" / "src" / "engine" / "tokenizer" / "unicode.ts"
 CODES = [code for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
-_HEAD = '''/**
+_HEAD = """/**
  * What `tokenizers` takes code points for, as it has tables of several Unicode versions and browsers have others.
  * Made by `python tests/web/unicode_tables.py`: do not edit.
  */
@@ -38,7 +38,7 @@ class CodePoints {
     return low % 2 === 1;
   }
 }
-'''
+"""
 
 
 def tables() -> dict[str, tuple[str, list[int]]]:
@@ -61,7 +61,10 @@ def tables() -> dict[str, tuple[str, list[int]]]:
     letters, numbers = matches(r"\p{L}"), matches(r"\p{N}")
     others = sorted(set(matches(r"\w")) - set(letters) - set(numbers))
     return {
-        "DROPPED": ("Dropped by BERT's clean_text: control, format and private characters, U+FFFD", those(lambda c: not cleaned(c))),
+        "DROPPED": (
+            "Dropped by BERT's clean_text: control, format and private characters, U+FFFD",
+            those(lambda c: not cleaned(c)),
+        ),
         "IDEOGRAPHS": ("Split off by BERT's handle_chinese_chars", those(lambda c: chinese(c) == f" {c} ")),
         "BERT_ACCENTS": ("Dropped by BERT's strip_accents after NFD", those(lambda c: not plain(c))),
         "MARKS": ("Dropped by StripAccents", those(lambda c: not marks.normalize_str(f"a{c}b")[1:-1])),

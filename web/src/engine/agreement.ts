@@ -1,6 +1,6 @@
 /** What a manifest says in several places, checked against each other: what one network gives, the next one takes. */
 
-import { allowedSamplers, batchOf, elements, EMPTY_PROMPT, input, LEAST, type Manifest, mostSteps, type Network } from "./manifest";
+import { allowedSamplers, batchOf, elements, EMPTY_PROMPT, input, LEAST, type Manifest, mostSteps, type Network, SELF_CHECK } from "./manifest";
 import { NoiseLevels } from "./samplers/linear_step";
 
 type Shape = (number | null)[]; // null: any extent
@@ -32,6 +32,10 @@ function check(manifest: Manifest): void {
   gives("text_encoder", networks.text_encoder, [1, tokens, null]);
   const empty = manifest.files[EMPTY_PROMPT];
   const states = networks.text_encoder.outputs[0].shape;
+  const known = manifest.files[SELF_CHECK];
+  const [, rows, columns] = networks.decoder.inputs[0].shape;
+  const floats = elements(networks.unet.outputs[0].shape) + 3 * rows * columns;
+  demand(!known || known.size === 4 * floats, `files.${SELF_CHECK} is not of the size of its results`);
   demand(!empty || empty.size === 4 * elements(states), `files.${EMPTY_PROMPT} is not of the size of the states`);
   checkUnet(manifest);
   takes("decoder", networks.decoder, { latents: [1, null, null, latents.channels] });

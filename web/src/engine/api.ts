@@ -9,6 +9,7 @@
  * ```
  */
 export { type Bundle, type BundleCache, cacheStorage, openBundle } from "./bundle";
+export { probe } from "./device";
 export { Engine } from "./engine";
 export { BundleError, type BundleFault, EngineError, type EngineFault } from "./errors";
 export type { Manifest, SamplerName } from "./manifest";
@@ -72,6 +73,8 @@ export interface GenerateRequest {
   steps?: number | null;
   /** Null or missing: the bundle's own sampler. */
   sampler?: string | null;
+  /** TCD's share of fresh noise, 0 to 1; null or missing: the bundle's. */
+  eta?: number | null;
   /** 0 to 2^32 - count; null or missing: a random one. Picture i is of seed + i. */
   seed?: number | null;
   count?: number;
@@ -105,6 +108,8 @@ export interface Settings {
   num_inference_steps: number;
   guidance_scale: number;
   sampler: string;
+  /** Of TCD alone. */
+  eta?: number;
   /** Name and SHA-256 of bundle.json, with a space between. */
   bundle: string;
   Software: string;

@@ -103,6 +103,8 @@ export type TimeEmbedding = v.InferOutput<typeof timeEmbedding>;
 
 /** The file that keeps the text encoder's output for the empty prompt. */
 export const EMPTY_PROMPT = "empty_prompt_embeds";
+/** The file that keeps a UNet's step and a decoding of fixed noise, for a GPU to be compared with. */
+export const SELF_CHECK = "selfcheck";
 
 /** The manifest of `content`, the bytes of `where`/bundle.json; throws BundleError. */
 export function parseManifest(content: Uint8Array, where: string): Manifest {

@@ -19,8 +19,9 @@ export async function encodePng({ data, width, height }: Pixels, settings: Setti
   header.set([8, 2], 8); // 8 bits, RGB; deflate, the five filters, not interlaced
   const chunks = [chunk("IHDR", header)];
   for (const [key, value] of Object.entries(settings)) {
-    // a whole number's guidance as Python writes it
-    const text = key === "guidance_scale" && Number.isInteger(value) ? `${value}.0` : String(value);
+    // whole numbers of Python's floats as it writes them
+    const whole = (key === "guidance_scale" || key === "eta") && Number.isInteger(value);
+    const text = whole ? `${value}.0` : String(value);
     chunks.push(chunk("iTXt", new TextEncoder().encode(`${key}\0\0\0\0\0${text}`)));
   }
   chunks.push(chunk("IDAT", await deflate(filtered(data, width, height))), chunk("IEND", new Uint8Array()));
@@ -38,7 +39,7 @@ export async function readPngSettings(bytes: Uint8Array): Promise<Settings | nul
   if (!texts.has("prompt")) return null;
   const settings: Record<string, string | number> = {};
   for (const key of TEXTS) settings[key] = texts.get(key) ?? "";
-  for (const key of NUMBERS) {
+  for (const key of texts.has("eta") ? [...NUMBERS, "eta"] : NUMBERS) {
     const number = Number(texts.get(key) || Number.NaN);
     if (!Number.isFinite(number)) throw new EngineError("setting", `the picture's ${key} is no number: choose another`);
     settings[key] = number;

@@ -27,6 +27,11 @@ export class Sampler {
     this.schedule = SCHEDULES[name](spec, steps);
   }
 
+  /** TCD's share of fresh noise; null for the others. */
+  get eta(): number | null {
+    return this.name === "tcd" ? this.spec.eta : null;
+  }
+
   get timesteps(): number[] {
     return this.schedule.timesteps;
   }
@@ -72,15 +77,29 @@ export class Sampler {
   }
 }
 
-/** The bundle's own sampler, or the one called `name`; throws EngineError "setting" for one that it does not allow. */
-export function resolveSampler(manifest: Manifest, name: string | null | undefined, steps: number): Sampler {
+/**
+ * The bundle's own sampler, or the one called `name`, with TCD's `eta` if not the bundle's. Throws EngineError "setting"
+ * for a sampler that the bundle does not allow, and an eta that is none or has no sampler.
+ */
+export function resolveSampler(manifest: Manifest, name: string | null, steps: number, eta: number | null): Sampler {
   const allowed = allowedSamplers(manifest);
-  const found = name == null ? manifest.sampler : allowed.find((sampler) => sampler === name);
-  if (found) return new Sampler(found, manifest.scheduler, steps);
+  const found = name === null ? manifest.sampler : allowed.find((sampler) => sampler === name);
+  if (found) return new Sampler(found, withEta(manifest.scheduler, found, eta), steps);
   let why = "needs the UNet's own prediction, which this bundle's UNet with the step in its graph does not give";
   if (!SAMPLERS.some((sampler) => sampler === name)) why = "is not known";
   else if (manifest.samplers && !manifest.samplers.some((sampler) => sampler === name)) {
     why = "has timesteps that this bundle's UNet was not taught";
   }
   throw new EngineError("setting", `the sampler ${JSON.stringify(name)} ${why}: choose ${allowed.join(" or ")}`);
+}
+
+function withEta(spec: Scheduler, sampler: SamplerName, eta: number | null): Scheduler {
+  if (eta === null) return spec;
+  if (sampler !== "tcd") {
+    throw new EngineError("setting", `eta is ${eta}, but the sampler is ${sampler}: it is of tcd, leave it out`);
+  }
+  if (!(eta >= 0 && eta <= 1)) {
+    throw new EngineError("setting", `eta is ${eta}: choose 0 (no noise between the steps) to 1 (all of it)`);
+  }
+  return { ...spec, eta };
 }

@@ -104,15 +104,13 @@ function lcm(spec: Scheduler, count: number): Schedule {
   return { timesteps, steps, initialScale: 1 };
 }
 
-const ETA = 0.3; // the paper's gamma
-
-/** Strategic stochastic sampling of trajectory consistency distillation (Zheng et al., arXiv 2402.19159). */
+/** Strategic stochastic sampling of trajectory consistency distillation (Zheng et al., arXiv 2402.19159; eta: gamma). */
 function tcd(spec: Scheduler, count: number): Schedule {
   const levels = new NoiseLevels(spec);
   const timesteps = distilledGrid(spec, count);
   const steps = timesteps.map((t, k) => {
     const later = timesteps[k + 1] ?? 0;
-    const target = Math.floor((1 - ETA) * later);
+    const target = Math.floor((1 - spec.eta) * later);
     const [alpha, sigma] = levels.at(target);
     const kept = levels.alphasCumprod[later] / levels.alphasCumprod[target];
     return step(levels.at(t), Math.sqrt(kept) * alpha, Math.sqrt(kept) * sigma, Math.sqrt(1 - kept));

@@ -1,0 +1,148 @@
+/** The engine's worker: loads one bundle with LiteRT.js and draws with it. It ends when the page ends it. */
+
+import type { LoadProgress, LoadReport, NetworkName } from "./api";
+import { Bundle } from "./bundle";
+import { type Loaded, draw } from "./drawing";
+import { BundleError, EngineError } from "./errors";
+import { asEngineError, checkMemory, LiteRt } from "./litert";
+import { EMPTY_PROMPT, SELF_CHECK } from "./manifest";
+import { type FromWorker, pack, type ToWorker } from "./messages";
+import type { LiteRtNetwork } from "./network";
+import type { Latents } from "./samplers/sampler";
+import { selfCheck } from "./selfcheck";
+import { PromptTokenizer } from "./tokenizer/prompt_tokenizer";
+
+const NETWORKS: NetworkName[] = ["text_encoder", "unet", "decoder"];
+
+let litert: LiteRt | null = null;
+let loaded: Loaded | null = null;
+let cancelled = false;
+
+const send = (message: FromWorker, transfer: Transferable[] = []) => self.postMessage(message, { transfer });
+
+self.onmessage = async ({ data }: MessageEvent<ToWorker>) => {
+  if (data.type === "cancel") {
+    cancelled = true;
+    return;
+  }
+  const { id } = data;
+  try {
+    if (data.type === "load") send({ type: "done", id, value: await load(data) });
+    else if (data.type === "memory") send({ type: "done", id, value: litert?.heapBytes ?? 0 });
+    else {
+      await generate(data);
+      send({ type: "done", id, value: null });
+    }
+  } catch (error) {
+    if (await lost()) return; // the page knows already, and takes up the request itself
+    const told = error instanceof BundleError ? error : asEngineError(error, litert?.takeFault());
+    send({ type: "failed", id, error: pack(told) });
+  }
+};
+
+/** If the GPU went away: what fails because of it may be told before it is. */
+async function lost(): Promise<boolean> {
+  if (!litert?.device) return false;
+  const soon = new Promise<null>((resolve) => setTimeout(resolve, 300, null));
+  return (await Promise.race([litert.device.lost, soon])) !== null;
+}
+
+async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker & { type: "load" }): Promise<LoadReport> {
+  const began = performance.now();
+  const bundle = Bundle.of(descriptor);
+  const { manifest } = bundle;
+  checkMemory(manifest, backend);
+  const needed = ["tokenizer", EMPTY_PROMPT, ...(backend === "webgpu" ? [SELF_CHECK] : []), ...NETWORKS].filter(
+    (name) => manifest.files[name],
+  );
+  const of = needed.reduce((sum, name) => sum + manifest.files[name].size, 0);
+  let before = 0;
+  const progress = (stage: LoadProgress["stage"], what: string, bytes = 0) =>
+    send({ type: "progress", id, progress: { stage, what, bytes: before + bytes, of } });
+  const read = async (name: string) => {
+    const started = performance.now();
+    const content = await bundle.file(name, { onBytes: (bytes) => progress("read", name, bytes) });
+    before += content.length;
+    reading += performance.now() - started;
+    return content;
+  };
+  let reading = 0;
+  litert = await LiteRt.load(wasm, backend, threads);
+  litert.device?.lost.then(({ message }) => send({ type: "lost", reason: message || "the browser does not say why" }));
+  const runtime = performance.now() - began;
+  const tokenizer = new PromptTokenizer(await read("tokenizer"), manifest.tokenizer);
+  const floats = async (name: string) =>
+    needed.includes(name) ? (new Float32Array((await read(name)).buffer) as Latents) : null;
+  const emptyStates = await floats(EMPTY_PROMPT);
+  const known = await floats(SELF_CHECK);
+  const networks = {} as Record<NetworkName, LiteRtNetwork>;
+  const [compile, fullyAccelerated] = [{}, {}] as [Record<NetworkName, number>, Record<NetworkName, boolean>];
+  for (const name of NETWORKS) {
+    const content = await read(name);
+    progress("compile", name);
+    const started = performance.now();
+    const compiled = await litert.compile(content, manifest.networks[name]);
+    compile[name] = performance.now() - started;
+    networks[name] = compiled.network;
+    fullyAccelerated[name] = compiled.fullyAccelerated;
+    if (backend === "webgpu" && !compiled.fullyAccelerated) {
+      throw new EngineError("unsupported", `the GPU does not take every operation of the ${name}`);
+    }
+  }
+  const checking = performance.now();
+  const notes = [litert.note, bundle.notKept].filter((note) => note !== null);
+  if (backend === "webgpu") {
+    progress("self-check", "unet");
+    notes.push(await trusted(litert, networks, bundle, known));
+  }
+  loaded = { manifest, hash: bundle.hash, tokenizer, networks, emptyStates };
+  const now = performance.now();
+  const halves = backend === "webgpu" && NETWORKS.some((name) => litert?.precisionOf(manifest.networks[name]) === "fp16");
+  return {
+    backend,
+    threads: backend === "wasm" ? litert.threads : 1,
+    notes,
+    fullyAccelerated,
+    precision: halves ? "fp16" : "fp32",
+    milliseconds: { runtime, read: reading, compile, selfCheck: now - checking, total: now - began },
+  };
+}
+
+/** What the self-check found, in a sentence; throws EngineError "unsupported" where the GPU is not to be trusted. */
+async function trusted(
+  litert: LiteRt,
+  networks: Record<NetworkName, LiteRtNetwork>,
+  { manifest }: Bundle,
+  known: Float32Array | null,
+): Promise<string> {
+  if (!known) throw new EngineError("unsupported", "the bundle has no self-check: export it again");
+  const { decibels, fault } = await selfCheck(networks, manifest, known, (spec) => litert.precisionOf(spec));
+  const wrong = fault ?? litert.takeFault();
+  if (wrong) throw new EngineError("unsupported", `the GPU computes something else (${wrong})`);
+  return `the GPU was checked: ${decibels.unet.toFixed(0)} and ${decibels.decoder.toFixed(0)} dB`;
+}
+
+async function generate({ id, request }: ToWorker & { type: "generate" }): Promise<void> {
+  if (!loaded) throw new EngineError("unsupported", "no bundle is loaded");
+  cancelled = false;
+  await draw(loaded, request, {
+    onStep: (event) => send({ type: "step", id, event }, event.preview ? [event.preview.data.buffer] : []),
+    onPicture: (picture, index) => send({ type: "picture", id, picture, index }, [picture.data.buffer]),
+    onWarning: (sentence) => send({ type: "warning", id, sentence }),
+    cancelled: async () => {
+      await breathe();
+      return cancelled;
+    },
+  });
+}
+
+const channel = new MessageChannel();
+channel.port1.start();
+
+/** Lets waiting messages in: LiteRT keeps the thread while it computes. */
+function breathe(): Promise<void> {
+  return new Promise((resolve) => {
+    channel.port1.onmessage = () => resolve();
+    channel.port2.postMessage(null);
+  });
+}
