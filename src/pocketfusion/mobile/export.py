@@ -29,6 +29,7 @@ from pocketfusion.mobile.licences import copy_licences
 from pocketfusion.mobile.lora import merge_lora
 from pocketfusion.mobile.measure import Described, NetworkReport, describe, measure, run_file
 from pocketfusion.mobile.pack import Form, pack
+from pocketfusion.mobile.preview_fit import fit_preview
 from pocketfusion.mobile.quantize import coarsest, quantize
 from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
 from pocketfusion.mobile.weight_recipe import NetworkRecipe
@@ -128,6 +129,7 @@ def export(
         side = settings.decoder_tile
         inputs["decoder"]["latents"] = inputs["decoder"]["latents"][:, :side, :side].contiguous()
     spec, tokenizer = specs.tokenizer_spec(pipeline), _tokenizer(pipeline)
+    latents, image = specs.latent_spec(pipeline), specs.image_spec(pipeline)
     scheduler = specs.scheduler_spec(pipeline)
     student = read_sampling(folder) is not None  # taught the timesteps of its DDIM steps alone
     sampler: SamplerName = "ddim" if student else specs.sampler_of(pipeline.scheduler)
@@ -142,6 +144,7 @@ def export(
         reference = reference_runs(
             pipeline, plain, spec.max_length, defaults.guidance_scale, guidance, settings.gate_steps
         )
+        preview = fit_preview(pipeline, plain["decoder"], image.height // latents.height, reference)
         if settings.decoder_tile:
             reference = tiled(reference, plain["decoder"], settings.decoder_tile)
         one = specs.samples(pipeline, batch=1)
@@ -187,12 +190,13 @@ def export(
             files={key: _file(path, partial) for key, path in (files | licence_files).items()},
             networks=Networks.made(**{n: _network(described[n], row, settings) for n, row in rows.items()}),
             tokenizer=spec,
-            latents=specs.latent_spec(pipeline),
-            image=specs.image_spec(pipeline),
+            latents=latents,
+            image=image,
             scheduler=scheduler,
             sampler=sampler,
             samplers=["ddim"] if student else None,
             time_embedding=time_embedding_spec(pipeline.unet) if form.time_embedding == "outside" else None,
+            preview=preview,
             guidance=guidance,
             guidance_range=sampling.guidance_range,
             defaults=defaults,

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pocketfusion.artefact import sha256_file
 from pocketfusion.bounded import MB, check_numbers, read_json
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.preview import LinearPreview
 from pocketfusion.runtime.specs import (
     MULTISTEP,
     SAMPLERS,
@@ -77,6 +78,7 @@ class Manifest(Strict):
     guidance_range: tuple[float, float] | None = None  #: the scales that an embedded one was distilled for
     target: Target = "litert-cpu"
     time_embedding: TimeEmbedding | None = None  #: given exactly where the UNet takes `timestep_embedding`
+    preview: LinearPreview | None = None  #: colours of latents without a decoder; bundles of before it have none
     licences: list[Licence] = []
     provenance: dict[str, Any] = {}
 

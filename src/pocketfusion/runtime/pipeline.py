@@ -198,6 +198,16 @@ class Pipeline:
                 raise PocketfusionError(f"{decoder.path}: the decoder produced NaN: the bundle is unsound")
         return Image.fromarray(np.round(np.clip(image[0] / 2 + 0.5, 0, 1) * 255).astype(np.uint8))
 
+    def preview(self, latents: Array) -> Image.Image:
+        """A picture of the sampler's latents [1, height, width, channels], at any step and in every mode, from the
+        manifest's linear map: for next to nothing, without detail.
+
+        Raises PocketfusionError if the bundle has no map.
+        """
+        if self.manifest.preview is None:
+            raise PocketfusionError(f"the bundle {self.bundle.path} has no preview: export it again, or use decode")
+        return self.manifest.preview.image(latents, (self.manifest.image.width, self.manifest.image.height))
+
     @in_turn(whole=False)
     def encode(self, text: str, warnings: list[str] | None = None) -> Array:
         """`prompt_embeds` of `text`, [1, max_length, width]; appends to `warnings` if the text was cut.

@@ -47,6 +47,8 @@ function check(manifest: Manifest): void {
     `the image is ${image.height}x${image.width}, no whole multiple of the latents' ${latents.height}x${latents.width}`,
   );
   gives("decoder", networks.decoder, [1, factor * height, factor * width, 3]);
+  const rows = manifest.preview?.matrix.length ?? latents.channels;
+  demand(rows === latents.channels, `preview.matrix has ${rows} rows for ${latents.channels} channels`);
   demand(scheduler.steps_offset < scheduler.num_train_timesteps, "scheduler.steps_offset is beyond the timesteps");
   demand(
     new NoiseLevels(scheduler).alphasCumprod.at(-1)! >= LEAST,

@@ -70,6 +70,17 @@ const timeEmbedding = v.strictObject({
   downscale_freq_shift: v.optional(real(0, 1), 0),
 });
 
+const coefficient = real(-1e4, 1e4);
+const colour = v.pipe(v.array(coefficient), v.length(3));
+
+/** Latents times `matrix` [C, 3], plus `bias` [3], clipped: red, green and blue in [-1, 1]. */
+const preview = v.strictObject({
+  matrix: v.pipe(v.array(colour), v.minLength(1), v.maxLength(2 ** 14)),
+  bias: colour,
+  psnr_db: v.pipe(v.number(), v.finite()),
+  r2: v.pipe(v.number(), v.finite(), v.maxValue(1)),
+});
+
 const manifest = v.strictObject({
   format: v.literal(FORMAT),
   version: v.literal(VERSION),
@@ -88,6 +99,7 @@ const manifest = v.strictObject({
   guidance_range: v.nullish(v.tuple([v.pipe(v.number(), v.finite()), v.pipe(v.number(), v.finite())])),
   target: v.optional(v.picklist(["litert-cpu", "litert-gpu"]), "litert-cpu"),
   time_embedding: v.nullish(timeEmbedding),
+  preview: v.nullish(preview),
   licences: v.optional(
     v.array(v.strictObject({ what: text(2000), spdx: text(2000), attribution: v.optional(text(100_000), "") })),
     [],
@@ -99,6 +111,7 @@ export type Manifest = v.InferOutput<typeof manifest>;
 export type Network = v.InferOutput<typeof network>;
 export type TensorSpec = v.InferOutput<typeof tensor>;
 export type Scheduler = v.InferOutput<typeof scheduler>;
+export type Preview = v.InferOutput<typeof preview>;
 export type TimeEmbedding = v.InferOutput<typeof timeEmbedding>;
 
 /** The file that keeps the text encoder's output for the empty prompt. */

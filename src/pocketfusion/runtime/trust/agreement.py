@@ -28,6 +28,8 @@ def check_agreement(manifest: Manifest) -> None:
         )
     assert tile is not None
     _output("decoder", networks.decoder, [1, factor * tile.shape[1], factor * tile.shape[2], 3])
+    if manifest.preview is not None and len(manifest.preview.matrix) != latents.channels:
+        raise ValueError(f"preview.matrix has {len(manifest.preview.matrix)} rows for {latents.channels} channels")
     if manifest.scheduler.steps_offset >= manifest.scheduler.num_train_timesteps:
         raise ValueError("scheduler.steps_offset is not below scheduler.num_train_timesteps")
     if manifest.guidance_range and not manifest.guidance_range[0] <= manifest.guidance_range[1]:
