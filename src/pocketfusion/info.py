@@ -143,6 +143,11 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]
     The format: 8 bytes with the header's length, little-endian, the header as JSON, the tensors one behind the other.
     Raises PocketfusionError if the file is truncated, not of this format, or its header contradicts itself.
     """
+    return read_safetensors(file)[1:]
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]], int]:
+    """As `read_safetensors_header`, with what the file says of itself before it: its metadata."""
     if not file.is_file():
         raise PocketfusionError(f"{file} is no regular file: restore it from its source")
     size = file.stat().st_size
@@ -163,7 +168,7 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]
     if 8 + length + end != size:
         what = "truncated" if 8 + length + end > size else "longer than its tensors"
         raise PocketfusionError(f"{file} is {what}: it has {size:,} of {8 + length + end:,} bytes; restore it")
-    return header, 8 + length
+    return metadata, header, 8 + length
 
 
 def _end(header: dict[str, dict[str, Any]]) -> int:

@@ -1,0 +1,260 @@
+"""A checkpoint file or a folder as published → a model folder with provenance, and what was found in it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from pocketfusion.artefact import atomic_folder, check_new, sha256_file, write_json
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import Provenance, machine, read_json, write_provenance
+from pocketfusion.info import read_safetensors_header
+from pocketfusion.models.base import load_text_encoder_in_fp32
+from pocketfusion.models.bring.clip_words import clip_merges, clip_tokenizer
+from pocketfusion.models.bring.configs import vae_factor
+from pocketfusion.models.bring.networks import write_text_encoder, write_unet, write_vae
+from pocketfusion.models.bring.prediction import (
+    EPSILON_ABOVE,
+    Prediction,
+    PredictionType,
+    answer_to_noise,
+    measured_prediction,
+    scheduler,
+    stated_prediction,
+)
+from pocketfusion.models.bring.recognise import EMA, LEFTOVERS, VAE, Checkpoint, recognise, short
+from pocketfusion.models.licences import LicenceNote, write_licences
+
+_NAMED = 8  #: unused tensors that a report names
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What of a checkpoint is to be other than the file has it."""
+
+    prediction_type: PredictionType | None = None
+    ema: bool = True  #: take the moving average of the UNet's weights where the file has it beside them
+    clip_skip: int = 1  #: layers of the text encoder from the last, as in web interfaces: 1 takes all, 2 all but one
+    vae: Path | None = None
+    embeddings: tuple[Path, ...] = ()
+
+
+@dataclass
+class Found:
+    """What a checkpoint turned out to be; JSON-ready."""
+
+    family: str
+    prediction_type: str
+    prediction_why: str
+    zero_snr: bool
+    picture_size: int
+    unet: str
+    text_encoder: str
+    vae: str
+    weights: str  #: which of the UNet's: the averaged ones, or those that the file has
+    leftovers: dict[str, int] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    unused_count: int = 0
+    notes: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)  #: learnt ones that were added
+
+
+def import_file(
+    file: Path,
+    out: Path,
+    changes: Changes | None = None,
+    *,
+    overwrite: bool = False,
+    origin: Mapping[str, Any] | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Found:
+    """Writes the checkpoint in `file` as a model folder at `out`, its weights in the file's own types.
+
+    `origin`: where the file came from, for the provenance. Raises PocketfusionError if it is no checkpoint of SD-1 or
+    SD-2, is damaged or incomplete, says too little, or the disk is too small; `out` is then as it was.
+    """
+    changes = changes or Changes()
+    check_new(out, overwrite)
+    checkpoint = recognise(file)
+    clip_merges()  # before anything long: the package may be missing
+    check_space(out, sum(one["data_offsets"][1] - one["data_offsets"][0] for one in checkpoint.tensors.values()))
+    if changes.vae is None and f"{VAE}decoder.conv_in.weight" not in checkpoint.tensors:
+        raise PocketfusionError(f"{file} has no autoencoder (first_stage_model): give one with --vae")
+    on_stage("hashing the file")
+    digest = sha256_file(file)
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        found = _write_parts(checkpoint, partial, changes, on_stage)
+        # parts that take another's place, or add to it, come here
+        write_licences(partial, [_licence(checkpoint)])
+        write_provenance(
+            partial,
+            Provenance(
+                stage="import",
+                settings={
+                    "source": {"file": file.name, "bytes": file.stat().st_size, "sha256": digest, **(origin or {})},
+                    "metadata": {key: value[:500] for key, value in sorted(checkpoint.metadata.items())[:50]},
+                    **_settings(changes),
+                },
+                parents={"file": digest},
+                machine=machine(),
+                results=asdict(found),
+            ),
+        )
+    return found
+
+
+def check_space(out: Path, size: int) -> None:
+    """Raises PocketfusionError unless the disk of `out` has `size` bytes and a little more."""
+    free, needed = shutil.disk_usage(out.absolute().parent).free, int(size * 1.02) + (32 << 20)
+    if free < needed:
+        raise PocketfusionError(
+            f"{out.absolute().parent} has {free / 1e9:,.1f} GB free and the import needs {needed / 1e9:,.1f} GB: free "
+            "some space or choose another place"
+        )
+
+
+def _write_parts(checkpoint: Checkpoint, folder: Path, changes: Changes, on_stage: Callable[[str], None]) -> Found:
+    prediction = stated_prediction(checkpoint, changes.prediction_type)
+    averages = checkpoint.ema if changes.ema else {}
+    on_stage("the UNet")
+    used = write_unet(checkpoint, folder / "unet", _latent_size(checkpoint, prediction), averages)
+    on_stage("what the UNet predicts")
+    correlation = answer_to_noise(folder / "unet")
+    notes = []
+    if prediction is None:
+        prediction = measured_prediction(checkpoint, correlation)
+        config = folder / "unet" / "config.json"
+        write_json(config, read_json(config) | {"sample_size": _latent_size(checkpoint, prediction)})
+    elif (prediction.kind == "epsilon") != (correlation > EPSILON_ABOVE):
+        notes.append(
+            f"the UNet's answer to noise correlates {correlation:.2f} with it, which is unlike {prediction.kind}: if "
+            "pictures come out as noise, give --prediction-type"
+        )
+    on_stage("the text encoder")
+    used |= write_text_encoder(checkpoint, folder / "text_encoder")
+    if changes.vae is None:
+        on_stage("the autoencoder")
+        used |= write_vae(checkpoint, folder / "vae", _latent_size(checkpoint, prediction))
+    text = read_json(folder / "text_encoder" / "config.json")
+    pad = "!" if checkpoint.linear else "<|endoftext|>"
+    clip_tokenizer(text["max_position_embeddings"], pad).save_pretrained(folder / "tokenizer")
+    sampler = scheduler(prediction)
+    sampler.save_pretrained(folder / "scheduler")
+    write_json(folder / "model_index.json", _index(type(sampler).__name__))
+    load_text_encoder_in_fp32(folder)
+    if checkpoint.names(EMA) and not averages:
+        notes.append(
+            "the averaged weights (model_ema) are left out: " + ("they are not whole" if changes.ema else "asked for")
+        )
+    return _found(checkpoint, folder, prediction, averages, used, notes)
+
+
+def _latent_size(checkpoint: Checkpoint, prediction: Prediction | None) -> int:
+    """The UNet's `sample_size`: as the metadata's resolution says, else 96 for SD-2 of v and 64 for all others."""
+    said = re.fullmatch(r"(\d{1,5})x(\d{1,5})", checkpoint.metadata.get("modelspec.resolution", ""))
+    factor = vae_factor(checkpoint)
+    if said and said[1] == said[2] and int(said[1]) % factor == 0 and int(said[1]):
+        return int(said[1]) // factor
+    return 96 if checkpoint.linear and prediction is not None and prediction.kind == "v_prediction" else 64
+
+
+def _index(sampler: str) -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", sampler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _found(
+    checkpoint: Checkpoint,
+    folder: Path,
+    prediction: Prediction,
+    averages: Mapping[str, str],
+    used: set[str],
+    notes: Sequence[str],
+) -> Found:
+    unet, text = (read_json(folder / part / "config.json") for part in ("unet", "text_encoder"))
+    left, unused = Counter[str](), list[str]()
+    for name in checkpoint.tensors:
+        if name in used:
+            continue
+        kind: str | None = next((kind for kind, known in LEFTOVERS.items() if re.fullmatch(known, name)), None)
+        if kind is None and re.search(r"\.(resblocks|layers)\.\d+\.", name):
+            kind = "text encoder's layers that the model does not use"
+        if kind is None:
+            unused.append(short(name))
+        else:
+            left[kind] += 1
+    widths, states = "/".join(map(str, unet["block_out_channels"])), unet["cross_attention_dim"]
+    total = len(checkpoint.ema)
+    weights = "the averaged (EMA) of the file's two" if averages else "the file's only ones"
+    if total and not averages:
+        weights = "the trained of the file's two, not the averaged (EMA)"
+    vae = "replaced"
+    if (folder / "vae" / "config.json").is_file():
+        config = read_json(folder / "vae" / "config.json")
+        vae = f"the file's: {config['latent_channels']} latent channels at 1/{vae_factor(checkpoint)}"
+        if said := checkpoint.metadata.get("ss_vae_name"):
+            vae += f" ({short(said)}, says its metadata)"
+    return Found(
+        family=checkpoint.family,
+        prediction_type=prediction.kind,
+        prediction_why=prediction.why,
+        zero_snr=prediction.zero_snr,
+        picture_size=unet["sample_size"] * vae_factor(checkpoint),
+        unet=f"widths {widths}, layers_per_block {unet['layers_per_block']}, text of width {states}",
+        text_encoder=f"{'OpenCLIP' if checkpoint.open_clip else 'CLIP'}, {text['num_hidden_layers']} layers of "
+        f"{text['hidden_size']}, {text['max_position_embeddings']} tokens",
+        vae=vae,
+        weights=f"{weights}; {_types(folder)}",
+        leftovers=dict(left),
+        unused=unused[:_NAMED],
+        unused_count=len(unused),
+        notes=list(notes),
+    )
+
+
+def _types(folder: Path) -> str:
+    """What types the written weights have: one for all, or by part."""
+    found = {}
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (folder / part).glob("*.safetensors"):
+            types = {one["dtype"] for one in read_safetensors_header(file)[0].values()}
+            found[part] = "/".join(sorted(types))
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{part} {types}" for part, types in found.items())
+
+
+def _settings(changes: Changes) -> dict[str, Any]:
+    return {
+        "prediction_type": changes.prediction_type,
+        "ema": changes.ema,
+        "clip_skip": changes.clip_skip,
+        "vae": str(changes.vae) if changes.vae else None,
+        "embeddings": [str(file) for file in changes.embeddings],
+    }
+
+
+def _licence(checkpoint: Checkpoint) -> LicenceNote:
+    said = checkpoint.metadata
+    title = short(said.get("modelspec.title", "")) or checkpoint.file.stem
+    licence = "LicenseRef-" + (re.sub(r"[^\w.+-]+", "-", said.get("modelspec.license", ""), flags=re.A) or "unknown")
+    author = short(said.get("modelspec.author", "")) or "unknown: the file names neither author nor licence"
+    return LicenceNote(f"Checkpoint {title}", licence, author)
