@@ -15,6 +15,7 @@ from pocketfusion.evaluate.generate import BundleSystem, ModelFolder, SamplerSet
 from pocketfusion.evaluate.systems import labels, named_systems, system_spec
 from pocketfusion.models.sampling import Sampling, write_sampling
 from pocketfusion.runtime.pipeline import Pipeline
+from pocketfusion.runtime.specs import SAMPLERS
 
 
 @pytest.fixture
@@ -33,6 +34,26 @@ def test_steps_come_from_the_name_the_option_or_the_system(folder, tiny_bundle):
     write_sampling(folder, Sampling(num_inference_steps=6, guidance_scale=3))
     assert system_spec(folder).num_inference_steps == 6 and system_spec(folder).scales((1, 2)) == (1, 2)
     assert system_spec(folder.rename(folder.with_name("odd@8"))).num_inference_steps == 6
+
+
+def test_a_system_may_name_its_sampler(folder, tiny_bundle):
+    specs = named_systems([f"{folder}@8", f"{folder}@8:euler", f"{tiny_bundle}@4:dpmpp-2m"], "3")
+    assert [(one.num_inference_steps, one.sampler) for one in specs] == [(8, "ddim"), (8, "euler"), (4, "dpmpp-2m")]
+    assert labels(specs) == ["model@8", "model@8:euler", "tiny@4:dpmpp-2m"]
+    assert specs[0].drawn_with()["sampler"] == "DDIM, eta 0; noise by numpy PCG64"  # what older stores have as key
+    assert specs[1].drawn_with() == specs[0].drawn_with() | {"sampler": "euler; noise by numpy PCG64"}
+
+
+def test_samplers_and_steps_that_a_system_does_not_have_are_refused_before_drawing(folder, tiny_bundle, tmp_path):
+    with pytest.raises(PocketfusionError, match="number of steps is 51: choose 1 to 50 with lcm"):
+        named_systems([f"{tiny_bundle}@51:lcm"])
+    with pytest.raises(PocketfusionError, match="number of steps is 51: choose 1 to 50 with lcm"):
+        named_systems([f"{folder}@51:lcm"])[0].open()
+    student = shutil.copytree(tiny_bundle, tmp_path / "student")
+    manifest = json.loads((student / "bundle.json").read_text())
+    (student / "bundle.json").write_text(json.dumps(manifest | {"samplers": ["ddim"]}))
+    with pytest.raises(PocketfusionError, match="timesteps that this bundle's UNet was not taught"):
+        named_systems([f"{student}@4:euler"])
 
 
 def test_a_folded_system_has_its_own_scale_only(folder):
@@ -56,6 +77,9 @@ def test_labels_tell_systems_apart(folder, tmp_path):
         (["M@x"], None, "holds 'x'"),
         (["M@0"], None, "holds '0'"),
         (["nothing@8"], None, "there is no model folder at nothing"),
+        (["M@8:dpm++"], None, r"names the sampler 'dpm\+\+': choose ddim or euler"),
+        (["M@:euler"], None, "holds ''"),
+        (["M@8:euler", "M@8:euler"], None, "named twice"),
     ],
 )
 def test_what_is_refused(folder, names, steps, message):
@@ -99,6 +123,17 @@ def test_folder_and_bundle_draw_the_same_from_one_seed(tiny_folder, tiny_bundle)
         s.draw(["a red apple"], [9], settings) for s in (ModelFolder(tiny_folder), BundleSystem(tiny_bundle, 1))
     )
     assert np.abs(folder.astype(int) - bundle).mean() < 1
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddim"])
+def test_folder_and_bundle_draw_the_same_with_every_sampler(tiny_folder, tiny_bundle, sampler):
+    """Also what noise a sampler adds: seeds beyond those of `generate` have their remainder's."""
+    settings, seeds = SamplerSettings(3, 2.0, sampler=sampler), [9, 2**40 + 5]
+    prompts = ["a red apple", "a dog"]
+    folder = ModelFolder(tiny_folder).draw(prompts, seeds, settings)
+    bundle = BundleSystem(tiny_bundle, 1).draw(prompts, seeds, settings)
+    other = BundleSystem(tiny_bundle, 1).draw(prompts, seeds, SamplerSettings(3, 2.0))
+    assert np.abs(folder.astype(int) - bundle).mean() < 0.5 < np.abs(other.astype(int) - bundle).mean()
 
 
 def test_bf16_draws_nearly_the_same_and_not_the_same(tiny_folder):

@@ -17,7 +17,7 @@ PathOpt = Path | None
 @app.command("evaluate")
 def evaluate_command(
     systems: Annotated[
-        list[str], typer.Argument(help="Model folders and bundles, each as PATH or PATH@STEPS.", show_default=False)
+        list[str], typer.Argument(help="Model folders and bundles: PATH, PATH@8 or PATH@8:euler.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Result folder to write.", show_default=False)],
     data: Annotated[PathOpt, typer.Option("--data", help="Folder of captioned pictures.")] = None,
@@ -49,8 +49,8 @@ def evaluate_command(
 ) -> None:
     """Compare systems by their curves of FID and CLIP score over guidance.
 
-    Same captions, noise and seeds for all. Pictures and points are kept in OUT.run: run again to go on after a stop.
-    Under `accelerate launch` every process draws its share.
+    Same captions, noise and seeds for all; DDIM where no sampler is named. Pictures and points are kept in OUT.run:
+    run again to go on after a stop. Under `accelerate launch` every process draws its share.
     """
     from pocketfusion.cli.extras import require_compress
 

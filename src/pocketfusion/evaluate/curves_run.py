@@ -236,7 +236,11 @@ def _draw(
                 count += drawn
                 progress(what, count, total)
 
-            draw_missing(opened, shelf, mine, SamplerSettings(line.spec.num_inference_steps, scale), advance)
+            draw_missing(opened, shelf, mine, _settings(line.spec, scale), advance)
+
+
+def _settings(spec: SystemSpec, scale: float) -> SamplerSettings:
+    return SamplerSettings(spec.num_inference_steps, scale, sampler=spec.sampler)
 
 
 def _sheet(
@@ -248,7 +252,7 @@ def _sheet(
     rows = [("real", reference.images(numbers))]
     for line, curve in zip(lines, curves, strict=True):
         scale = curve.best.guidance_scale
-        shelf, settings = line.shelves[scale], SamplerSettings(line.spec.num_inference_steps, scale)
+        shelf, settings = line.shelves[scale], _settings(line.spec, scale)
         draw_missing(line.spec.open, shelf, shown, settings)  # a cached point's pictures may have been deleted
         rows.append((f"{curve.label}, guidance {scale:g}", reference.prepare(load(shelf, shown, curve.label))))
     return [one.prompt for one in shown], rows

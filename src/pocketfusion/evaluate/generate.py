@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.pipeline import MAX_SEED
+from pocketfusion.runtime.samplers.sampler import Sampler
+from pocketfusion.runtime.specs import SamplerName
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,7 @@ class SamplerSettings:
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
     batch: int = 64
+    sampler: SamplerName = "ddim"
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
@@ -33,6 +37,11 @@ class SamplerSettings:
             )
         if not 0 <= self.guidance_scale < float("inf"):
             raise PocketfusionError(f"--guidance {self.guidance_scale} is no guidance scale: give a number such as 4")
+
+
+def later_seed(seed: int) -> int:
+    """The seed of what noise a sampler adds at its steps: the picture's, as far as `generate` takes seeds."""
+    return seed % (MAX_SEED + 1)
 
 
 class System(Protocol):
@@ -70,6 +79,7 @@ class ModelFolder:
         import torch
 
         from pocketfusion.folder import folder_hash, load_pipeline
+        from pocketfusion.mobile.specs import scheduler_spec
         from pocketfusion.models.guidance import guidance_of
         from pocketfusion.models.noise_schedule import ddim_scheduler
         from pocketfusion.models.sampling import read_sampling
@@ -81,6 +91,7 @@ class ModelFolder:
         self.sha256, self.precision = folder_hash(path), precision
         self.text = TextEncoder(pipeline.text_encoder.to(self.device), pipeline.tokenizer)
         self.scheduler = ddim_scheduler(pipeline.scheduler)
+        self._schedule = lambda: scheduler_spec(pipeline)
         self.image_size = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.sampling = read_sampling(path)  #: how it is meant to be drawn, if its folder says so
         self.guidance = guidance_of(self.unet, self.sampling.guidance if self.sampling else None)
@@ -100,7 +111,7 @@ class ModelFolder:
         settings: SamplerSettings,
         on_batch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """DDIM (η = 0); noise from numpy's PCG64(seed) per picture, as the phone runtime draws it."""
+        """Noise from numpy's PCG64(seed) per picture, as the phone runtime draws it."""
         images = []
         for start in range(0, len(prompts), settings.batch):
             part = slice(start, start + settings.batch)
@@ -118,20 +129,65 @@ class ModelFolder:
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         with torch.no_grad(), self._precision():
             states = self.text.encode(prompts)[0]
-            latents = sample_latents(
-                self.unet,
-                self.scheduler,
-                noise_batch(seeds, (channels, side, side)).to(self.device),
-                states,
-                self.text.encode([""])[0].expand_as(states),
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                guidance=self.guidance,
-            )
+            empty = self.text.encode([""])[0].expand_as(states)
+            if settings.sampler == "ddim":
+                latents = sample_latents(
+                    self.unet,
+                    self.scheduler,
+                    noise_batch(seeds, (channels, side, side)).to(self.device),
+                    states,
+                    empty,
+                    num_inference_steps=settings.num_inference_steps,
+                    guidance_scale=settings.guidance_scale,
+                    guidance=self.guidance,
+                )
+            else:
+                sampler = self.with_sampler(settings.sampler, settings.num_inference_steps)
+                latents = self._sample(sampler, seeds, states, empty, settings.guidance_scale)
             self._check(latents, "UNet", settings)
             decoded = self.vae.decode(latents / self.vae.config.scaling_factor).sample
             self._check(decoded, "decoder", settings)
         return to_uint8(decoded)
+
+    def with_sampler(self, name: SamplerName, num_inference_steps: int) -> Sampler:
+        """The runtime's sampler on this folder's schedule; PocketfusionError for steps that it does not have."""
+        sampler = Sampler(name, self._schedule())
+        sampler.set_timesteps(num_inference_steps)
+        return sampler
+
+    def _sample(
+        self,
+        sampler: Sampler,
+        seeds: Sequence[int],
+        states: torch.Tensor,
+        empty: torch.Tensor,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """Latents [B, C, h, w] by the runtime's sampler, with the noise that it takes on a phone."""
+        import torch
+
+        from pocketfusion.models.guidance import guided_predictor, remembered_text
+        from pocketfusion.runtime.noise import NoiseStream, seeded_noise
+
+        side, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        shape = side, side, channels
+        streams = [NoiseStream(later_seed(seed), *shape) for seed in seeds]
+
+        def draw() -> np.ndarray:
+            return np.stack([stream.draw() for stream in streams])
+
+        def nchw(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values).permute(0, 3, 1, 2).to(self.device)
+
+        scale = torch.full((len(seeds),), guidance_scale, device=self.device)
+        predict = guided_predictor(self.unet, states, empty, scale, self.guidance)
+        draw()  # the place of the starting noise, as in `Pipeline.generate` with latents given
+        latents = sampler.start(np.stack([seeded_noise(seed, *shape) for seed in seeds]))
+        with remembered_text(self.unet):
+            for k, t in enumerate(sampler.timesteps.tolist()):
+                prediction = predict(nchw(latents), torch.tensor(float(t)))
+                latents = sampler.step(prediction.permute(0, 2, 3, 1).cpu().numpy(), k, latents, draw)
+        return nchw(latents)
 
     def _precision(self) -> AbstractContextManager:
         import torch
@@ -179,7 +235,8 @@ class BundleSystem:
                     num_inference_steps=settings.num_inference_steps,
                     guidance_scale=settings.guidance_scale,
                     latents=self.pipeline.noise(seed),
-                    sampler="ddim",  # as folders are drawn, whatever the bundle's own is
+                    seed=later_seed(seed),
+                    sampler=settings.sampler,
                 )
             except PocketfusionError as error:
                 raise PocketfusionError(f"{self.name} at guidance {settings.guidance_scale:g}: {error}") from None

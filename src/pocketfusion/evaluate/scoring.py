@@ -20,7 +20,7 @@ from pocketfusion.evaluate.harness import POOL
 from pocketfusion.evaluate.images import CaptionedReference
 from pocketfusion.evaluate.metrics import Estimate, bootstrap, clip_score, retrieval
 from pocketfusion.evaluate.store import Shelf, Wanted
-from pocketfusion.evaluate.systems import SAMPLER, SystemSpec
+from pocketfusion.evaluate.systems import SystemSpec
 
 _CHUNK = 512
 
@@ -105,7 +105,7 @@ def measure(
     return Point(
         guidance_scale=guidance_scale,
         num_inference_steps=spec.num_inference_steps,
-        sampler=SAMPLER,
+        sampler=spec.sampling,
         precision=spec.precision,
         pictures=len(plan.pictures),
         frechet=None if kid_only else frechet_estimate(features, side.real),

@@ -1,4 +1,4 @@
-"""What is compared: model folders and bundles, each with its number of steps, as the command line names them."""
+"""What is compared: model folders and bundles, each with its steps and sampler, as the command line names them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pocketfusion.evaluate.generate import BundleSystem, ModelFolder, Precision,
 from pocketfusion.folder import COMPONENTS, PROVENANCE, check_folder, folder_hash
 from pocketfusion.models.sampling import Guidance, usual_sampling
 from pocketfusion.runtime.manifest import MANIFEST, Bundle
-
-SAMPLER = "DDIM, eta 0; noise by numpy PCG64"
+from pocketfusion.runtime.samplers.sampler import resolve_sampler
+from pocketfusion.runtime.specs import SAMPLERS, SamplerName
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,22 @@ class SystemSpec:
     fixed_scale: float | None  #: the only guidance scale of a folded one
     precision: str
     guidance_range: tuple[float, float] | None = None  #: scales that an embedded one was distilled for
+    sampler: SamplerName = "ddim"
 
     @property
     def name(self) -> str:
-        """Folder name and steps."""
-        return f"{self.path.resolve().name}@{self.num_inference_steps}"
+        """Folder name, steps and a sampler that is not DDIM."""
+        return self.path.resolve().name + self.drawing
+
+    @property
+    def drawing(self) -> str:
+        """Steps and sampler as the command line has them: `@8`, `@8:euler`."""
+        return f"@{self.num_inference_steps}" + ("" if self.sampler == "ddim" else f":{self.sampler}")
+
+    @property
+    def sampling(self) -> str:
+        """The sampler for result files and keys."""
+        return f"{'DDIM, eta 0' if self.sampler == 'ddim' else self.sampler}; noise by numpy PCG64"
 
     def scales(self, wanted: Sequence[float]) -> tuple[float, ...]:
         """The guidance scales that it is drawn at: a folded one has only its own."""
@@ -46,7 +57,10 @@ class SystemSpec:
         """The system, ready to draw; `num_threads` is for bundles (None: all cores). Raises PocketfusionError."""
         if self.kind == "bundle":
             return BundleSystem(self.path, num_threads)
-        return ModelFolder(self.path, "bf16" if self.precision == "bf16" else "fp32")
+        folder = ModelFolder(self.path, "bf16" if self.precision == "bf16" else "fp32")
+        if self.sampler != "ddim":
+            folder.with_sampler(self.sampler, self.num_inference_steps)  # refuses steps that it does not have
+        return folder
 
     def drawn_with(self) -> dict[str, Any]:
         """All that its pictures depend on besides prompt, seed and guidance scale: the key of its shelf."""
@@ -56,7 +70,7 @@ class SystemSpec:
             "guidance": self.guidance,
             "num_inference_steps": self.num_inference_steps,
             "precision": self.precision,
-            "sampler": SAMPLER,
+            "sampler": self.sampling,
         }
 
     def identity(self) -> dict[str, Any]:
@@ -68,7 +82,7 @@ def _digest(parts: dict[str, Any]) -> str:
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _folder_spec(path: Path, steps: int | None, precision: Precision) -> SystemSpec:
+def _folder_spec(path: Path, steps: int | None, precision: Precision, sampler: SamplerName) -> SystemSpec:
     check_folder(path)
     sampling = usual_sampling(path)
     parts = {name: sha256_folder(path / name, exclude=(PROVENANCE, "README.md")) for name in COMPONENTS}
@@ -82,12 +96,15 @@ def _folder_spec(path: Path, steps: int | None, precision: Precision) -> SystemS
         fixed_scale=sampling.guidance_scale if sampling.guidance == "folded" else None,
         precision=precision,
         guidance_range=sampling.guidance_range,
+        sampler=sampler,
     )
 
 
-def _bundle_spec(path: Path, steps: int | None) -> SystemSpec:
+def _bundle_spec(path: Path, steps: int | None, sampler: SamplerName) -> SystemSpec:
     bundle = Bundle.open(path)
     manifest = bundle.manifest
+    steps = steps or manifest.defaults.num_inference_steps
+    resolve_sampler(manifest, sampler).set_timesteps(steps)
     parts: dict[str, Any] = {name: file.sha256 for name, file in manifest.files.items()}
     parts |= {"scheduler": manifest.scheduler.model_dump(), "tokenizer_spec": manifest.tokenizer.model_dump()}
     return SystemSpec(
@@ -95,22 +112,25 @@ def _bundle_spec(path: Path, steps: int | None) -> SystemSpec:
         kind="bundle",
         sha256=bundle.hash,
         networks=_digest(parts),
-        num_inference_steps=steps or manifest.defaults.num_inference_steps,
+        num_inference_steps=steps,
         guidance=manifest.guidance,
         fixed_scale=manifest.defaults.guidance_scale if manifest.guidance == "folded" else None,
         precision=manifest.networks.unet.weights,
         guidance_range=manifest.guidance_range,
+        sampler=sampler,
     )
 
 
-def system_spec(path: Path, steps: int | None = None, precision: Precision = "fp32") -> SystemSpec:
+def system_spec(
+    path: Path, steps: int | None = None, precision: Precision = "fp32", sampler: SamplerName = "ddim"
+) -> SystemSpec:
     """A model folder or a bundle at `steps` sampling steps (None: its own default).
 
-    Raises PocketfusionError if it is neither, or damaged.
+    Raises PocketfusionError if it is neither, or damaged, or a bundle that cannot be drawn so.
     """
     if (path / MANIFEST).is_file():
-        return _bundle_spec(path, steps)
-    return _folder_spec(path, steps, precision)
+        return _bundle_spec(path, steps, sampler)
+    return _folder_spec(path, steps, precision, sampler)
 
 
 def parse_steps(text: str | None, count: int) -> list[int | None]:
@@ -131,38 +151,50 @@ def _steps(text: str, where: str) -> int:
     return int(text)
 
 
-def named_systems(names: Sequence[str], steps: str | None = None, precision: str = "fp32") -> list[SystemSpec]:
-    """The systems of a command line: PATH or PATH@STEPS each, the latter before `--steps`.
+def _drawing(text: str, name: str) -> tuple[int, SamplerName]:
+    """Steps and sampler of what follows @ in `name`."""
+    steps, colon, wanted = text.partition(":")
+    if not colon:
+        return _steps(steps, name), "ddim"
+    for sampler in SAMPLERS:
+        if sampler == wanted:
+            return _steps(steps, name), sampler
+    raise PocketfusionError(f"{name} names the sampler {wanted!a}: choose {' or '.join(SAMPLERS)}, as PATH@8:euler")
 
-    Raises PocketfusionError if a path is no model folder or bundle, a system is named twice at the same steps, or the
-    precision is unknown.
+
+def named_systems(names: Sequence[str], steps: str | None = None, precision: str = "fp32") -> list[SystemSpec]:
+    """The systems of a command line: PATH, PATH@STEPS or PATH@STEPS:SAMPLER each, these steps before `--steps`.
+
+    The sampler is DDIM where none is named, whatever the system's own. Raises PocketfusionError if a path is no model
+    folder or bundle, a system is named twice at the same steps, or a sampler or the precision is unknown.
     """
     specs: list[SystemSpec] = []
     if precision not in ("fp32", "bf16"):
         raise PocketfusionError(f"--precision {precision} is unknown: choose fp32 or bf16")
     for name, given in zip(names, parse_steps(steps, len(names)), strict=True):
         path, own = Path(name), given
+        sampler: SamplerName = "ddim"
         if "@" in name and not path.exists():
             before, _, after = name.rpartition("@")
-            path, own = Path(before), _steps(after, name)
-        spec = system_spec(path, own, "bf16" if precision == "bf16" else "fp32")
+            path, (own, sampler) = Path(before), _drawing(after, name)
+        spec = system_spec(path, own, "bf16" if precision == "bf16" else "fp32", sampler)
         if _key(spec) in map(_key, specs):
             raise PocketfusionError(
                 f"{path} at {spec.num_inference_steps} steps is named twice: name each system once, or with other "
-                "steps, as FOLDER@50 FOLDER@8"
+                "steps or another sampler, as FOLDER@50 FOLDER@8 FOLDER@8:euler"
             )
         specs.append(spec)
     return specs
 
 
-def _key(spec: SystemSpec) -> tuple[Path, int]:
-    return spec.path.resolve(), spec.num_inference_steps
+def _key(spec: SystemSpec) -> tuple[Path, str]:
+    return spec.path.resolve(), spec.drawing
 
 
 def labels(specs: Sequence[SystemSpec]) -> list[str]:
-    """Folder names with steps, as base@50, with as much of the path in front as tells the folders apart."""
+    """Folder names with steps and sampler, as base@50, with as much of the path in front as tells folders apart."""
     paths = {spec.path.resolve() for spec in specs}
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return ["/".join(spec.path.resolve().parts[-depth:]) + f"@{spec.num_inference_steps}" for spec in specs]
+    return ["/".join(spec.path.resolve().parts[-depth:]) + spec.drawing for spec in specs]
