@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pocketfusion import html_page
 from pocketfusion.compress import page
 from pocketfusion.compress.chain import chain_of
 from pocketfusion.compress.records import Record, Records
@@ -24,14 +25,14 @@ def labels(svg: str) -> list[str]:
     [(1.0074, 1.0083, ["1.008", "1.007"]), (0.1, 25.3, ["25.3", "0.1"]), (1e-5, 2e-5, None)],
 )
 def test_the_ends_of_an_axis_differ_when_its_values_do(low, high, shown):
-    found = labels(page._plot("val_mse", [(4, low), (6, high)]))
+    found = labels(html_page.plot("val_mse", [(4, low), (6, high)]))
     assert found[0] != found[1] and shown in (None, found)
 
 
 def test_a_level_curve_lies_in_the_middle_with_one_label():
-    drawn = page._plot("val_top5", [(4, 1.0), (6, 1.0)])
+    drawn = html_page.plot("val_top5", [(4, 1.0), (6, 1.0)])
     heights = {float(y) for y in re.findall(r"[\d.]+,([\d.]+)", drawn.split('points="')[1].split('"')[0])}
-    assert len(heights) == 1 and page._HEIGHT * 0.3 < heights.pop() < page._HEIGHT * 0.6
+    assert len(heights) == 1 and html_page.HEIGHT * 0.3 < heights.pop() < html_page.HEIGHT * 0.6
     assert labels(drawn)[0] == "1" and labels(drawn).count("1") == 1
 
 
