@@ -6,5 +6,5 @@ from pocketfusion.cli import import_model, compress
 from pocketfusion.cli import data, train
 from pocketfusion.cli import profile, elastic, evolve, remove, prune, architecture
 from pocketfusion.cli import distill, distill_decoder, distill_guidance, distill_consistency
-from pocketfusion.cli import score, evaluate
+from pocketfusion.cli import score, evaluate, compare
 from pocketfusion.cli import quantize, export, check, bench

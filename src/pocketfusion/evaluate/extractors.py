@@ -73,22 +73,11 @@ class StandardExtractor:
         Raises PocketfusionError if weights are missing, cannot be read safely or belong to another network, or if
         open_clip is needed and not installed.
         """
-        from pocketfusion.evaluate.clip import TransformersClip
         from pocketfusion.evaluate.inception import FEATURES, load_inception
 
         self._inception = load_inception(inception)
         self.feature_dimensions = FEATURES
-        self._clip: Any
-        if clip.is_dir():
-            self._clip = TransformersClip(clip)
-            described = {"name": clip.resolve().name, "layout": "transformers", "sha256": self._clip.sha256}
-            described["preprocessing"] = self._clip.preprocessing()
-        else:
-            from pocketfusion.evaluate.open_clip import OpenClip
-
-            self._clip = OpenClip(clip_model, clip)
-            described = {"name": clip_model, "layout": "open_clip", "sha256": sha256_file(clip)}
-            described["preprocessing"] = "open_clip's own for these weights"
+        self._clip, described = open_clip_model(clip, clip_model)
         self.name = f"Inception-v3 and {described['name']}"
         self._identity = {
             "kind": "standard",
@@ -113,6 +102,24 @@ class StandardExtractor:
     def text_embeddings(self, captions: Sequence[str]) -> np.ndarray:
         """See `Extractor`."""
         return self._clip.text_embeddings(captions)
+
+
+def open_clip_model(clip: Path, clip_model: str = CLIP_MODEL) -> tuple[Any, dict[str, Any]]:
+    """A CLIP model with `image_features` and `text_embeddings`, and what a result file says of it.
+
+    `clip` is a folder in transformers' layout or a checkpoint of open_clip's `clip_model`. Raises PocketfusionError if
+    it is missing or cannot be read safely, or if open_clip is needed and not installed.
+    """
+    if clip.is_dir():
+        from pocketfusion.evaluate.clip import TransformersClip
+
+        model = TransformersClip(clip)
+        described = {"name": clip.resolve().name, "layout": "transformers", "sha256": model.sha256}
+        return model, described | {"preprocessing": model.preprocessing()}
+    from pocketfusion.evaluate.open_clip import OpenClip
+
+    described = {"name": clip_model, "layout": "open_clip", "preprocessing": "open_clip's own for these weights"}
+    return OpenClip(clip_model, clip), described | {"sha256": sha256_file(clip)}
 
 
 def open_extractor(

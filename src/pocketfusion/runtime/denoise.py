@@ -50,12 +50,7 @@ class Denoiser:
 
     def step(self, k: int) -> Array:
         """Step k, from 0: the new latents [1, H, W, C], a copy. NaN and infinity pass through."""
-        timestep = float(self.sampler.timesteps[k])
-        if self._embedding:
-            values = timestep_embedding(timestep, self._embedding)
-            self.unet.write(timestep_embedding=np.repeat(values, self._batch, axis=0))
-        else:
-            self.unet.write(timestep=np.full(self._batch, timestep, np.float32))
+        self._write_time(float(self.sampler.timesteps[k]))
         if self._folded:
             a, b = self.sampler.coefficients(k)
             if self._fresh:
@@ -76,15 +71,39 @@ class Denoiser:
             self._latents = self.sampler.step(prediction, k, self._latents, self._noise)
         return self._latents
 
-    def _guided(self) -> Array:
-        """uncond + scale * (cond - uncond), or the one prediction there is; in diffusers' convention."""
+    def predict(self, latents: Array, timestep: float) -> Array:
+        """The UNet's own predictions for latents [1, H, W, C] at a timestep: [rows, H, W, C]. Not while drawing."""
+        self._write_time(timestep)
+        if not self._folded:
+            self.unet.write(sample=np.repeat(latents, self._batch, axis=0))
+            return self._rows()
+        parts = []
+        for scale in range(2) if self._batch == 2 else (1,):  # 0 x + 1 of the guided prediction: that of each row
+            self.unet.write(sample=latents, step_coefficients=np.array([[scale, 0, 1]], np.float32))
+            self.unet.run()
+            parts.append(self.unet.read())
+        return np.concatenate(parts)
+
+    def _write_time(self, timestep: float) -> None:
+        if self._embedding:
+            values = timestep_embedding(timestep, self._embedding)
+            self.unet.write(timestep_embedding=np.repeat(values, self._batch, axis=0))
+        else:
+            self.unet.write(timestep=np.full(self._batch, timestep, np.float32))
+
+    def _rows(self) -> Array:
+        """The predictions of the text's rows for what else is written, one below the other."""
         parts = []
         for text in self._texts:
             if len(self._texts) > 1:
                 self.unet.write(encoder_hidden_states=text)
             self.unet.run()
             parts.append(self.unet.read())
-        prediction = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _guided(self) -> Array:
+        """uncond + scale * (cond - uncond), or the one prediction there is; in diffusers' convention."""
+        prediction = self._rows()
         cond = prediction[-1:]
         if len(prediction) == 1 or self.scale == 1.0:
             return cond

@@ -228,6 +228,15 @@ class Pipeline:
                 )
         return embeds
 
+    @in_turn(whole=True)
+    def predict(self, latents: Array, timestep: float, prompt_embeds: Array, guidance_scale: float) -> Array:
+        """The UNet's own predictions for latents [1, height, width, channels], one for each row of `prompt_embeds`:
+        [2, T, D] (negative and prompt) with classifier-free guidance, [1, T, D] else, where the scale counts."""
+        scale = 2.0 if self.manifest.guidance == "classifier-free" else guidance_scale  # both rows are asked for
+        with self._networks.use("unet") as unet:
+            sampler = resolve_sampler(self.manifest, None)
+            return Denoiser(unet, self.manifest, sampler, prompt_embeds, scale).predict(latents, timestep)
+
     def _denoise(
         self,
         sampler: Sampler,
