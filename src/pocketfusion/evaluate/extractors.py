@@ -110,6 +110,8 @@ def open_clip_model(clip: Path, clip_model: str = CLIP_MODEL) -> tuple[Any, dict
     `clip` is a folder in transformers' layout or a checkpoint of open_clip's `clip_model`. Raises PocketfusionError if
     it is missing or cannot be read safely, or if open_clip is needed and not installed.
     """
+    if not clip.exists():
+        raise PocketfusionError(f"there is no CLIP model at {clip}: pocketfusion downloads nothing, give a local one")
     if clip.is_dir():
         from pocketfusion.evaluate.clip import TransformersClip
 

@@ -112,7 +112,7 @@ class Stock:
         """
         size, pixels, calls, last = drawing.latents, self.pixels, list[_Call](), list[torch.Tensor]()
         stream = NoiseStream(seed, size.height, size.width, size.channels)
-        start = torch.from_numpy(stream.draw()).permute(2, 0, 1)[None].to(self.device)
+        start = torch.from_numpy(stream.draw()).permute(2, 0, 1)[None].contiguous().to(self.device)
         self.pipeline.scheduler = self._scheduler(drawing)
 
         def keep(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
