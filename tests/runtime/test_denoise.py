@@ -86,6 +86,25 @@ def test_every_form_draws_what_a_plain_loop_draws(forms, form, mode, scale):
     pipeline.close()
 
 
+@pytest.mark.parametrize("form", ["plain", "single", "outside", "folded"])
+@pytest.mark.parametrize("mode", ["resident", "pipelined"])
+def test_predictions_are_the_networks_own_in_every_form(forms, form, mode):
+    import torch
+    from small_unet import Plain
+
+    pipeline = Pipeline.load(forms[form], 1, mode=mode)
+    embeds = np.concatenate([pipeline.encode(text) for text in ("", "a red apple")])
+    latents = pipeline.noise(3)
+    before = pipeline.generate("a red apple", seed=3, num_inference_steps=2).images[0]
+    predictions = pipeline.predict(latents, 500.0, embeds, 4.0)
+    with torch.no_grad():
+        rows = torch.from_numpy(np.repeat(latents, 2, 0))
+        (expected,) = Plain().eval()(rows, torch.full((2,), 500.0), torch.from_numpy(embeds)).values()
+    np.testing.assert_allclose(predictions, expected.numpy(), atol=2e-5)
+    assert pipeline.generate("a red apple", seed=3, num_inference_steps=2).images[0] == before
+    pipeline.close()
+
+
 @pytest.mark.parametrize(
     ("form", "scale", "written", "runs"),
     [

@@ -24,7 +24,6 @@ from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import read_sampling
 from pocketfusion.runtime.noise import NoiseStream
-from pocketfusion.runtime.samplers.tcd import ETA
 from pocketfusion.runtime.specs import LatentSpec, SamplerName, SchedulerSpec
 
 _CLASSES: dict[SamplerName, tuple[str, dict[str, Any]]] = {
@@ -134,7 +133,7 @@ class Stock:
                     # a folded scale is in the weights, and the pipeline is asked for none
                     guidance_scale=1.0 if self.guidance == "folded" else drawing.guidance_scale,
                     latents=start,
-                    eta=ETA if drawing.sampler == "tcd" else 0.0,
+                    eta=drawing.schedule.eta if drawing.sampler == "tcd" else 0.0,
                     callback_on_step_end=after_step,
                 ).images[0]
                 seconds = time.perf_counter() - began
