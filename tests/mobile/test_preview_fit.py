@@ -31,7 +31,7 @@ def autoencoder() -> Any:
         mixed = nn.functional.avg_pool2d(x, FACTOR)[:, [0, 1, 2, 0]]
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=torch.cat([mixed[:, :3], mixed[:, 3:] ** 2], 1)))
 
-    return SimpleNamespace(vae=SimpleNamespace(encode=encode, config=SimpleNamespace(scaling_factor=SCALING)))
+    return SimpleNamespace(encode=encode, config=SimpleNamespace(scaling_factor=SCALING))
 
 
 def drawn(decoder: nn.Module, seed: int = 0, noise: float = 0.0) -> GateInputs:

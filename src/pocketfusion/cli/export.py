@@ -41,6 +41,13 @@ def export_command(
     embedding: Annotated[
         list[Path] | None, typer.Option(help="Textual inversion (safetensors) to add. Repeatable.", show_default=False)
     ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            help="Autoencoder whose decoder to take: a diffusers folder (AutoencoderTiny too) or taesd_decoder.safetensors.",
+            show_default="the folder's",
+        ),
+    ] = None,
     two_calls: Annotated[
         bool, typer.Option("--two-calls", help="Classifier-free guidance as two calls of batch 1: less memory.")
     ] = False,
@@ -97,6 +104,7 @@ def export_command(
             rewrites=_names(rewrites),
             lora=tuple(_parse_lora(each) for each in lora or ()),
             embedding=tuple(embedding or ()),
+            vae=vae,
             two_calls=two_calls,
             scheduler_step=scheduler_step,
             decoder_tile=decoder_tile,

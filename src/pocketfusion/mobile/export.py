@@ -37,6 +37,7 @@ from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.learnt_tokens import add_embedding
 from pocketfusion.models.sampling import read_sampling, usual_sampling
+from pocketfusion.models.tiny_autoencoder import load_decoder, vae_hash
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import (
     EMPTY_PROMPT,
@@ -119,6 +120,10 @@ def export(
     left_out = sum(merge_lora(pipeline, file, scale) for file, scale in settings.lora)
     for file in settings.embedding:
         add_embedding(pipeline, file)
+    encoder = pipeline.vae  # whose latents the UNet makes
+    if settings.vae is not None:
+        with quiet():
+            pipeline.register_modules(vae=load_decoder(settings.vae))
     settings.resize(pipeline)
     plain = wrap(pipeline)
     guidance = guidance_of(pipeline.unet, sampling.guidance)
@@ -144,7 +149,7 @@ def export(
         reference = reference_runs(
             pipeline, plain, spec.max_length, defaults.guidance_scale, guidance, settings.gate_steps
         )
-        preview = fit_preview(pipeline, plain["decoder"], image.height // latents.height, reference)
+        preview = fit_preview(encoder, plain["decoder"], image.height // latents.height, reference)
         if settings.decoder_tile:
             reference = tiled(reference, plain["decoder"], settings.decoder_tile)
         one = specs.samples(pipeline, batch=1)
@@ -282,10 +287,12 @@ def _file(path: Path, bundle: Path) -> BundleFile:
 def _provenance(folder: Path, settings: ExportSettings) -> dict[str, Any]:
     provenance = read_provenance(folder)
     lora = [{"file": file.name, "sha256": sha256_file(file), "scale": scale} for file, scale in settings.lora]
+    vae = settings.vae
     embeddings = [{"file": file.name, "sha256": sha256_file(file)} for file in settings.embedding]
     return (
         {"model_folder": folder_hash(folder)}
         | ({"model": provenance.model_dump()} if provenance else {})
+        | ({"vae": {"file": vae.name, "sha256": vae_hash(vae)}} if vae else {})
         | ({"lora": lora} if lora else {})
         | ({"embeddings": embeddings} if embeddings else {})
     )

@@ -23,6 +23,7 @@ from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
 from pocketfusion.mobile.wrappers import StablePipeline
 from pocketfusion.models.learnt_tokens import read_embedding
 from pocketfusion.models.sampling import Sampling
+from pocketfusion.models.tiny_autoencoder import check_vae, vae_hash
 from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, Defaults
 from pocketfusion.runtime.tiles import check_tile
 
@@ -38,7 +39,7 @@ class ExportSettings:
     each layer's instead. `rewrites`: passes beside the target's own (`mobile.rewrites.PASSES`). `two_calls`:
     classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM step in the UNet's graph.
     `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and width of the pictures in
-    pixels, the folder's where None. `lora`: adapters to merge, each with its scale. `embedding`: textual inversions
+    pixels, the folder's where None. `vae`: an autoencoder whose decoder takes the place of the folder's. `lora`: adapters to merge, each with its scale. `embedding`: textual inversions
     to add. `gpu_fp32`: networks that need fp32 on the GPU, for the manifest (`check` says which). `gate_steps`:
     sampling steps, for each of two prompts, that the gate compares.
     """
@@ -53,6 +54,7 @@ class ExportSettings:
     scheduler_step: bool = False
     decoder_tile: int | None = None
     size: tuple[int, int] | None = None
+    vae: Path | None = None
     lora: tuple[tuple[Path, float], ...] = ()
     embedding: tuple[Path, ...] = ()
     gate_steps: int = STEPS
@@ -88,6 +90,8 @@ class ExportSettings:
             raise PocketfusionError(
                 f"{out} exists and is not a bundle: it is not replaced, choose another output path"
             )
+        if self.vae is not None:
+            check_vae(self.vae, folder)
         for file, scale in self.lora:
             check_lora(file, scale)
         for file in self.embedding:
@@ -148,6 +152,7 @@ class ExportSettings:
     def conversion_key(self, folder: Path, network: str) -> str:
         """Names the converted network: another folder, adapter, form or version gives another key."""
         said = {k: v for k, v in asdict(self).items() if k not in _NOT_IN_THE_GRAPH}
+        said["vae"] = vae_hash(self.vae) if self.vae else None
         said["lora"] = [(sha256_file(file), scale) for file, scale in self.lora]
         said["embedding"] = [sha256_file(file) for file in self.embedding]
         made_by = [version(package) for package in ("litert-torch", "torch", "diffusers", "pocketfusion")]

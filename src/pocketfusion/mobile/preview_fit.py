@@ -8,13 +8,15 @@ same pictures; on 24 drawn ones 19.1 dB), and measured on the two.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from pocketfusion.mobile.inputs import GateInputs
-from pocketfusion.mobile.wrappers import StablePipeline, nhwc
+from pocketfusion.mobile.wrappers import nhwc
+from pocketfusion.models.tiny_autoencoder import latents_of
 from pocketfusion.runtime.preview import LinearPreview
 
 #: Pictures of so many latents a side, drawn with so many discs each, encoded so many at a time.
@@ -36,16 +38,14 @@ def discs(count: int, side: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit_preview(
-    pipeline: StablePipeline, decoder: nn.Module, factor: int, reference: GateInputs
-) -> LinearPreview | None:
-    """The map from the pipeline's latents to the colours that `decoder` (the wrapped one, whole latents) gives them.
+def fit_preview(vae: Any, decoder: nn.Module, factor: int, reference: GateInputs) -> LinearPreview | None:
+    """The map from latents to the colours that `decoder` (the wrapped one, whole latents) gives them.
 
-    `factor`: pixels of a latent's side. None where the network's numbers allow none.
+    `vae`: the autoencoder whose latents they are, not always the decoder's. `factor`: pixels of a latent's side. None where the network's numbers allow none.
     """
     latents, images = [], []
     for part in discs(_PICTURES, _SIDE * factor).split(_BATCH):
-        z = nhwc(pipeline.vae.encode(part).latent_dist.mean) * pipeline.vae.config.scaling_factor
+        z = nhwc(latents_of(vae, part))
         latents.append(z.numpy())
         images.append(decoder(latents=z)["image"].numpy())
     x, y = np.concatenate(latents).astype(np.float64), _averaged(np.concatenate(images), factor)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.rewrites.base import shared_copy
+from pocketfusion.mobile.tiny_decoder import TinyDecoder
 
 #: A `diffusers.StableDiffusionPipeline`: its components are set at run time, where mypy does not see them.
 StablePipeline = Any
@@ -135,8 +136,10 @@ def wrap(
     Raises PocketfusionError for kinds that do not fit.
     """
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    if not isinstance(pipeline.vae, AutoencoderKL):
-        raise PocketfusionError(f"the vae is a {type(vae).__name__}: only AutoencoderKL can be exported")
+    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny)):
+        raise PocketfusionError(
+            f"the vae is a {type(vae).__name__}: only AutoencoderKL and AutoencoderTiny can be exported"
+        )
     if isinstance(pipeline.unet, UNet2DConditionModel):
         if time_embedding == "outside" and unet.config.time_embedding_type != "positional":
             raise PocketfusionError(
@@ -161,6 +164,6 @@ def wrap(
     wrapped = {
         "text_encoder": TextEncoder(text_encoder),
         "unet": UNet(unet, time_embedding, scheduler_step),
-        "decoder": Decoder(vae),
+        "decoder": TinyDecoder(vae) if isinstance(vae, AutoencoderTiny) else Decoder(vae),
     }
     return {name: network.eval() for name, network in wrapped.items()}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (pipelines look for ModelMixin here to load it)
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin  # noqa: F401  (pipelines look for ModelMixin here to load it)
 from diffusers.models.autoencoders.vae import Decoder
 
 from pocketfusion.errors import PocketfusionError
@@ -76,18 +76,24 @@ class SlimAutoencoderKL(AutoencoderKL):
         }
 
 
-def vae_class(folder: Path) -> type[AutoencoderKL]:
-    """The class that the `config.json` in `folder` names; raises PocketfusionError if it is another's than ours."""
+def vae_class(folder: Path) -> type[AutoencoderKL] | type[AutoencoderTiny]:
+    """The class that the `config.json` in `folder` names; raises PocketfusionError if it is none of those known."""
     name = str(read_json(folder / "config.json").get("_class_name", "AutoencoderKL"))
-    known = {kind.__name__: kind for kind in (AutoencoderKL, SlimAutoencoderKL)}
+    known = {kind.__name__: kind for kind in (AutoencoderKL, SlimAutoencoderKL, AutoencoderTiny)}
     if name not in known:
-        raise PocketfusionError(f"{folder}: the vae is a {name!a}: only {' and '.join(known)} are supported")
+        raise PocketfusionError(f"{folder}: the vae is a {name!a}: only {', '.join(known)} are supported")
     return known[name]
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
-    """The autoencoder in `folder` (a model folder's `vae/`), stock or slim, frozen in fp32.
+    """The autoencoder in `folder` (a model folder's `vae/`), stock or slim, frozen in fp32, for training on its latents.
 
     Raises PocketfusionError if it is of another class, does not load, or lacks a weight.
     """
-    return load_part(vae_class(folder), folder).requires_grad_(False).eval()
+    kind = vae_class(folder)
+    if kind is AutoencoderTiny:
+        raise PocketfusionError(
+            f"{folder}: the vae is an AutoencoderTiny, whose latents have no distribution to train on: put the model's "
+            "AutoencoderKL there, and give the tiny one to export with --vae"
+        )
+    return load_part(kind, folder).requires_grad_(False).eval()
