@@ -2,12 +2,13 @@
 
 Usage: python benchmarks/decoder_latency.py models/emoji/base models/emoji/final [SOURCE …] [--runs 100] [--threads N]
            [--cache DIR] [--json FILE]
-       python benchmarks/decoder_latency.py sd-1.5 sd-1.5:half sd-1.5:tiny --runs 3
+       python benchmarks/decoder_latency.py sd-1.5 sd-1.5:half sd-1.5:tiny sd-1.5:taesd --runs 3
 
 A SOURCE is a model folder or a configuration at full size (sd-1.5, sd-2.1); with `:half` or `:tiny` behind it, its
-decoder pruned by that preset. Protocol: as the latency table's (pocketfusion.latency.measure.rounds): twice `--runs`
-rounds, each of which runs every network once; the calmer half counts, by the median with minimum and maximum. The
-ratios are the first source's to each. Weights are random: latency does not depend on them.
+decoder pruned by that preset; with `:taesd`, a decoder of TAESD's size (AutoencoderTiny) in its place. Protocol: as
+the latency table's (pocketfusion.latency.measure.rounds): twice `--runs` rounds, each of which runs every network
+once; the calmer half counts, by the median with minimum and maximum. The ratios are the first source's to each.
+Weights are random: latency does not depend on them.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from pocketfusion.runtime.networks import available_cores
 def decoder_job(source: str) -> Any:
     """The decoder of `source` as the exporter wraps it, with its inputs."""
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
     from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder, tiny_shape
     from pocketfusion.latency.backends import Job
-    from pocketfusion.mobile.wrappers import Decoder
+    from pocketfusion.mobile.wrappers import decoder_of
     from pocketfusion.models.sd_configs import CONFIGS
     from pocketfusion.models.slim_autoencoder import load_vae
 
@@ -39,9 +40,11 @@ def decoder_job(source: str) -> Any:
     else:
         vae = load_vae(Path(name) / "vae")
         unet = json.loads((Path(name) / "unet" / "config.json").read_text(encoding="utf-8"))
-    if preset:
+    if preset == "taesd":
+        vae = AutoencoderTiny(latent_channels=vae.config.latent_channels).eval()
+    elif preset:
         vae = prune_decoder(vae, {"half": half_shape, "tiny": tiny_shape}[preset](vae))
-    decoder, side = Decoder(vae).eval().requires_grad_(False), unet["sample_size"]
+    decoder, side = decoder_of(vae).eval().requires_grad_(False), unet["sample_size"]
     latents = torch.randn(1, side, side, vae.config.latent_channels, generator=torch.Generator().manual_seed(0))
     return Job(f"decoder:{decoder}", lambda: decoder, {"latents": latents})
 

@@ -41,6 +41,10 @@ def encoder(width: int, channels: int = 4) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1)).eval()
 
 
-def save(network: nn.Module, file: Path, dtype: torch.dtype = torch.float32) -> Path:
-    save_file({name: weight.to(dtype) for name, weight in network.state_dict().items()}, file)
+def save(network: nn.Module, file: Path) -> Path:
+    return save_state(network.state_dict(), file)
+
+
+def save_state(state: dict[str, torch.Tensor], file: Path) -> Path:
+    save_file({name: weight.contiguous() for name, weight in state.items()}, file)
     return file

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import Bundle
@@ -56,3 +57,24 @@ def test_a_map_that_does_not_fit(bundle, edit, change, match):
 def test_it_is_in_the_manifest_as_plain_numbers(tiny_bundle):
     preview = json.loads((tiny_bundle / "bundle.json").read_text())["preview"]
     assert sorted(preview) == ["bias", "matrix", "psnr_db", "r2"]
+
+
+def test_generate_previews_by_the_map(run, bundle, edit, tmp_path):
+    picture, folder = tmp_path / "a.png", tmp_path / "steps"
+    command = ("generate", "cat", "-o", picture, "--bundle", bundle, "--steps", 2, "--seed", 1)
+    code, _, _ = run(*command, "--preview", folder, "--preview-by", "linear", "--mode", "sequential")
+    assert code == 0 and sorted(file.name for file in folder.iterdir()) == ["step_1.png", "step_2.png"]
+    pipeline, seen = Pipeline.load(bundle, num_threads=1), []
+    pipeline.generate("cat", num_inference_steps=2, seed=1, callback=lambda k, t, z: seen.append(z) and None)
+    assert np.asarray(Image.open(folder / "step_2.png")).tobytes() == np.asarray(pipeline.preview(seen[1])).tobytes()
+    picture.unlink()
+    for given, match in (
+        (("--preview", folder, "--preview-by", "ear"), "--preview-by is 'ear': choose decoder or linear"),
+        (("--preview-by", "linear"), "--preview-by is linear without previews"),
+        (("--preview", folder, "--mode", "sequential"), "--preview needs the decoder beside the UNet"),
+    ):
+        code, _, error = run(*command, *given)
+        assert code == 2 and match in error and not picture.exists()
+    edit(lambda m: m.pop("preview"))
+    code, _, error = run(*command, "--preview", folder, "--preview-by", "linear")
+    assert code == 2 and "has no preview" in error and not picture.exists()

@@ -44,7 +44,7 @@ def export_command(
     vae: Annotated[
         Path | None,
         typer.Option(
-            help="Autoencoder whose decoder to take: a diffusers folder (AutoencoderTiny too) or taesd_decoder.safetensors.",
+            help="Autoencoder whose decoder to take: diffusers' folder (AutoencoderTiny too) or TAESD's decoder file.",
             show_default="the folder's",
         ),
     ] = None,

@@ -13,6 +13,8 @@ from pocketfusion.cli import app
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from pocketfusion.runtime.manifest import Guidance
     from pocketfusion.runtime.pipeline import Array, GenerationResult, Pipeline
     from pocketfusion.runtime.residency import Mode
@@ -42,6 +44,9 @@ def generate_command(
     preview: Annotated[
         Path | None, typer.Option("--preview", metavar="DIR", help="Also write a picture per step here.")
     ] = None,
+    preview_by: Annotated[
+        str | None, typer.Option("--preview-by", help="decoder, or linear: for next to nothing, without detail.")
+    ] = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", metavar="PATH", help="Bundle to run. Default: the embedded one.")
     ] = None,
@@ -68,9 +73,13 @@ def generate_command(
     With `--count`, OUT.png becomes OUT_0.png, OUT_1.png, … and a contact sheet OUT_sheet.png.
     """
     _check_outputs(output, preview, json_file, trace, count)
-    if preview is not None and mode == "sequential":
+    if preview_by not in (None, "decoder", "linear"):
+        raise PocketfusionError(f"--preview-by is {preview_by!r}: choose decoder or linear")
+    if preview is None and preview_by is not None:
+        raise PocketfusionError(f"--preview-by is {preview_by} without previews: give --preview DIR, or leave it out")
+    if preview is not None and mode == "sequential" and preview_by != "linear":
         raise PocketfusionError(
-            "--preview needs the decoder beside the UNet: leave it out, or choose --mode pipelined"
+            "--preview needs the decoder beside the UNet: give --preview-by linear, or choose --mode pipelined"
         )
     from pocketfusion.artefact import write_json
     from pocketfusion.runtime.output import record
@@ -89,7 +98,8 @@ def generate_command(
         def callback(step: int, timestep: float, latents: Array) -> None:
             index = bar.advance()
             if preview is not None:
-                _save_preview(pipeline, latents, preview, (index, count), (step, num_steps))
+                picture = pipeline.preview(latents) if preview_by == "linear" else pipeline.decode(latents)
+                _save_preview(picture, preview, (index, count), (step, num_steps))
 
         result = pipeline.generate(
             prompt,
@@ -178,13 +188,10 @@ class _Bar:
         return index
 
 
-def _save_preview(
-    pipeline: Pipeline, latents: Array, folder: Path, image: tuple[int, int], step: tuple[int, int]
-) -> None:
-    """Writes the picture of `latents` after a step: step_01.png, or 3_step_01.png for picture 3 of several."""
+def _save_preview(picture: Image.Image, folder: Path, image: tuple[int, int], step: tuple[int, int]) -> None:
+    """Writes the picture after a step: step_01.png, or 3_step_01.png for picture 3 of several."""
     from pocketfusion.runtime.output import save_png
 
-    picture = pipeline.decode(latents)
     folder.mkdir(exist_ok=True)
     prefix = f"{image[0]:0{len(str(image[1] - 1))}}_" if image[1] > 1 else ""
     name = f"{prefix}step_{step[0] + 1:0{len(str(step[1]))}}.png"

@@ -39,9 +39,10 @@ class ExportSettings:
     each layer's instead. `rewrites`: passes beside the target's own (`mobile.rewrites.PASSES`). `two_calls`:
     classifier-free guidance as two calls of batch 1. `scheduler_step`: the DDIM step in the UNet's graph.
     `decoder_tile`: the decoder takes tiles of so many latents a side. `size`: height and width of the pictures in
-    pixels, the folder's where None. `vae`: an autoencoder whose decoder takes the place of the folder's. `lora`: adapters to merge, each with its scale. `embedding`: textual inversions
-    to add. `gpu_fp32`: networks that need fp32 on the GPU, for the manifest (`check` says which). `gate_steps`:
-    sampling steps, for each of two prompts, that the gate compares.
+    pixels, the folder's where None. `vae`: an autoencoder whose decoder takes the place of the folder's. `lora`:
+    adapters to merge, each with its scale. `embedding`: textual inversions to add. `gpu_fp32`: networks that need fp32
+    on the GPU, for the manifest (`check` says which). `gate_steps`: sampling steps, for each of two prompts, that the
+    gate compares.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)

@@ -41,7 +41,8 @@ def discs(count: int, side: int) -> torch.Tensor:
 def fit_preview(vae: Any, decoder: nn.Module, factor: int, reference: GateInputs) -> LinearPreview | None:
     """The map from latents to the colours that `decoder` (the wrapped one, whole latents) gives them.
 
-    `vae`: the autoencoder whose latents they are, not always the decoder's. `factor`: pixels of a latent's side. None where the network's numbers allow none.
+    `vae`: the autoencoder whose latents they are, not always the decoder's. `factor`: pixels of a latent's side. None
+    where the network's numbers allow none.
     """
     latents, images = [], []
     for part in discs(_PICTURES, _SIDE * factor).split(_BATCH):

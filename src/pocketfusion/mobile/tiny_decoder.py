@@ -1,8 +1,9 @@
 """The decoder of TAESD's class (diffusers' `AutoencoderTiny`) with a bundle's input and output.
 
 Nothing is left for the runtime to know: the division by the scaling factor and by the clamp's 3 is one product, the
-clamp's other 3 is in the first convolution's weights and the way from [0, 1] to [-1, 1] in the last one's. `latent_shift`
-and `latent_magnitude` are of latents kept as bytes, which no sampler's are: stock pipelines leave them alone, too.
+clamp's other 3 is in the first convolution's weights and the way from [0, 1] to [-1, 1] in the last one's.
+`latent_shift` and `latent_magnitude` are of latents kept as bytes, which no sampler's are: stock pipelines leave them
+alone, too.
 """
 
 from __future__ import annotations

@@ -128,6 +128,11 @@ class Decoder(nn.Module):
         return {"image": nhwc(self.decoder(z))}
 
 
+def decoder_of(vae: Any) -> nn.Module:
+    """The decoder of an `AutoencoderKL` or an `AutoencoderTiny` with the bundle's input and output."""
+    return TinyDecoder(vae) if isinstance(vae, AutoencoderTiny) else Decoder(vae)
+
+
 def wrap(
     pipeline: StablePipeline, time_embedding: TimeEmbeddingAt = "inside", scheduler_step: bool = False
 ) -> dict[str, nn.Module]:
@@ -164,6 +169,6 @@ def wrap(
     wrapped = {
         "text_encoder": TextEncoder(text_encoder),
         "unet": UNet(unet, time_embedding, scheduler_step),
-        "decoder": TinyDecoder(vae) if isinstance(vae, AutoencoderTiny) else Decoder(vae),
+        "decoder": decoder_of(vae),
     }
     return {name: network.eval() for name, network in wrapped.items()}

@@ -86,14 +86,14 @@ def vae_class(folder: Path) -> type[AutoencoderKL] | type[AutoencoderTiny]:
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
-    """The autoencoder in `folder` (a model folder's `vae/`), stock or slim, frozen in fp32, for training on its latents.
+    """The autoencoder in `folder` (a model folder's `vae/`), stock or slim, frozen in fp32, to train on its latents.
 
     Raises PocketfusionError if it is of another class, does not load, or lacks a weight.
     """
     kind = vae_class(folder)
     if kind is AutoencoderTiny:
         raise PocketfusionError(
-            f"{folder}: the vae is an AutoencoderTiny, whose latents have no distribution to train on: put the model's "
-            "AutoencoderKL there, and give the tiny one to export with --vae"
+            f"{folder}: the vae is an AutoencoderTiny, whose latents have no distribution to train on: put the "
+            "model's AutoencoderKL there, and give the tiny one to export with --vae"
         )
     return load_part(kind, folder).requires_grad_(False).eval()

@@ -1,8 +1,8 @@
 """TAESD's class, diffusers' `AutoencoderTiny`, from a folder or from one of its original files.
 
 The originals (`taesd_decoder.safetensors`, `taesd_encoder.safetensors`) are the state of one `nn.Sequential` each, so
-their keys begin with a layer's number: the encoder's is that of diffusers' `encoder.layers`, the decoder's is one more,
-as the tanh clamp in front is a layer there. No config is needed: the shapes say everything that weights depend on.
+their keys begin with a layer's number: the encoder's is that of diffusers' `encoder.layers`, the decoder's is one
+more, as the tanh clamp in front is a layer there. No config is needed: the shapes say all that weights depend on.
 """
 
 from __future__ import annotations
@@ -81,15 +81,15 @@ def check_vae(path: Path, folder: Path) -> None:
     )
     if channels != taken:
         raise PocketfusionError(
-            f"{path} decodes latents of {channels} channels and the UNet of {folder} makes {taken}: give an autoencoder "
-            "for this family"
+            f"{path} decodes latents of {channels} channels and the UNet of {folder} makes {taken}: give an "
+            "autoencoder for this family"
         )
     if config.get("out_channels", 3) != 3:
         raise PocketfusionError(f"{path} gives pictures of {config['out_channels']} channels: give one of 3")
     if _factor(config) != _factor(known):
         raise PocketfusionError(
-            f"{path} draws {_factor(config)} pixels a latent and the autoencoder of {folder} {_factor(known)}: give one "
-            "for this family"
+            f"{path} draws {_factor(config)} pixels a latent and the autoencoder of {folder} {_factor(known)}: "
+            "give one for this family"
         )
 
 
