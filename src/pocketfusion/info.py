@@ -77,6 +77,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "defaults": manifest.defaults.model_dump(),
         "guidance": manifest.guidance,
         "guidance_range": manifest.guidance_range,
+        "preview": manifest.preview.model_dump() if manifest.preview else None,
         "licences": [licence.model_dump() for licence in manifest.licences],
         "provenance": manifest.provenance,
     }

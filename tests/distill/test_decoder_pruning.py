@@ -235,6 +235,6 @@ def test_a_slim_autoencoder_is_stored_and_loaded(tmp_path):
     assert torch.equal(loaded.decode(z).sample, pruned.decode(z).sample)
     teacher.save_pretrained(tmp_path / "stock")
     assert type(load_vae(tmp_path / "stock")) is AutoencoderKL
-    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
-    with pytest.raises(PocketfusionError, match="the vae is a 'AutoencoderTiny'"):
+    (tmp_path / "config.json").write_text('{"_class_name": "AsymmetricAutoencoderKL"}')
+    with pytest.raises(PocketfusionError, match="the vae is a 'AsymmetricAutoencoderKL'"):
         load_vae(tmp_path)

@@ -35,8 +35,11 @@ def tiny_vae(**config: Any) -> AutoencoderTiny:
     torch.manual_seed(0)
     widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (WIDTH,) * 4}
     vae = AutoencoderTiny(**widths, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4, **config).eval()
-    with torch.no_grad():
-        vae.decoder.layers[-1].weight *= 20  # pictures with contrast
+    with torch.no_grad():  # pictures with contrast: mean 0, deviation 0.5 in [-1, 1]
+        last, pictures = vae.decoder.layers[-1], vae.decode(torch.randn(1, 4, 8, 8)).sample
+        std, mean = pictures.std((0, 2, 3)), pictures.mean((0, 2, 3))
+        last.weight /= 2 * std[:, None, None, None]
+        last.bias.copy_(0.5 + (last.bias - (mean + 1) / 2) / (2 * std))
     return vae.requires_grad_(False)
 
 

@@ -296,8 +296,11 @@ def test_only_the_libraries_own_classes_are_loaded(folder: Path, part: str, entr
 
 
 def test_another_autoencoder_or_unet_is_refused(folder: Path) -> None:
-    edit(folder / "vae" / "config.json", _class_name="AutoencoderTiny")
-    with pytest.raises(PocketfusionError, match="the vae is a 'AutoencoderTiny'"):
+    edit(folder / "vae" / "config.json", _class_name="AutoencoderTiny")  # which its weights are not
+    with pytest.raises(PocketfusionError, match="vae lacks the weight"):
+        load_pipeline(folder)
+    edit(folder / "vae" / "config.json", _class_name="AutoencoderKLWan")
+    with pytest.raises(PocketfusionError, match="the vae is a 'AutoencoderKLWan'"):
         load_pipeline(folder)
     edit(folder / "unet" / "config.json", _class_name="UNetMotionModel")
     with pytest.raises(PocketfusionError, match="unet is a 'UNetMotionModel'"):

@@ -54,9 +54,11 @@ def test_a_map_that_does_not_fit(bundle, edit, change, match):
         Bundle.open(bundle)
 
 
-def test_it_is_in_the_manifest_as_plain_numbers(tiny_bundle):
+def test_it_is_in_the_manifest_as_plain_numbers_and_info_shows_it(run, tiny_bundle):
     preview = json.loads((tiny_bundle / "bundle.json").read_text())["preview"]
     assert sorted(preview) == ["bias", "matrix", "psnr_db", "r2"]
+    code, printed, _ = run("info", tiny_bundle)
+    assert code == 0 and f"preview     linear, {preview['psnr_db']:.1f} dB" in printed
 
 
 def test_generate_previews_by_the_map(run, bundle, edit, tmp_path):

@@ -83,6 +83,11 @@ def _print(console: Console, about: dict[str, Any]) -> None:
         learned = about["guidance_range"]
         taught = f", taught for {learned[0]:g} to {learned[1]:g}" if learned else ""
         console.print(f"  guidance    {about['guidance']}: {_GUIDANCE[about['guidance']]}{taught}")
+    if about.get("preview"):
+        preview = about["preview"]
+        console.print(
+            f"  preview     linear, {preview['psnr_db']:.1f} dB to the decoder's pictures, R² {preview['r2']:.2f}"
+        )
     _print_networks(console, about)
     if about["licences"]:
         console.print("licences", style="bold")

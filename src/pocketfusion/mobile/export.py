@@ -150,6 +150,7 @@ def export(
             pipeline, plain, spec.max_length, defaults.guidance_scale, guidance, settings.gate_steps
         )
         preview = fit_preview(encoder, plain["decoder"], image.height // latents.height, reference)
+        del encoder
         if settings.decoder_tile:
             reference = tiled(reference, plain["decoder"], settings.decoder_tile)
         one = specs.samples(pipeline, batch=1)

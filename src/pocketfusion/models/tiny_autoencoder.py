@@ -152,7 +152,9 @@ def _what(path: Path, names: list[str], unknown: str) -> str:
     if any("lora" in name for name in names):
         return f"{path} is a LoRA adapter, not an autoencoder: give it to export with --lora"
     if any(name.startswith(_KL) for name in names):
-        return f"{path} is not TAESD's but a larger model's file: give its autoencoder as a diffusers folder"
+        return (
+            f"{path} is not TAESD's but a larger model's file: give a diffusers folder (pocketfusion import makes one)"
+        )
     return (
         f"{path} is not TAESD's: it holds {unknown[:80]!a}; give an autoencoder's folder or taesd_decoder.safetensors"
     )
