@@ -77,11 +77,13 @@ class AutoencoderSettings(_Settings):
     `crop_size`: train on random crops of that many pixels until `crop_until` of the steps, then on whole pictures.
     `whiten`: give every latent channel mean 0 and deviation 1 on the training pictures, inside the two 1x1
     convolutions beside the latents; else one `scaling_factor` does for all channels.
+    `latent_colour_weight`: of the error of the colour that a linear map reads in each latent.
     """
 
     config: dict[str, Any]
     loss: PictureLossSettings = PictureLossSettings(l1_weight=0.1)
     kl_weight: float = Field(default=1e-4, ge=0)
+    latent_colour_weight: float = Field(default=0.0, ge=0)
     crop_size: int | None = Field(default=None, ge=8)
     crop_until: float = Field(default=1.0, ge=0, le=1)
     whiten: bool = False

@@ -11,7 +11,13 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.judge import JudgeModel, load_judge
 from pocketfusion.recipe import PictureLossSettings, load_recipe
-from pocketfusion.train.autoencoder import AutoencoderTask, fold_whitening, latent_statistics, to_tensor
+from pocketfusion.train.autoencoder import (
+    AutoencoderTask,
+    TrainableAutoencoder,
+    fold_whitening,
+    latent_statistics,
+    to_tensor,
+)
 from pocketfusion.train.picture_losses import PictureLoss, colour_loss, gradient_loss
 
 
@@ -158,9 +164,34 @@ def test_the_kl_is_the_gaussian_one(tiny_recipe, vae, data):
     drawn = task.pictures(task.plan.part(5, 0, 1))
 
     def model(pixels, noise):
-        return SimpleNamespace(mean=mean, logvar=logvar), drawn
+        return SimpleNamespace(mean=mean, logvar=logvar), drawn, None
 
     model.config = vae.config
     loss, logged = task.loss(model, batch)
     assert logged["kl"] == pytest.approx(0.5 * (0.25 + np.exp(-1.0) - 1 + 1), rel=1e-5)
     assert loss.item() == pytest.approx(logged["kl"], rel=1e-5)  # the pictures are equal
+
+
+def test_colours_are_read_in_the_latents(tiny_recipe, vae, data):
+    """The term by hand, and that its gradient gives an encoder a hue that it lacks."""
+    recipe = load_recipe(tiny_recipe)
+    task = task_of(recipe, TrainableAutoencoder(vae.float(), colour=True), data, crop_size=None, kl_weight=0.0)
+    task.settings.latent_colour_weight = 0.5
+    batch = task.plan.part(5, 0, 1)
+    pixels = task.pictures(task.plan.part(5, 0, 1))
+    loss, logged = task.loss(task.model, batch)
+    loss.backward()
+    assert task.model.vae.encoder.conv_in.weight.grad.abs().sum() > 0
+    means = pixels.double().reshape(4, 3, 8, 8, 8, 8).mean((3, 5))
+    batch = task.plan.part(5, 0, 1)
+    task.pictures(batch)  # draws what comes before the noise
+    noise = batch.randn(4, 8, 8)
+    with torch.no_grad():
+        posterior, image, colours = task.model(pixels, noise)
+        z = posterior.mean + posterior.std * noise
+        by_hand = torch.einsum("bchw,oc->bohw", z, task.model.colour.weight[:, :, 0, 0])
+    by_hand = by_hand + task.model.colour.bias[None, :, None, None]
+    assert torch.allclose(by_hand, colours, atol=1e-5)
+    assert logged["latent_colour"] == pytest.approx((by_hand - means).abs().mean().item(), rel=1e-4)
+    without = task.picture_loss(image, pixels, 5 / 6)[0].item()
+    assert loss.item() == pytest.approx(without + 0.5 * logged["latent_colour"], rel=1e-4)

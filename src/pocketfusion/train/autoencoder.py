@@ -47,6 +47,10 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 class AutoencoderTask:
     """`PictureLoss` of the reconstruction + `kl_weight` × KL to the unit Gaussian per latent element.
 
+    + `latent_colour_weight` × the mean absolute error of the mean colour of each latent's own pixels, as a linear map
+    reads it there. Without it the latents may leave out a hue that is rare in the data and let the decoder guess it
+    from the others (green against magenta: R² 0.05 of such a map, where brightness had 0.94).
+
     On random crops until `crop_until` of the steps (fully convolutional networks learn as much from them, several
     times faster), then on whole pictures, on which group norms and attention see what they will be used on.
     """
@@ -92,11 +96,18 @@ class AutoencoderTask:
         height, width = (side // self.factor for side in pixels.shape[2:])
         noise = batch.randn(self.model.config.latent_channels, height, width).to(self.device)
         # encode and decode are reached through forward() so that accelerate's wrappers see the call
-        posterior, image = model(pixels, noise)
+        posterior, image, colours = model(pixels, noise)
         loss, logged = self.picture_loss(image, pixels, batch.step / self.settings.train.steps)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return loss + self.settings.kl_weight * kl, {**logged, "kl": kl.item()}
+        loss, logged = loss + self.settings.kl_weight * kl, {**logged, "kl": kl.item()}
+        if colours is not None:
+            colour = F.l1_loss(colours.float(), F.avg_pool2d(pixels, self.factor))
+            loss, logged = (
+                loss + self.settings.latent_colour_weight * colour,
+                {**logged, "latent_colour": colour.item()},
+            )
+        return loss, logged
 
     @torch.no_grad()
     def reconstruct(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,11 +136,15 @@ class AutoencoderTask:
 
 
 class TrainableAutoencoder(nn.Module):
-    """AutoencoderKL whose forward takes the noise, so that sampling is the loop's and repeats to the sample."""
+    """AutoencoderKL whose forward takes the noise, so that sampling is the loop's and repeats to the sample.
 
-    def __init__(self, vae: AutoencoderKL):
+    `colour`, where wanted, reads mean colours [B, 3, h, w] in latents; it is trained beside, not part of the result.
+    """
+
+    def __init__(self, vae: AutoencoderKL, colour: bool = False):
         super().__init__()
         self.vae = vae
+        self.colour = nn.Conv2d(vae.config.latent_channels, 3, 1) if colour else None
 
     @property
     def config(self):
@@ -145,9 +160,10 @@ class TrainableAutoencoder(nn.Module):
         return self.vae.decode(z)
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor):
-        """(posterior, reconstruction from mean + std × noise)."""
+        """(posterior, reconstruction from z = mean + std × noise, colours of z or None)."""
         posterior = self.vae.encode(pixels).latent_dist
-        return posterior, self.vae.decode(posterior.mean + posterior.std * noise).sample
+        z = posterior.mean + posterior.std * noise
+        return posterior, self.vae.decode(z).sample, self.colour(z) if self.colour else None
 
 
 @torch.no_grad()
@@ -211,7 +227,8 @@ def train_autoencoder(
     except (TypeError, ValueError) as error:
         raise PocketfusionError(f"the autoencoder cannot be made ({str(error).splitlines()[0]})") from None
     judge = load_judge(loss_judge, for_losses=True).model if loss_judge else None
-    task = AutoencoderTask(recipe, data, TrainableAutoencoder(vae), judge)  # type: ignore[arg-type]
+    colour = recipe.autoencoder.latent_colour_weight > 0
+    task = AutoencoderTask(recipe, data, TrainableAutoencoder(vae, colour), judge)  # type: ignore[arg-type]
 
     def write(folder: Path, result: TrainResult) -> dict:
         mean, std, overall = latent_statistics(vae, data)
@@ -229,6 +246,6 @@ def train_autoencoder(
         return {k: v for k, v in results.items() if math.isfinite(v)}
 
     def reopen(folder: Path) -> nn.Module:
-        return TrainableAutoencoder(AutoencoderKL.from_pretrained(folder))
+        return TrainableAutoencoder(AutoencoderKL.from_pretrained(folder), colour)
 
     return run_stage(stage, task, recipe.autoencoder.train, identity, write, reopen, samples_before)
