@@ -175,8 +175,8 @@ def test_the_kl_is_the_gaussian_one(tiny_recipe, vae, data):
 def test_colours_are_read_in_the_latents(tiny_recipe, vae, data):
     """The term by hand, and that its gradient gives an encoder a hue that it lacks."""
     recipe = load_recipe(tiny_recipe)
-    task = task_of(recipe, TrainableAutoencoder(vae.float(), colour=True), data, crop_size=None, kl_weight=0.0)
-    task.settings.latent_colour_weight = 0.5
+    model = TrainableAutoencoder(vae.float(), colour=True)
+    task = task_of(recipe, model, data, crop_size=None, kl_weight=0.0, latent_colour_weight=0.5)
     batch = task.plan.part(5, 0, 1)
     pixels = task.pictures(task.plan.part(5, 0, 1))
     loss, logged = task.loss(task.model, batch)
