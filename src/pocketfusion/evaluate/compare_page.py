@@ -32,7 +32,9 @@ h3.first { margin-top: 1.1rem; }
 .small img { image-rendering: pixelated; }
 p.figures { color: var(--soft); font-size: .86rem; margin: .15rem 0 0; font-variant-numeric: tabular-nums; }
 p.figures b { color: var(--ink); } ul { padding-left: 1.1rem; margin: .6rem 0 0; } li { margin: .25rem 0; }
-table.summary { width: auto; } table.summary td.number, table.summary th.number { padding-left: 1rem; }
+table.summary { width: auto; } table.summary td.number, table.summary th.number { padding-left: 1rem;
+        white-space: normal; overflow-wrap: anywhere; }
+table.summary .state { display: block; } p.lead.below { margin: .4rem 0 0; font-size: .86rem; }
 h2 { overflow-wrap: anywhere; }
 """
 
@@ -83,7 +85,7 @@ def _verdict(one: Compared, result: Comparison) -> str:
     text += f", the worst of {len(one.pairs)} is “{prompt}” ({_db(worst.psnr_db)})."
     if apart:
         text += f" {apart} of {len(one.pairs)} came out as another picture."
-    text += f" It takes {one.size / 1e6:,.0f} MB for {result.folder['size'] / 1e6:,.0f} MB."
+    text += f" It takes {one.size / 1e6:,.0f} MB, the original {result.folder['size'] / 1e6:,.0f} MB."
     if one.passed is not None:
         state, sense = ("met", "every pair reaches") if one.passed else ("missed", "not every pair reaches")
         text += f' <span class="{state}">{sense} the threshold of {result.min_psnr_db:g} dB.</span>'
@@ -98,23 +100,24 @@ def _summary(result: Comparison) -> str:
         rows.setdefault(name, []).append(value)
 
     for one in result.bundles:
-        add("size, MB: original → bundle", f"{result.folder['size'] / 1e6:,.1f} → {one.size / 1e6:,.1f}")
-        add("likeness, dB: the middle pair", f"{one.psnr_db['median']:.1f}")
-        add("5 % of the pairs are below", f"{one.psnr_db['p5']:.1f}")
-        add("the worst pair", f"{one.psnr_db['worst']:.1f}")
-        add("structural similarity (SSIM), the middle pair", f"{one.ssim:.3f}")
-        add("guidance delta, the middle pair", "–" if one.guidance_delta is None else f"{one.guidance_delta:.3f}")
+        add("size, MB", f"{result.folder['size'] / 1e6:,.1f} → {one.size / 1e6:,.1f}")
+        add("median pair, dB", f"{one.psnr_db['median']:.1f}")
+        add("5 % are below, dB", f"{one.psnr_db['p5']:.1f}")
+        add("worst pair, dB", f"{one.psnr_db['worst']:.1f}")
+        add("SSIM (median)", f"{one.ssim:.3f}")
+        add("guidance delta (median)", "–" if one.guidance_delta is None else f"{one.guidance_delta:.3f}")
         for name, score in one.scores.items():
             low, high = score.difference.low, score.difference.high
             change = f"{score.stock.value:.1f} → {score.bundle.value:.1f}"
-            add(f"{escape(name)}: original → bundle", f"{change} <span class=state>({low:+.1f} to {high:+.1f})</span>")
-        add("seconds a picture: original → bundle", f"{one.seconds['stock']:.2f} → {one.seconds['bundle']:.2f}")
+            add(escape(name), f"{change} <span class=state>({low:+.1f} to {high:+.1f})</span>")
+        add("seconds a picture", f"{one.seconds['stock']:.2f} → {one.seconds['bundle']:.2f}")
     lines = []
     for name, cells in rows.items():
         kind = "td" if name else "th"
         values = "".join(f'<{kind} class="number">{cell}</{kind}>' for cell in cells)
         lines.append(f"<tr><{kind}>{name}</{kind}>{values}</tr>")
-    return f'<div class="scroll"><table class="summary">{"".join(lines)}</table></div>'
+    table = f'<div class="scroll"><table class="summary">{"".join(lines)}</table></div>'
+    return table + '<p class="lead below">Arrows lead from the original to the bundle.</p>'
 
 
 def _section(one: Compared, result: Comparison, images: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
