@@ -105,7 +105,7 @@ def _print(console: Console, result: Comparison) -> None:
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("bundle", overflow="fold")
-    for name in ("MB", "median dB", "5 % below", "worst", "SSIM", "guidance", "s original", "s bundle"):
+    for name in ("MB", "dB", "5 %", "worst", "SSIM", "guidance", "stock s", "s"):
         table.add_column(name, justify="right")
     for one in result.bundles:
         table.add_row(
@@ -118,6 +118,9 @@ def _print(console: Console, result: Comparison) -> None:
             f"{one.seconds['bundle']:.3g}",
         )
     console.print(table)
+    console.print(
+        "dB: the median pair, what 5 % are below, the worst; s: a picture's, of stock diffusers and the bundle."
+    )
     for one in result.bundles:
         worst = one.pairs[0]
         console.print(f"{one.name}: worst is {worst.prompt!r}, seed {worst.seed}, {worst.psnr_db:.1f} dB")
