@@ -161,7 +161,9 @@ def check_folder(path: Path, components: tuple[str, ...] = COMPONENTS) -> None:
     Another family is refused by its name, and so is a file that git-lfs has not fetched.
     """
     if path.is_file():
-        raise PocketfusionError(_what_file(path))
+        from pocketfusion.models.bring.recognise import what_file
+
+        raise PocketfusionError(what_file(path))
     if not path.is_dir():
         raise PocketfusionError(f"there is no model folder at {path}: check the path")
     if not (path / "model_index.json").is_file():
@@ -207,17 +209,6 @@ def _check_pipeline(path: Path, index: dict[str, Any]) -> None:
     raise PocketfusionError(
         f"{path} is of {family or 'another family'}, which is not supported: {why}; models of Stable Diffusion 1 and "
         "2 are"
-    )
-
-
-def _what_file(path: Path) -> str:
-    """Why a file is no model folder."""
-    with path.open("rb") as file:
-        if b"lora" in file.read(1 << 16):
-            return f"{path} is a LoRA adapter, not a model folder: give it to export with --lora"
-    return (
-        f"{path} is a file, not a model folder: make one of a checkpoint with diffusers' "
-        "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.errors import PocketfusionError
 
 
@@ -34,7 +35,7 @@ def architecture_command(
 
     if out is not None and preset is None:
         raise PocketfusionError("--out alone changes nothing: name what to apply, such as --preset snapfusion")
-    base = open_base(source)
+    base = open_base(str(model_folder(Path(source))))
     report = describe(base, preset)
     if out is not None and preset is not None:
         write_preset(base, preset, out, overwrite=overwrite)

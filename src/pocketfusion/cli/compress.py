@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -54,6 +55,7 @@ def compress_command(
         console.print(overview(chain, out))
         return
     quiet_libraries()  # imports them: only after the quick checks
+    chain = chain.opened(model_folder)
     from pocketfusion.compress.forecast import check_disk, forecast, table
 
     if dry_run:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
@@ -60,7 +61,7 @@ def to_v_command(
     from pocketfusion.distill.to_v import to_v
     from pocketfusion.folder import check_folder
 
-    check_folder(folder)
+    check_folder(folder := model_folder(folder))
     report(to_v(loaded, images, folder, stage, cache), out)
 
 
@@ -106,6 +107,7 @@ def distill_steps_command(
         "train": settings.train.model_dump() | {"steps": train_steps} if train_steps is not None else None,
     }
     settings = replaced(settings, given)
+    folder, teacher = model_folder(folder), model_folder(teacher)
     for each in (folder, teacher):
         check_folder(each)
     run_it = distill_steps if schedule is Schedule.direct else distill_progressively

@@ -11,6 +11,7 @@ import typer
 from pocketfusion.cli import app
 from pocketfusion.cli.distill import parse_range
 from pocketfusion.cli.elastic import FolderArg, RecipeOpt
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
@@ -94,6 +95,7 @@ def distill_consistency_command(
         "train": settings.train.model_dump() | {"steps": train_steps} if train_steps is not None else None,
     }
     settings = replaced(settings, given)
+    folder, teacher = model_folder(folder), model_folder(teacher)
     notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     for sentence in cautions(settings, folder, teacher):
         notes.print(f"note: {sentence}")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
@@ -66,6 +67,7 @@ def distill_decoder_command(
     settings = replaced(settings, {"preset": preset and preset.value, "samples": samples})
     from pocketfusion.distill.decoder import distill_decoder
 
+    folder, sampler = model_folder(folder), sampler and model_folder(sampler)
     made = distill_decoder(
         loaded, images, folder, stage, settings, ratio=ratio, sampler=sampler, loss_judge=loss_judge, cache=cache
     )

@@ -9,6 +9,7 @@ import typer
 
 from pocketfusion.cli import app
 from pocketfusion.cli.elastic import FolderArg, RecipeOpt
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
@@ -61,6 +62,7 @@ def distill_guidance_command(
     loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
     from pocketfusion.distill.guidance import distill_guidance
 
+    folder, teacher = model_folder(folder), teacher and model_folder(teacher)
     report(distill_guidance(loaded, images, folder, stage, teacher, fixed, scales, steps, cache), out)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
@@ -41,7 +42,7 @@ def train_elastic_command(
     from pocketfusion.folder import check_folder
     from pocketfusion.train.elastic import train_elastic
 
-    check_folder(folder)
+    check_folder(folder := model_folder(folder))
     report(train_elastic(loaded, images, folder, stage, cache), out)
 
 
@@ -63,6 +64,6 @@ def recover_command(
     from pocketfusion.folder import check_folder
     from pocketfusion.train.recovery import recover
 
-    check_folder(folder)
-    check_folder(base)
+    check_folder(folder := model_folder(folder))
+    check_folder(base := model_folder(base))
     report(recover(loaded, images, folder, base, stage, cache), out)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import SkipBadOpt
 
 PathOpt = Path | None
@@ -67,6 +68,7 @@ def evaluate_command(
 
     source = ReferenceSource(data, coco, sets, samples, seed, annotations, size, real, skip_bad)
     measuring = Measuring(parse_guidance(guidance), seed, diversity_prompts, diversity_images, kid_only)
+    chosen = named_systems(systems, steps, precision, model_folder)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not processes().is_main_process) as bar:
         task = bar.add_task("opening", total=None)
@@ -75,7 +77,7 @@ def evaluate_command(
             bar.update(task, description=what, completed=done, total=total)
 
         result = evaluate_systems(
-            named_systems(systems, steps, precision),
+            chosen,
             lambda drawn: source.open(drawn, partial(advance, "reading every picture")),
             lambda: open_extractor(judge, inception, clip, clip_model),
             out,

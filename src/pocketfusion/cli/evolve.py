@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OverwriteOpt, RunOpt, SkipBadOpt
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.terminal import Console
@@ -88,6 +89,7 @@ def evolve_command(
     from pocketfusion.evolve.algorithm import OutOfTime
     from pocketfusion.evolve.run import Inputs, evolve_folder, rank_folder
 
+    folder = model_folder(folder)
     inputs = Inputs(folder, loaded, data, judge, latency, samples, steps, seed, precision.value, force, skip_bad)
     try:
         with _bar() as progress:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.targets import TargetOpt, TargetOption
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.terminal import Console
@@ -88,6 +89,7 @@ def export_command(
     with quiet():  # the libraries' import messages
         from pocketfusion.mobile.export import export
 
+    folder = model_folder(folder)
     console = Console(highlight=False)
     chosen = {"text_encoder": text_encoder_weights, "unet": unet_weights, "decoder": decoder_weights}
     with Progress(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 
 if TYPE_CHECKING:
     from pocketfusion.terminal import Console
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 @app.command("info")
 def info_command(
-    path: Annotated[Path | None, typer.Argument(help="Bundle or model folder. Default: the embedded bundle.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="Bundle, model folder or checkpoint file. Default: the embedded bundle.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what a bundle or model folder is: sizes, costs, licences, provenance, hash check.
@@ -27,9 +30,10 @@ def info_command(
     from pocketfusion.runtime.manifest import embedded_bundle
     from pocketfusion.terminal import Console, printable_json
 
+    path = model_folder(path or embedded_bundle())
     notes = Console(stderr=True, markup=False, highlight=False)
     with notes.status("reading") as status:
-        about = describe(path or embedded_bundle(), status.update)
+        about = describe(path, status.update)
     if as_json:
         typer.echo(printable_json(json.dumps(about, indent=2, ensure_ascii=False)))
     else:

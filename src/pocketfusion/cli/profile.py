@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 
 if TYPE_CHECKING:
     from pocketfusion.latency.table import LatencyTable
@@ -81,6 +82,7 @@ def profile_command(
         from pocketfusion.latency.target import load_target
         from pocketfusion.latency.validate import validation_architectures
 
+    folder = str(model_folder(Path(folder)))
     if cache:
         cache.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import SkipBadOpt
 from pocketfusion.terminal import Console
 
@@ -48,6 +49,7 @@ def prune_command(
 
     from pocketfusion.prune.run import prune_folder
 
+    folder = model_folder(folder)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring" if rule == Rule.sensitivity else "pruning", total=None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.targets import TargetOpt, TargetOption
 from pocketfusion.terminal import Console
 
@@ -55,6 +56,7 @@ def quantize_command(
     with quiet():  # the libraries' import messages
         from pocketfusion.mobile.plan import plan
 
+    folder = model_folder(folder)
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:

@@ -11,6 +11,7 @@ import typer
 
 from pocketfusion.cli import app
 from pocketfusion.cli.evolve import FolderArg, ForceOpt, JsonOpt, LatencyOpt, MsOpt, RatioOpt
+from pocketfusion.cli.given import model_folder
 from pocketfusion.terminal import Console
 
 
@@ -45,6 +46,7 @@ def remove_command(
     require_compress()
     from pocketfusion.evolve.removal import remove_folder
 
+    folder = model_folder(folder)
     made = remove_folder(
         folder,
         latency,

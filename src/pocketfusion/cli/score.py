@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import SkipBadOpt
 
 
@@ -44,6 +45,7 @@ def score_command(
 
     names = [name.strip() for name in sets.split(",") if name.strip()] if sets else None
     sampler = SamplerSettings(num_inference_steps=steps, guidance_scale=guidance)
+    folder = model_folder(folder)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -88,6 +88,14 @@ class Chain:
             if stage.name == name:
                 return stage
         raise PocketfusionError(f"there is no stage {name!r}: {nearest(name, [stage.name for stage in self.stages])}")
+
+    def opened(self, model_folder: Callable[[Path], Path]) -> Chain:
+        """The chain with a folder wherever a model is given; `model_folder` gives that of a checkpoint's file."""
+        stages = tuple(
+            replace(stage, given=model_folder(stage.given)) if stage.given and stage.is_a.makes == "model" else stage
+            for stage in self.stages
+        )
+        return replace(self, stages=stages)
 
     def recipe_of(self, stage: Stage) -> Recipe:
         """The recipe with the stage's own settings in their section."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -162,11 +162,17 @@ def _drawing(text: str, name: str) -> tuple[int, SamplerName]:
     raise PocketfusionError(f"{name} names the sampler {wanted!a}: choose {' or '.join(SAMPLERS)}, as PATH@8:euler")
 
 
-def named_systems(names: Sequence[str], steps: str | None = None, precision: str = "fp32") -> list[SystemSpec]:
+def named_systems(
+    names: Sequence[str],
+    steps: str | None = None,
+    precision: str = "fp32",
+    opened: Callable[[Path], Path] = lambda path: path,
+) -> list[SystemSpec]:
     """The systems of a command line: PATH, PATH@STEPS or PATH@STEPS:SAMPLER each, these steps before `--steps`.
 
-    The sampler is DDIM where none is named, whatever the system's own. Raises PocketfusionError if a path is no model
-    folder or bundle, a system is named twice at the same steps, or a sampler or the precision is unknown.
+    `opened` gives the folder for a path: a checkpoint's file is imported. The sampler is DDIM where none is named,
+    whatever the system's own. Raises PocketfusionError if a path is no model folder or bundle, a system is named twice
+    at the same steps, or a sampler or the precision is unknown.
     """
     specs: list[SystemSpec] = []
     if precision not in ("fp32", "bf16"):
@@ -177,7 +183,7 @@ def named_systems(names: Sequence[str], steps: str | None = None, precision: str
         if "@" in name and not path.exists():
             before, _, after = name.rpartition("@")
             path, (own, sampler) = Path(before), _drawing(after, name)
-        spec = system_spec(path, own, "bf16" if precision == "bf16" else "fp32", sampler)
+        spec = system_spec(opened(path), own, "bf16" if precision == "bf16" else "fp32", sampler)
         if _key(spec) in map(_key, specs):
             raise PocketfusionError(
                 f"{path} at {spec.num_inference_steps} steps is named twice: name each system once, or with other "

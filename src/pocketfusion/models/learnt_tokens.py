@@ -68,8 +68,19 @@ def add_embedding(pipeline: Any, file: Path) -> str:
     The name is the file's key in diffusers' layout, else the file's own name. Raises PocketfusionError if the file is
     no textual inversion, of another text encoder, not finite, or its token is known already.
     """
+    weight = pipeline.text_encoder.get_input_embeddings().weight
+    token, grown = learn(pipeline.tokenizer, weight.detach(), file)
+    embedding = torch.nn.Embedding.from_pretrained(grown, freeze=not weight.requires_grad)
+    pipeline.text_encoder.set_input_embeddings(embedding)
+    pipeline.text_encoder.config.vocab_size = len(grown)
+    spell_out(pipeline.tokenizer)
+    return token
+
+
+def learn(tokenizer: Any, weight: torch.Tensor, file: Path) -> tuple[str, torch.Tensor]:
+    """Adds the token in `file` to the tokenizer, as `<x>`, `<x>_1` …; returns its name, and `weight` (the text
+    encoder's token embeddings) with its vectors behind. Raises PocketfusionError as `add_embedding` does."""
     token, vectors = read_embedding(file)
-    tokenizer, weight = pipeline.tokenizer, pipeline.text_encoder.get_input_embeddings().weight
     if vectors.shape[1] != weight.shape[1]:
         raise PocketfusionError(
             f"{file} is of another text encoder: its vectors are {vectors.shape[1]} wide, this one's {weight.shape[1]}"
@@ -80,12 +91,7 @@ def add_embedding(pipeline: Any, file: Path) -> str:
         raise PocketfusionError(f"{file} teaches the token {known or token!a}, which the folder has: rename the file")
     first = len(tokenizer)
     tokenizer.add_tokens(names)
-    grown = torch.cat([weight.detach()[:first], vectors.to(weight.dtype)])
-    embedding = torch.nn.Embedding.from_pretrained(grown, freeze=not weight.requires_grad)
-    pipeline.text_encoder.set_input_embeddings(embedding)
-    pipeline.text_encoder.config.vocab_size = len(grown)
-    spell_out(tokenizer)
-    return token
+    return token, torch.cat([weight[:first], vectors.to(weight.dtype)])
 
 
 def read_embedding(file: Path) -> tuple[str, torch.Tensor]:
@@ -96,7 +102,7 @@ def read_embedding(file: Path) -> tuple[str, torch.Tensor]:
         state = load_file(str(file))
     except (OSError, SafetensorError, TypeError, AttributeError, KeyError, RuntimeError):  # the last four: odd types
         raise PocketfusionError(f"{file} is not a safetensors file: only safetensors embeddings are read") from None
-    if "clip_g" in state or "clip_l" in state:
+    if "clip_g" in state:
         raise PocketfusionError(
             f"{file} is of SDXL: it has vectors for two text encoders ({', '.join(sorted(state))})"
         )
@@ -105,7 +111,7 @@ def read_embedding(file: Path) -> tuple[str, torch.Tensor]:
     if len(state) != 1:
         raise PocketfusionError(f"{file} is no textual inversion: one tensor makes one, and it has {len(state)}")
     ((key, value),) = state.items()
-    token = file.stem if key in ("emb_params", "string_to_param") else key
+    token = file.stem if key in ("emb_params", "string_to_param", "clip_l") else key
     if value.ndim == 1:
         value = value[None]
     if value.ndim != 2 or not 1 <= len(value) <= _MOST_VECTORS or not value.is_floating_point():

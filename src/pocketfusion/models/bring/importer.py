@@ -14,12 +14,13 @@ import diffusers
 
 from pocketfusion.artefact import atomic_folder, check_new, sha256_file, write_json
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import Provenance, machine, read_json, write_provenance
+from pocketfusion.folder import Provenance, check_folder, folder_hash, machine, read_json, write_provenance
 from pocketfusion.info import read_safetensors_header
-from pocketfusion.models.base import load_text_encoder_in_fp32
+from pocketfusion.models.base import copy_folder, load_text_encoder_in_fp32
 from pocketfusion.models.bring.clip_words import clip_merges, clip_tokenizer
 from pocketfusion.models.bring.configs import vae_factor
 from pocketfusion.models.bring.networks import write_text_encoder, write_unet, write_vae
+from pocketfusion.models.bring.parts import add_tokens, put_vae, skip_layers
 from pocketfusion.models.bring.prediction import (
     EPSILON_ABOVE,
     Prediction,
@@ -91,7 +92,7 @@ def import_file(
     digest = sha256_file(file)
     with atomic_folder(out, overwrite=overwrite) as partial:
         found = _write_parts(checkpoint, partial, changes, on_stage)
-        # parts that take another's place, or add to it, come here
+        _change_parts(partial, changes, found, on_stage)
         write_licences(partial, [_licence(checkpoint)])
         write_provenance(
             partial,
@@ -108,6 +109,82 @@ def import_file(
             ),
         )
     return found
+
+
+def import_folder(
+    source: Path,
+    out: Path,
+    changes: Changes,
+    *,
+    overwrite: bool = False,
+    origin: Mapping[str, Any] | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Found:
+    """Writes the model folder `source` with `changes` at `out`; raises PocketfusionError as `import_file` does."""
+    check_new(out, overwrite)
+    check_folder(source)
+    check_space(out, sum(file.stat().st_size for file in source.rglob("*") if file.is_file()))
+    on_stage("hashing the folder")
+    digest = folder_hash(source)
+    unet, vae, text, sampler = (
+        read_json(source / part / f"{'scheduler_' * (part == 'scheduler')}config.json")
+        for part in ("unet", "vae", "text_encoder", "scheduler")
+    )
+    kind = changes.prediction_type or sampler.get("prediction_type", "epsilon")
+    found = Found(
+        family="SD-2.x" if unet.get("use_linear_projection") else "SD-1.x",
+        prediction_type=kind,
+        prediction_why="asked for" if changes.prediction_type else "the folder's scheduler",
+        zero_snr=bool(sampler.get("rescale_betas_zero_snr")),
+        picture_size=int(unet.get("sample_size") or 0) * 2 ** (len(vae.get("block_out_channels", [0])) - 1),
+        unet=f"widths {'/'.join(map(str, unet.get('block_out_channels', [])))}, layers_per_block "
+        f"{unet.get('layers_per_block')}, text of width {unet.get('cross_attention_dim')}",
+        text_encoder=f"{text.get('num_hidden_layers')} layers of {text.get('hidden_size')}",
+        vae="the folder's",
+        weights="",
+    )
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        on_stage("copying the folder")
+        copy_folder(source, partial)
+        file = partial / "scheduler" / "scheduler_config.json"
+        write_json(file, read_json(file) | {"prediction_type": kind})
+        found.weights = _types(partial)
+        _change_parts(partial, changes, found, on_stage)
+        if not (partial / "licences").is_dir():
+            said = re.search(r"^license:\s*([\w.+-]+)\s*$", _card(source), re.M)
+            licence = f"LicenseRef-{said[1]}" if said else "LicenseRef-unknown"
+            name = str((origin or {}).get("repository", source.name))
+            write_licences(partial, [LicenceNote(f"Checkpoint {name}", licence, f"the authors of {name}")])
+        write_provenance(
+            partial,
+            Provenance(
+                stage="import",
+                settings={"source": {"folder": source.name, **(origin or {})}, **_settings(changes)},
+                parents={"source": digest},
+                machine=machine(),
+                results=asdict(found),
+            ),
+        )
+    return found
+
+
+def _card(folder: Path) -> str:
+    """The model card's text; "" if there is none that can be read."""
+    try:
+        return (folder / "README.md").read_text(encoding="utf-8")[:10_000]
+    except (OSError, ValueError):
+        return ""
+
+
+def _change_parts(folder: Path, changes: Changes, found: Found, on_stage: Callable[[str], None]) -> None:
+    if changes.vae is not None:
+        on_stage("the autoencoder")
+        found.vae = put_vae(folder, changes.vae)
+    if changes.clip_skip != 1:
+        left = skip_layers(folder, changes.clip_skip)
+        found.notes.append(f"clip-skip {changes.clip_skip}: {left} layers of the text encoder are left")
+    if changes.embeddings:
+        found.tokens = add_tokens(folder, changes.embeddings)
 
 
 def check_space(out: Path, size: int) -> None:
