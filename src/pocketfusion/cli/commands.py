@@ -8,3 +8,4 @@ from pocketfusion.cli import profile, elastic, evolve, remove, prune, architectu
 from pocketfusion.cli import distill, distill_decoder, distill_guidance, distill_consistency
 from pocketfusion.cli import score, evaluate, compare
 from pocketfusion.cli import quantize, export, check, bench
+from pocketfusion.cli import serve
