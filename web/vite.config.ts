@@ -28,6 +28,11 @@ export default defineConfig({
   base: "./", // the page works in any folder of any host
   build: {
     target: "es2022",
+    rolldownOptions: {
+      input: { index: join(import.meta.dirname, "index.html"), sw: join(import.meta.dirname, "src/sw.ts") },
+      // the service worker's address never changes, and its scope is where it lies
+      output: { entryFileNames: ({ name }) => (name === "sw" ? "sw.js" : "assets/[name]-[hash].js") },
+    },
     // bundles the licences' comments of packages into the files
     license: true,
   },

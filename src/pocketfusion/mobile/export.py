@@ -31,6 +31,7 @@ from pocketfusion.mobile.measure import Described, NetworkReport, describe, meas
 from pocketfusion.mobile.pack import Form, pack
 from pocketfusion.mobile.preview_fit import fit_preview
 from pocketfusion.mobile.quantize import coarsest, quantize
+from pocketfusion.mobile.styles import write_styles
 from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
 from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
@@ -187,6 +188,7 @@ def export(
         tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
         licence_files, licences = copy_licences(folder, partial)
         files = {n: partial / f"{n}.tflite" for n in NETWORKS} | {"tokenizer": partial / "tokenizer.json"}
+        files |= write_styles(folder, partial)
         if guidance == "classifier-free":
             files[EMPTY_PROMPT] = partial / "empty_prompt.f32"
         manifest = Manifest.made(

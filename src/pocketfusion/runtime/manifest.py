@@ -47,6 +47,9 @@ NETWORKS = ("text_encoder", "unet", "decoder")
 #: A file that a bundle of classifier-free guidance may have: what its text encoder gives for the empty prompt, of the
 #: shape and type of the encoder's output, little-endian and nothing else. An older reader runs the encoder instead.
 EMPTY_PROMPT = "empty_prompt_embeds"
+#: A file that a bundle may have: the styles that its model was taught, a JSON list of what prompts end with. Like every
+#: file that a reader does not know, an older one compares its hash and leaves it.
+STYLES = "styles"
 
 #: What guidance costs. `classifier-free`: two predictions a step; `embedded`: one, of a UNet with the scale as its
 #: input `timestep_cond` [B, E] (Meng et al., arXiv 2210.03142; `runtime.guidance` makes it); `folded`: one, of a UNet
@@ -214,6 +217,17 @@ class Bundle:
             raise PocketfusionError(f"{file} holds NaN or infinity: the bundle is unsound")
         return values.astype(np.float32)
 
+    def styles(self) -> list[str]:
+        """What prompts for this model may end with, such as "noto style"; raises PocketfusionError if the bundle's list
+        is none."""
+        if STYLES not in self.manifest.files:
+            return []
+        file = self.file(STYLES)
+        try:
+            return check_styles(read_json(file, _LIMIT)[0])
+        except (OSError, ValueError) as error:
+            raise PocketfusionError(f"{file} cannot be used ({error}): restore the bundle from its source") from None
+
     def problems(self) -> Iterator[str]:
         """One sentence without its end for each file that is missing, cut short or altered."""
         for name, expected in self.manifest.files.items():
@@ -225,6 +239,16 @@ class Bundle:
                 yield f"{file} is {what}: it has {size:,} bytes, not {expected.size:,}"
             elif sha256_file(file) != expected.sha256:
                 yield f"{file} is altered: its SHA-256 differs from the manifest's"
+
+
+def check_styles(value: Any) -> list[str]:
+    """`value` as a list of styles; ValueError if it is none."""
+    if not isinstance(value, list) or len(value) > 100:
+        raise ValueError("it is not a list of at most 100 styles")
+    for style in value:
+        if not (isinstance(style, str) and 0 < len(style) <= 60 and style.isprintable() and style == style.strip()):
+            raise ValueError(f"{str(style)[:60]!r} is not a style of 1 to 60 letters")
+    return value
 
 
 def _inside(bundle: Path, name: str) -> Path:

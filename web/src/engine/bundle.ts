@@ -10,6 +10,7 @@ const MANIFEST_LIMIT = 8e6;
 
 /** Where verified files are kept between visits, by a key. */
 export interface BundleCache {
+  has(key: string): Promise<boolean>;
   get(key: string): Promise<Uint8Array<ArrayBuffer> | null>;
   /** Rejects if the storage is full or refused. */
   put(key: string, bytes: Uint8Array<ArrayBuffer>): Promise<void>;
@@ -21,6 +22,7 @@ export function cacheStorage(name = "pocketfusion-bundles"): BundleCache | null 
   if (!("caches" in globalThis)) return null;
   const address = (key: string) => new URL(`/.pocketfusion/${encodeURIComponent(key)}`, location.origin);
   return {
+    has: async (key) => (await (await caches.open(name)).match(address(key))) !== undefined,
     get: async (key) => {
       const response = await (await caches.open(name)).match(address(key));
       return response ? new Uint8Array(await response.arrayBuffer()) : null;
