@@ -33,7 +33,7 @@ export function About({ state, onPick, onClose }: Props) {
               value={megabytes(Object.values(bundle.manifest.files).reduce((sum, file) => sum + file.size, 0))}
             />
             <Fact name="Made for" value={bundle.manifest.target === "litert-gpu" ? "WebGPU" : "CPUs"} />
-            <Fact name="SHA-256" value={bundle.hash} />
+            <Fact name="SHA-256" value={bundle.hash} kind="hash" />
           </dl>
           {bundle.manifest.licences.length > 0 && (
             <>
@@ -61,11 +61,11 @@ export function About({ state, onPick, onClose }: Props) {
   );
 }
 
-function Fact({ name, value }: { name: string; value: string }) {
+function Fact({ name, value, kind }: { name: string; value: string; kind?: string }) {
   return (
     <div>
       <dt>{name}</dt>
-      <dd>{value}</dd>
+      <dd class={kind}>{value}</dd>
     </div>
   );
 }

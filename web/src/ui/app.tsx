@@ -2,7 +2,6 @@ import { useEffect, useMemo, useState } from "preact/hooks";
 import type { Settings } from "../engine/api";
 import { About } from "./about";
 import { Desk } from "./desk";
-import { Facts } from "./facts";
 import { dropped, type Given, picked } from "./files";
 import { Gallery } from "./gallery";
 import { Icon } from "./icon";
@@ -86,7 +85,6 @@ export function App({ engine, ready }: { engine: EngineLike; ready?: Promise<voi
               {note}
             </p>
           ))}
-          {state.facts && <Facts facts={state.facts} device={state.device} />}
         </div>
         <Desk
           state={state}
@@ -98,9 +96,6 @@ export function App({ engine, ready }: { engine: EngineLike; ready?: Promise<voi
         />
         <Gallery pictures={state.gallery} total={state.total} onView={setViewed} onMore={() => void studio.showMore()} />
       </main>
-      <footer>
-        <p>Drawn on this device. No prompt and no picture leaves it.</p>
-      </footer>
       {viewed && (
         <Viewer
           kept={viewed}

@@ -1,6 +1,6 @@
 import { useId } from "preact/hooks";
+import { Facts } from "./facts";
 import { Icon } from "./icon";
-import { words } from "./stage";
 import type { State, Wish } from "./studio";
 import { megabytes, styleOf, withStyle } from "./words";
 
@@ -66,8 +66,7 @@ export function Desk({ state, limits, wish, onWish, onDraw, onStop }: Props) {
       <div class="go">
         {busy ? (
           <button type="button" class="stop" onClick={onStop}>
-            <span>Stop</span>
-            <small>{words(work)}</small>
+            Stop
           </button>
         ) : (
           <button type="submit" class="draw" disabled={!bundle || work.kind !== "idle"}>
@@ -77,6 +76,7 @@ export function Desk({ state, limits, wish, onWish, onDraw, onStop }: Props) {
         )}
       </div>
       <Details state={state} limits={limits} wish={wish} change={change} />
+      {state.facts && <Facts facts={state.facts} device={state.device} />}
     </form>
   );
 }
@@ -90,13 +90,13 @@ function Details({ state, limits, wish, change }: Pick<Props, "state" | "limits"
   const steps = wish.steps ?? manifest.defaults.num_inference_steps;
   const guidance = wish.guidance ?? manifest.defaults.guidance_scale;
   const [least, most] = manifest.guidance_range ?? [1, Math.max(15, guidance)];
-  const seed = wish.seed === null ? "random seed" : `seed ${wish.seed}`;
   return (
     <details class="settings">
       <summary>
         <span>Settings</span>
         <small>
-          {steps} steps · guidance {guidance} · {seed}
+          {steps} steps · guidance {guidance}
+          {wish.seed !== null && ` · seed ${wish.seed}`}
         </small>
       </summary>
       <div class="fields">
@@ -156,7 +156,7 @@ function Details({ state, limits, wish, change }: Pick<Props, "state" | "limits"
           class="quiet"
           onClick={() => change({ steps: null, guidance: null, sampler: null, seed: null, count: 1, negativePrompt: "" })}
         >
-          As the model has them
+          Back to the model’s own
         </button>
       </div>
     </details>

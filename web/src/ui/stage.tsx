@@ -1,8 +1,10 @@
 import { useEffect, useRef } from "preact/hooks";
 import type { Pixels } from "../engine/api";
+import { Icon } from "./icon";
 import type { Kept } from "./pictures";
+import { addressOf, canShare, share } from "./share";
 import type { State, Work } from "./studio";
-import { megabytes } from "./words";
+import { duration, fileName, megabytes } from "./words";
 
 const EXAMPLES = ["a red apple", "a smiling face", "a sailing boat", "a yellow flower"];
 
@@ -19,15 +21,17 @@ export function Stage({ state, prompt, onExample, onView }: Props) {
   const image = bundle?.manifest.image;
   const columns = Math.ceil(Math.sqrt(Math.max(places.length, 1)));
   return (
-    <section class="stage" aria-label="Pictures being drawn" aria-busy={work.kind === "drawing"}>
-      <div
-        class={`places ${places.length ? "" : "none"}`}
-        style={{ "--columns": columns, "--shape": image ? image.width / image.height : 1 }}
-      >
+    <section
+      class="stage"
+      aria-label="Pictures being drawn"
+      aria-busy={work.kind === "drawing"}
+      style={{ "--columns": columns, "--shape": image ? image.width / image.height : 1 }}
+    >
+      <div class={`places ${places.length ? "" : "none"}`}>
         {places.length === 0 ? (
           <div class="empty">
             {work.kind === "loading" || work.kind === "opening" ? (
-              <p>{words(work)}</p>
+              <p>{work.kind === "opening" ? "Opening the model" : headline(work)}</p>
             ) : (
               <>
                 <p>What shall it draw?</p>
@@ -58,7 +62,7 @@ export function Stage({ state, prompt, onExample, onView }: Props) {
           ))
         )}
       </div>
-      <Progress work={work} />
+      <Under state={state} />
       <p class="unseen" role="status">
         {told(work, places.filter(({ kept }) => kept).length)}
       </p>
@@ -74,25 +78,67 @@ function Canvas({ pixels }: { pixels: Pixels }) {
   return <canvas ref={canvas} width={pixels.width} height={pixels.height} />;
 }
 
-function Progress({ work }: { work: Work }) {
-  if (work.kind === "idle") return <div class="progress" />;
-  const part = share(work);
+/** The line below the stage: how far it is, then what came out. */
+function Under({ state }: { state: State }) {
+  const { work, places, facts } = state;
+  if (work.kind !== "idle") {
+    const part = done(work);
+    return (
+      <div class="under">
+        <div
+          class={`progress ${part === null ? "unknown" : ""}`}
+          role="progressbar"
+          aria-label={words(work)}
+          aria-valuemin={0}
+          aria-valuemax={100}
+          {...(part === null ? {} : { "aria-valuenow": Math.round(100 * part) })}
+        >
+          <span style={{ inlineSize: part === null ? undefined : `${100 * part}%` }} />
+        </div>
+        <p>{words(work)}</p>
+      </div>
+    );
+  }
+  const [first] = places;
+  if (!first?.kept) {
+    return (
+      <div class="under">
+        <p>Drawn on this device. Nothing leaves it.</p>
+      </div>
+    );
+  }
+  const took = facts?.milliseconds ? ` · ${duration(facts.milliseconds.total)}` : "";
+  const seeds = places.length > 1 ? `seeds ${first.kept.settings.seed} to ${first.kept.settings.seed + places.length - 1}` : `seed ${first.kept.settings.seed}`;
   return (
-    <div
-      class={`progress ${part === null ? "unknown" : ""}`}
-      role="progressbar"
-      aria-label={words(work)}
-      aria-valuemin={0}
-      aria-valuemax={100}
-      {...(part === null ? {} : { "aria-valuenow": Math.round(100 * part) })}
-    >
-      <span style={{ inlineSize: part === null ? undefined : `${100 * part}%` }} />
+    <div class="under">
+      <p class="first">
+        {seeds}
+        {took}
+        {places.length > 1 && took ? " the last" : ""}
+      </p>
+      {places.length === 1 && <Out kept={first.kept} />}
     </div>
   );
 }
 
+/** The shortest ways out of the page. */
+function Out({ kept }: { kept: Kept }) {
+  return (
+    <>
+      {canShare(kept) && (
+        <button type="button" class="quiet square" aria-label="Share the picture" onClick={() => void share(kept).catch(() => undefined)}>
+          <Icon name="share" />
+        </button>
+      )}
+      <a class="button quiet square" aria-label="Save the picture" href={addressOf(kept)} download={fileName(kept.settings)}>
+        <Icon name="save" />
+      </a>
+    </>
+  );
+}
+
 /** How much of the work is done, 0 to 1; null where nobody knows. */
-function share(work: Work): number | null {
+function done(work: Work): number | null {
   if (work.kind === "drawing") {
     return work.of ? (work.picture + work.step / (work.of + 1)) / work.count : 0;
   }
@@ -100,7 +146,14 @@ function share(work: Work): number | null {
   return null;
 }
 
-export function words(work: Work): string {
+/** What the empty stage says while a model is loaded. */
+function headline(work: Work): string {
+  const stage = work.kind === "loading" ? work.progress?.stage : undefined;
+  if (stage === "compile") return "Preparing the model";
+  return stage === "self-check" ? "Checking this device’s arithmetic" : "Fetching the model";
+}
+
+function words(work: Work): string {
   if (work.kind === "opening") return "Opening the model";
   if (work.kind === "drawing") {
     const picture = work.count > 1 ? `Picture ${work.picture + 1} of ${work.count}, step` : "Step";
@@ -108,9 +161,8 @@ export function words(work: Work): string {
   }
   if (work.kind === "loading" && work.progress) {
     const { stage, bytes, of, what } = work.progress;
-    if (stage === "read") return `Fetching ${megabytes(bytes)} of ${megabytes(of)}`;
-    const name = what.replaceAll("_", " ");
-    return stage === "compile" ? `Preparing the ${name}` : "Checking this device’s arithmetic";
+    if (stage === "read") return `${megabytes(bytes)} of ${megabytes(of)}`;
+    return stage === "compile" ? what.replaceAll("_", " ") : "self-check";
   }
   return work.kind === "loading" ? "Starting" : "";
 }

@@ -29,14 +29,6 @@ export function Viewer({ kept, busy, onAgain, onDelete, onClose }: Props) {
     <Sheet label="Picture" onClose={onClose}>
       <img class="viewed" src={addressOf(kept)} width={kept.width} height={kept.height} alt={settings.prompt || "no prompt"} />
       <p class="said">{settings.prompt || "(no prompt)"}</p>
-      <dl>
-        {facts.map(([name, value]) => (
-          <div key={name}>
-            <dt>{name}</dt>
-            <dd>{value}</dd>
-          </div>
-        ))}
-      </dl>
       <div class="actions">
         <button type="button" disabled={busy} onClick={onAgain}>
           <Icon name="again" /> Draw again
@@ -54,6 +46,14 @@ export function Viewer({ kept, busy, onAgain, onDelete, onClose }: Props) {
         </button>
       </div>
       {refused && <p role="alert">This device did not share the picture: save it and share the file.</p>}
+      <dl>
+        {facts.map(([name, value]) => (
+          <div key={name}>
+            <dt>{name}</dt>
+            <dd>{value}</dd>
+          </div>
+        ))}
+      </dl>
     </Sheet>
   );
 }
