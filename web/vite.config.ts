@@ -34,7 +34,7 @@ export default defineConfig({
       output: { entryFileNames: ({ name }) => (name === "sw" ? "sw.js" : "assets/[name]-[hash].js") },
     },
     // bundles the licences' comments of packages into the files
-    license: true,
+    license: { fileName: "licences.md" },
   },
   // a classic worker: LiteRT loads its glue with importScripts
   worker: { format: "iife" },

@@ -45,7 +45,7 @@ def serve_command(
     if (certificate is None) != (key is None):
         raise PocketfusionError("--certificate and --key go together: give both files or neither")
     from pocketfusion.serve.application import application
-    from pocketfusion.serve.listen import addresses, bind, is_loopback, run
+    from pocketfusion.serve.listen import addresses, bind, is_loopback, server
     from pocketfusion.terminal import Console
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -53,13 +53,14 @@ def serve_command(
         entries = _entries(bundles, webgpu, console)
         local = is_loopback(host)
         urls = addresses(host, listening.getsockname()[1], certificate is not None)
-        names = ["localhost", "127.0.0.1", "[::1]", "::1", host] if local else ["*"]
+        names = ["localhost", "127.0.0.1", "::1", "[::1]", host] if local else ["*"]
+        serving = server(application(entries, names), certificate, key)
         for url in urls:
             console.print(url, style="bold")
         if not local:
             _print_code(urls[0], certificate is not None, console)
         console.print("Ctrl-C stops it")
-        run(application(entries, names), listening, certificate, key)
+        serving.run([listening])
 
 
 @app.command("web-build")

@@ -105,8 +105,8 @@ class _Patient(H11Protocol):
             self._deadline = None
 
 
-def run(app: Any, listening: socket.socket, certificate: Path | None = None, key: Path | None = None) -> None:
-    """Serves `app` on the socket until Ctrl-C; raises PocketfusionError for a certificate that cannot be used."""
+def server(app: Any, certificate: Path | None = None, key: Path | None = None) -> uvicorn.Server:
+    """What serves `app` until Ctrl-C, by `run([socket])`; PocketfusionError for a certificate that cannot be used."""
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients send wrong is theirs
     config = uvicorn.Config(
         app,
@@ -127,4 +127,4 @@ def run(app: Any, listening: socket.socket, certificate: Path | None = None, key
         raise PocketfusionError(
             f"the certificate {certificate} and its key cannot be used ({error.strerror or error}): check both files"
         ) from None
-    uvicorn.Server(config).run([listening])
+    return uvicorn.Server(config)
