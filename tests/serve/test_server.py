@@ -12,6 +12,7 @@ from hashlib import sha256
 import pytest
 from serving import SECRET, ask
 
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.serve import listen
 from pocketfusion.serve.site import bundle_entries
@@ -128,11 +129,20 @@ def test_commands_say_what_is_wrong_in_a_sentence(cli, tmp_path):
         number = taken.getsockname()[1]
         done = cli("serve", "--port", number)
         assert done.returncode == 2 and f"port {number} of 127.0.0.1 is in use: choose another with --port" in done.stderr
-    for arguments, told in (
-        (("--port", "70000"), "the port is 70000"),
-        (("--host", "no.such.host.invalid"), "there is no host"),
-        (("--certificate", tmp_path / "a.pem"), "go together"),
-        ((tmp_path / "nowhere",), "there is no bundle at"),
-    ):
+    for arguments, told in ((("--certificate", tmp_path / "a.pem"), "go together"), ((tmp_path / "no",), "there is no bundle")):
         done = cli("serve", "--port", 0, *arguments)
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_places_that_cannot_be_listened_on():
+    for host, number, told in (("127.0.0.1", 70_000, "the port is 70000"), ("no.such.invalid", 0, "there is no host")):
+        with pytest.raises(PocketfusionError, match=told):
+            listen.bind(host, number)
+
+
+def test_addresses_lead_to_the_server():
+    assert listen.addresses("127.0.0.1", 80, False) == ["http://127.0.0.1:80/"]
+    assert listen.addresses("::1", 80, True) == ["https://[::1]:80/"]
+    *network, local = listen.addresses("0.0.0.0", 80, False)
+    assert local == "http://localhost:80/" and all(not listen.is_loopback(url[7:-4]) for url in network)
+    assert [listen.is_loopback(host) for host in ("localhost", "127.0.0.2", "::1", "0.0.0.0", "box")] == [True] * 3 + [False] * 2

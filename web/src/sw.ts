@@ -14,7 +14,8 @@ const addressOf = (path: string) => new URL(path, worker.registration.scope).hre
 const hashes = new Map(Object.entries({ ...now, ...later }).map(([path, hash]) => [addressOf(path), hash]));
 
 worker.addEventListener("install", (event) => {
-  event.waitUntil(Promise.all(Object.keys(now).map((path) => fetchVerified(addressOf(path), true))));
+  const page = Object.keys(now).map((path) => fetchVerified(addressOf(path), true));
+  event.waitUntil(Promise.all([...page, newest(addressOf(LIST)).catch(() => undefined)]));
 });
 
 worker.addEventListener("activate", (event) => {

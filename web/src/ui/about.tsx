@@ -1,6 +1,6 @@
 import { Sheet } from "./sheet";
 import type { State } from "./studio";
-import { megabytes } from "./words";
+import { megabytes, sentence } from "./words";
 
 interface Props {
   state: State;
@@ -53,8 +53,8 @@ export function About({ state, onPick, onClose }: Props) {
       {device && (
         <>
           <h3>This device</h3>
-          <p>{device.webgpuMissing ?? `WebGPU: ${device.adapter || "available"}.`}</p>
-          <p>{device.threadsMissing ?? `${device.threads} threads.`}</p>
+          <p>{sentence(device.webgpuMissing ?? `WebGPU: ${device.adapter || "available"}`)}</p>
+          <p>{sentence(device.threadsMissing ?? `${device.threads} threads`)}</p>
         </>
       )}
     </Sheet>

@@ -1,5 +1,5 @@
 import { useEffect, useMemo, useState } from "preact/hooks";
-import type { Settings } from "../engine/api";
+import type { Device, Settings } from "../engine/api";
 import { About } from "./about";
 import { Desk } from "./desk";
 import { dropped, type Given, picked } from "./files";
@@ -10,14 +10,22 @@ import { Stage } from "./stage";
 import { EMPTY_WISH, type EngineLike, type State, Studio, type Wish } from "./studio";
 import { Viewer } from "./viewer";
 
+interface Props {
+  engine: EngineLike;
+  /** What this device offers. */
+  probe: () => Promise<Device>;
+  /** Resolves when what is fetched from then on is kept for offline use. */
+  ready?: Promise<void>;
+}
+
 /** The whole page. */
-export function App({ engine, ready }: { engine: EngineLike; ready?: Promise<void> }) {
+export function App({ engine, probe, ready }: Props) {
   const [state, setState] = useState<State | null>(null);
   const [wish, setWish] = useState<Wish>(EMPTY_WISH);
   const [viewed, setViewed] = useState<Kept | null>(null);
   const [about, setAbout] = useState(false);
   const [over, setOver] = useState(false);
-  const studio = useMemo(() => new Studio(engine, setState, ready), []);
+  const studio = useMemo(() => new Studio(engine, probe, setState, ready), []);
   useEffect(() => void studio.start().catch((error) => studio.complain(error)), []);
 
   const draw = (which: Wish) => void studio.draw(which);

@@ -1,6 +1,6 @@
 import type { Device } from "../engine/api";
 import type { Facts as Known } from "./studio";
-import { duration, median, megabytes, plural } from "./words";
+import { duration, median, megabytes, plural, sentence } from "./words";
 
 /** Where and how fast it ran, and why there. */
 export function Facts({ facts, device }: { facts: Known; device: Device | null }) {
@@ -48,7 +48,7 @@ export function Facts({ facts, device }: { facts: Known; device: Device | null }
         {report.backend === "webgpu" && device?.adapter ? `, on ${device.adapter}` : ""}.
       </p>
       {report.notes.map((note) => (
-        <p key={note}>{note}</p>
+        <p key={note}>{sentence(note)}</p>
       ))}
     </details>
   );

@@ -1,5 +1,5 @@
 import { render } from "preact";
-import { Engine } from "../engine/api";
+import { Engine, probe } from "../engine/api";
 import { App } from "./app";
 import { startOffline } from "./offline";
 import "./style.css";
@@ -9,5 +9,5 @@ const ready = startOffline();
 void Promise.race([ready, new Promise((resolve) => setTimeout(resolve, crossOriginIsolated ? 0 : 300))]).then(() => {
   const root = document.getElementById("app") as HTMLElement;
   root.replaceChildren();
-  render(<App engine={new Engine({ wasm: "wasm/" })} ready={ready} />, root);
+  render(<App engine={new Engine({ wasm: "wasm/" })} probe={probe} ready={ready} />, root);
 });

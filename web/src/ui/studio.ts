@@ -19,9 +19,10 @@ import { allowedSamplers, mostSteps } from "../engine/manifest";
 import { bestForm, diskModel, isKept, type Model, open, siteModels, stylesOf } from "./library";
 import { type Given } from "./files";
 import { type Kept, Pictures } from "./pictures";
+import { sentence } from "./words";
 
 /** What the studio needs of an engine. */
-export type EngineLike = Pick<Engine, "probe" | "load" | "generate" | "memory" | "stop" | "onFallback">;
+export type EngineLike = Pick<Engine, "load" | "generate" | "memory" | "onFallback">;
 
 /** What people set; null is the bundle's own value, and a random seed. */
 export interface Wish {
@@ -110,6 +111,7 @@ export class Studio {
 
   constructor(
     private readonly engine: EngineLike,
+    private readonly probe: () => Promise<Device>,
     private readonly onChange: (state: State) => void,
     /** Resolves when what is fetched from then on is kept for offline use. */
     private readonly ready: Promise<void> = Promise.resolve(),
@@ -125,7 +127,7 @@ export class Studio {
   /** Looks for models and opens the one of the last visit, or the first. */
   async start(): Promise<void> {
     await this.refresh();
-    const [models, device] = await Promise.all([siteModels(), this.engine.probe()]);
+    const [models, device] = await Promise.all([siteModels(), this.probe()]);
     this.set({ models, device });
     const last = remembered("model");
     const model = models.find(({ id }) => id === last) ?? models[0];
@@ -201,7 +203,7 @@ export class Studio {
           place(index, { pixels: picture });
           keeping.push(this.keep(picture).then((kept) => place(index, { kept })));
         },
-        onWarning: (sentence) => this.set({ notes: [...this.state.notes, sentence] }),
+        onWarning: (warning) => this.set({ notes: [...this.state.notes, sentence(warning)] }),
       });
       await Promise.all(keeping);
       const { heapBytes } = await this.engine.memory();
@@ -255,8 +257,7 @@ export class Studio {
       throw error;
     }
     this.loaded = bundle;
-    this.set({ kept: bundle.notKept === null, work: { kind: "idle" } });
-    if (bundle.notKept) this.set({ notes: [...this.state.notes, sentence(bundle.notKept)] });
+    this.set({ kept: this.state.kept || (await isKept(bundle)), work: { kind: "idle" } });
   }
 
   private took(report: LoadReport): void {
@@ -298,12 +299,6 @@ export class Studio {
 
 function requestOf(wish: Wish): GenerateRequest {
   return { ...wish, prompt: wish.prompt.trim(), previewEvery: 1 };
-}
-
-/** As a sentence is written: begun with a capital, ended with a stop. */
-function sentence(text: string): string {
-  const trimmed = text.trim();
-  return trimmed.charAt(0).toUpperCase() + trimmed.slice(1) + (/[.!?…]$/.test(trimmed) ? "" : ".");
 }
 
 function remembered(key: string): string | null {

@@ -21,6 +21,12 @@ export function plural(count: number, noun: string): string {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
+/** As a sentence is written: begun with a capital, ended with a stop. */
+export function sentence(text: string): string {
+  const trimmed = text.trim();
+  return trimmed.charAt(0).toUpperCase() + trimmed.slice(1) + (/[.!?…]$/.test(trimmed) ? "" : ".");
+}
+
 /** A file's name that says what is on it. */
 export function fileName({ prompt, seed }: Settings): string {
   const words = prompt

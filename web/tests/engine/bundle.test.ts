@@ -31,6 +31,7 @@ function memoryCache(full = false): BundleCache & { kept: Map<string, Uint8Array
   const kept = new Map<string, Uint8Array<ArrayBuffer>>();
   return {
     kept,
+    has: async (key) => kept.has(key),
     get: async (key) => kept.get(key) ?? null,
     put: async (key, value) => {
       if (full) throw new DOMException("no room", "QuotaExceededError");

@@ -1,6 +1,6 @@
 /** The page with an engine that paints blots: for what a real one does only now and then, and for its looks. */
 import { render } from "preact";
-import { EngineError, type GenerateOptions, type GenerateRequest, type LoadOptions, type LoadReport, type Picture } from "../../src/engine/api";
+import { type Device, EngineError, type GenerateOptions, type GenerateRequest, type LoadOptions, type LoadReport, type Picture } from "../../src/engine/api";
 import { App } from "../../src/ui/app";
 import type { EngineLike } from "../../src/ui/studio";
 import "../../src/ui/style.css";
@@ -38,18 +38,18 @@ function blot(side: number, seed: number, sharpness: number): Uint8ClampedArray<
   return data;
 }
 
+async function probe(): Promise<Device> {
+  return {
+    webgpuMissing: plan.webgpu ? null : "This browser has no WebGPU.",
+    adapter: plan.webgpu ? "a made-up GPU" : "",
+    shaderF16: false,
+    threads: 2,
+    threadsMissing: null,
+  };
+}
+
 class FakeEngine implements EngineLike {
   onFallback: EngineLike["onFallback"] = null;
-
-  async probe() {
-    return {
-      webgpuMissing: plan.webgpu ? null : "This browser has no WebGPU.",
-      adapter: plan.webgpu ? "a made-up GPU" : "",
-      shaderF16: false,
-      threads: 2,
-      threadsMissing: null,
-    };
-  }
 
   async load(_bundle: unknown, { onProgress, signal }: LoadOptions = {}): Promise<LoadReport> {
     for (let i = 0; i <= 10; i++) {
@@ -106,8 +106,6 @@ class FakeEngine implements EngineLike {
   async memory() {
     return { heapBytes: 318e6 };
   }
-
-  stop() {}
 }
 
-render(<App engine={new FakeEngine()} />, document.getElementById("app") as HTMLElement);
+render(<App engine={new FakeEngine()} probe={probe} />, document.getElementById("app") as HTMLElement);
