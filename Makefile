@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 PROMPT ?= a red apple, noto style
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint clean page no-page
 
 # The runtime alone: no torch.
 demo: .venv-demo/ready
@@ -11,20 +11,38 @@ demo: .venv-demo/ready
 	@echo 'to type pocketfusion yourself:  . .venv-demo/bin/activate'
 
 # Folders too: a file removed is a change. Python's own caches and pip's notes are none.
-SOURCES := $(shell find src \( -name __pycache__ -o -name '*.egg-info' \) -prune -o -print)
+SOURCES := $(shell find src \( -name __pycache__ -o -name '*.egg-info' -o -path src/pocketfusion/serve/page \) -prune -o -print)
+
+# The page that `pocketfusion serve` shows goes into the package where npm is there to build it. Nothing of npm's
+# packages is committed.
+PAGE := src/pocketfusion/serve/page/index.html.gz
+WEB := $(shell find web \( -name node_modules -o -name dist -o -name tests \) -prune -o -type f -print)
+WITH_PAGE := $(if $(shell command -v npm),$(PAGE),no-page)
+
+page: $(PAGE)
+
+$(PAGE): web/node_modules/.package-lock.json $(WEB)
+	cd web && npm run --silent build
+
+web/node_modules/.package-lock.json: web/package-lock.json
+	cd web && npm ci --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
+no-page:
+	@echo 'npm was not found: pocketfusion serve will have no page to show (install npm and make page)'
 
 # build/ has what earlier versions installed, and pip would pack that too.
-.venv-demo/ready: pyproject.toml Makefile $(SOURCES)
+.venv-demo/ready: pyproject.toml Makefile $(SOURCES) | $(WITH_PAGE)
 	$(PYTHON) -m venv .venv-demo
 	rm -rf build
 	.venv-demo/bin/pip install --quiet --disable-pip-version-check .
 	touch $@
 
 # Two workers with a thread each: most tests start processes of their own and wait for them.
-test: .venv/ready
+test: .venv/ready $(WITH_PAGE)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: .venv/ready
+test-slow: .venv/ready $(WITH_PAGE)
 	.venv/bin/python -m pytest -m slow
 
 lint: .venv/ready
@@ -42,4 +60,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo build dist demo.png
+	rm -rf .venv .venv-demo build dist demo.png web/node_modules web/dist src/pocketfusion/serve/page

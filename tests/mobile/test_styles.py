@@ -33,7 +33,9 @@ def test_a_folders_own_list_comes_first_and_none_is_written_without_one(tmp_path
     assert styles_of(tmp_path) == ["in oil", "as a woodcut"]
 
 
-@pytest.mark.parametrize("content", ['{"a": 1}', "[1]", '[" x"]', '[""]', '["\\u001b"]', json.dumps(["x" * 61]), "[", "[" * 9999])
+@pytest.mark.parametrize(
+    "content", ['{"a": 1}', "[1]", '[" x"]', '[""]', '["\\u001b"]', json.dumps(["x" * 61]), "[", "[" * 9999]
+)
 def test_what_is_no_list_of_styles_is_refused(tmp_path, content, bundle_with):
     (tmp_path / "styles.json").write_text(content)
     with pytest.raises(PocketfusionError, match="styles.json cannot be used"):

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from serving import SECRET
 
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.serve.application import application
 from pocketfusion.serve.listen import bind, server
 from pocketfusion.serve.site import Entry, bundle_entries, page_entries
+
 
 @pytest.fixture(scope="session")
 def page(tmp_path_factory) -> Path:

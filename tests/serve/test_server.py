@@ -87,7 +87,15 @@ def test_ranges(port, site):
 
 @pytest.mark.parametrize(
     "path",
-    ["/.env", "/.git/config", "/link.txt", "/../secret.txt", "/%2e%2e/secret.txt", "/assets/..%2f..%2fsecret.txt", "//etc/passwd"],
+    [
+        "/.env",
+        "/.git/config",
+        "/link.txt",
+        "/../secret.txt",
+        "/%2e%2e/secret.txt",
+        "/assets/..%2f..%2fsecret.txt",
+        "//etc/passwd",
+    ],
 )
 def test_nothing_else_is_served(port, path):
     answer = ask(port, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
@@ -128,8 +136,13 @@ def test_commands_say_what_is_wrong_in_a_sentence(cli, tmp_path):
     with listen.bind("127.0.0.1", 0) as taken:
         number = taken.getsockname()[1]
         done = cli("serve", "--port", number)
-        assert done.returncode == 2 and f"port {number} of 127.0.0.1 is in use: choose another with --port" in done.stderr
-    for arguments, told in ((("--certificate", tmp_path / "a.pem"), "go together"), ((tmp_path / "no",), "there is no bundle")):
+        assert (
+            done.returncode == 2 and f"port {number} of 127.0.0.1 is in use: choose another with --port" in done.stderr
+        )
+    for arguments, told in (
+        (("--certificate", tmp_path / "a.pem"), "go together"),
+        ((tmp_path / "no",), "there is no bundle"),
+    ):
         done = cli("serve", "--port", 0, *arguments)
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
 
@@ -145,4 +158,6 @@ def test_addresses_lead_to_the_server():
     assert listen.addresses("::1", 80, True) == ["https://[::1]:80/"]
     *network, local = listen.addresses("0.0.0.0", 80, False)
     assert local == "http://localhost:80/" and all(not listen.is_loopback(url[7:-4]) for url in network)
-    assert [listen.is_loopback(host) for host in ("localhost", "127.0.0.2", "::1", "0.0.0.0", "box")] == [True] * 3 + [False] * 2
+    assert [listen.is_loopback(host) for host in ("localhost", "127.0.0.2", "::1", "0.0.0.0", "box")] == [True] * 3 + [
+        False
+    ] * 2

@@ -13,7 +13,22 @@ from urllib.parse import quote
 import pytest
 from serving import SECRET
 
-METHODS = ("GET", "GET", "GET", "GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "CONNECT", "get", "X" * 40)
+METHODS = (
+    "GET",
+    "GET",
+    "GET",
+    "GET",
+    "HEAD",
+    "POST",
+    "PUT",
+    "DELETE",
+    "OPTIONS",
+    "TRACE",
+    "PATCH",
+    "CONNECT",
+    "get",
+    "X" * 40,
+)
 #: What an answer may begin with.
 STATUSES = {200, 206, 304, 400, 404, 405, 410, 416, 431}
 
@@ -49,7 +64,9 @@ def header_of(rng: random.Random) -> str:
             f"Range: bytes={numbers[0]}-",
             "Range: bytes=" + ",".join(f"{i * 7}-{i * 7 + 3}" for i in range(rng.choice((2, 40, 400)))),
             "Range: bytes=" + ",".join(["0-"] * rng.choice((3, 90))),
-            rng.choice(("Range: lines=1-2", "Range: bytes", "Range: bytes=a-b", "Range: bytes=--1", "Range: bytes=²-³")),
+            rng.choice(
+                ("Range: lines=1-2", "Range: bytes", "Range: bytes=a-b", "Range: bytes=--1", "Range: bytes=²-³")
+            ),
             "If-None-Match: " + rng.choice(("*", '"', 'W/"x"', ",,,", '"a", "b"')),
             "If-Range: " + rng.choice(('"x"', "Wed, 21 Oct 2015 07:28:00 GMT", "")),
             "Accept-Encoding: " + rng.choice(("gzip", "gzip;q=0", "br", "*", "gzip;q=x", ", ,gzip;;", "identity;q=0")),
@@ -66,7 +83,9 @@ def header_of(rng: random.Random) -> str:
 
 def request_of(rng: random.Random, known: list[str]) -> bytes:
     host = rng.choice(("localhost", "localhost", "localhost", "127.0.0.1:80", "evil.example", "", "[::1", "a b"))
-    lines = [f"{rng.choice(METHODS)} {path_of(rng, known)} HTTP/{rng.choice(('1.1', '1.1', '1.1', '1.0', '2.0', '9'))}"]
+    lines = [
+        f"{rng.choice(METHODS)} {path_of(rng, known)} HTTP/{rng.choice(('1.1', '1.1', '1.1', '1.0', '2.0', '9'))}"
+    ]
     lines += [f"Host: {host}", *(header_of(rng) for _ in range(rng.randrange(3))), "Connection: close"]
     raw = ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "replace")
     if rng.random() < 0.1:

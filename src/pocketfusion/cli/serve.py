@@ -78,7 +78,9 @@ def web_build_command(
     console = Console(markup=False, highlight=False, soft_wrap=True)
     check_new(out, overwrite)
     report = write_site(_entries(bundles, webgpu, console), out, overwrite=overwrite)
-    console.print(f"{report.out}: {report.files} files, {report.size / 1e6:.1f} MB; any host of static files can serve it")
+    console.print(
+        f"{report.out}: {report.files} files, {report.size / 1e6:.1f} MB; any host of static files can serve it"
+    )
 
 
 def _entries(paths: list[Path] | None, webgpu: Path | None, console: Console) -> list[Entry]:

@@ -20,7 +20,9 @@ def styles_of(folder: Path) -> list[str]:
         try:
             return check_styles(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise PocketfusionError(f"{file} cannot be used ({error}): make it a list of texts, or delete it") from None
+            raise PocketfusionError(
+                f"{file} cannot be used ({error}): make it a list of texts, or delete it"
+            ) from None
     notes = {path.stem for path in (folder / "licences").glob("drawings-*.txt")}
     return [f"{style.words} style" for name, style in STYLES.items() if f"drawings-{name}" in notes]
 

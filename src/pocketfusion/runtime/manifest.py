@@ -47,8 +47,8 @@ NETWORKS = ("text_encoder", "unet", "decoder")
 #: A file that a bundle of classifier-free guidance may have: what its text encoder gives for the empty prompt, of the
 #: shape and type of the encoder's output, little-endian and nothing else. An older reader runs the encoder instead.
 EMPTY_PROMPT = "empty_prompt_embeds"
-#: A file that a bundle may have: the styles that its model was taught, a JSON list of what prompts end with. Like every
-#: file that a reader does not know, an older one compares its hash and leaves it.
+#: A file that a bundle may have: the styles that its model was taught, a JSON list of what prompts end with. An older
+#: reader compares its hash and leaves it, as it does with every file that it does not know.
 STYLES = "styles"
 
 #: What guidance costs. `classifier-free`: two predictions a step; `embedded`: one, of a UNet with the scale as its
@@ -218,8 +218,10 @@ class Bundle:
         return values.astype(np.float32)
 
     def styles(self) -> list[str]:
-        """What prompts for this model may end with, such as "noto style"; raises PocketfusionError if the bundle's list
-        is none."""
+        """What prompts for this model may end with, such as "noto style"; none where the bundle does not say.
+
+        Raises PocketfusionError if its list cannot be used.
+        """
         if STYLES not in self.manifest.files:
             return []
         file = self.file(STYLES)

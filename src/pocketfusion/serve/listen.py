@@ -26,7 +26,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
-        raise PocketfusionError(f"there is no host {host!r}: choose 127.0.0.1, 0.0.0.0 or this machine's name") from None
+        raise PocketfusionError(
+            f"there is no host {host!r}: choose 127.0.0.1, 0.0.0.0 or this machine's name"
+        ) from None
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -33,8 +33,8 @@ function check(manifest: Manifest): void {
   const empty = manifest.files[EMPTY_PROMPT];
   const states = networks.text_encoder.outputs[0].shape;
   const known = manifest.files[SELF_CHECK];
-  const [, rows, columns] = networks.decoder.inputs[0].shape;
-  const floats = elements(networks.unet.outputs[0].shape) + 3 * rows * columns;
+  const [, down, across] = networks.decoder.inputs[0].shape;
+  const floats = elements(networks.unet.outputs[0].shape) + 3 * down * across;
   demand(!known || known.size === 4 * floats, `files.${SELF_CHECK} is not of the size of its results`);
   demand(!empty || empty.size === 4 * elements(states), `files.${EMPTY_PROMPT} is not of the size of the states`);
   checkUnet(manifest);

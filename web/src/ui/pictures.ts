@@ -77,10 +77,10 @@ export class Pictures {
   }
 }
 
-function openDatabase(): Promise<IDBDatabase> {
+async function openDatabase(): Promise<IDBDatabase> {
   const request = indexedDB.open(NAME, 1);
   request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id" });
-  return asked(request);
+  return await asked(request);
 }
 
 function store(database: IDBDatabase, mode: IDBTransactionMode): IDBObjectStore {
