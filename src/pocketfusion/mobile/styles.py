@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pocketfusion.bounded import MB, read_json
 from pocketfusion.data.emoji.packages import STYLES
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import check_styles
@@ -18,7 +19,7 @@ def styles_of(folder: Path) -> list[str]:
     file = folder / FILE
     if file.is_file():
         try:
-            return check_styles(json.loads(file.read_text(encoding="utf-8")))
+            return check_styles(read_json(file, MB)[0])
         except (OSError, ValueError) as error:
             raise PocketfusionError(
                 f"{file} cannot be used ({error}): make it a list of texts, or delete it"

@@ -48,10 +48,12 @@ def application(entries: Iterable[Entry], hosts: list[str]) -> Starlette:
         entry = table.get(request.scope["path"])
         return PlainTextResponse("Not found", 404) if entry is None else _answer(entry, request.headers)
 
-    return Starlette(
+    served = Starlette(
         routes=[Route("/{path:path}", answer, methods=["GET"])],
         middleware=[Middleware(_WithHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
     )
+    served.router.redirect_slashes = False
+    return served
 
 
 def _answer(entry: Entry, headers: Headers) -> Response:

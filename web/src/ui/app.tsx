@@ -46,7 +46,7 @@ export function App({ engine, probe, ready }: Props) {
   useDrop(take, setOver);
 
   if (!state) return null;
-  const { work, models, model, error, notes, bundle } = state;
+  const { work, models, model, error, notes, refused, bundle } = state;
   return (
     <div class="page">
       <header>
@@ -88,7 +88,7 @@ export function App({ engine, probe, ready }: Props) {
               </button>
             </div>
           )}
-          {notes.map((note) => (
+          {[...notes, ...(refused ? [refused] : [])].map((note) => (
             <p key={note} class="notice">
               {note}
             </p>

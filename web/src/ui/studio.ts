@@ -82,6 +82,8 @@ export interface State {
   error: string | null;
   /** Sentences that nothing depends on. */
   notes: string[];
+  /** Why pictures are not kept. */
+  refused: string | null;
 }
 
 /** Pictures that the gallery shows at first, and more at a time. */
@@ -102,6 +104,7 @@ export class Studio {
     facts: null,
     error: null,
     notes: [],
+    refused: null,
   };
   private readonly pictures = new Pictures(() => void this.refresh());
   private shown = PAGE;
@@ -274,9 +277,7 @@ export class Studio {
 
   private async refresh(): Promise<void> {
     const [gallery, total] = await Promise.all([this.pictures.newest(this.shown), this.pictures.count()]);
-    const { refused } = this.pictures;
-    const notes = this.state.notes.filter((note) => note !== refused);
-    this.set({ gallery, total, notes: refused ? [...notes, refused] : notes });
+    this.set({ gallery, total, refused: this.pictures.refused });
   }
 
   private fail(error: unknown): void {
