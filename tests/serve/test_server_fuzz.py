@@ -30,7 +30,7 @@ METHODS = (
     "X" * 40,
 )
 #: What an answer may begin with.
-STATUSES = {200, 206, 304, 400, 404, 405, 410, 416, 431}
+STATUSES = {100, 200, 206, 304, 400, 404, 405, 410, 416, 431}
 
 
 def path_of(rng: random.Random, known: list[str]) -> str:
