@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from guided import RANGE, SCALE, STEPS, make_guided_folder, small_unet
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.evaluate.compare import Asked, compare
 from pocketfusion.folder import load_pipeline
 from pocketfusion.mobile import export as module
 from pocketfusion.mobile import gate, measure
@@ -97,6 +98,17 @@ def test_runtime_draws_what_the_stock_pipeline_draws(made: dict, kind: str, scal
         return float(10 * np.log10(255**2 / max(np.mean((np.round(expected * 255) - drawn) ** 2), 1e-12)))
 
     assert psnr(image) > 40 and psnr(image) > psnr(other) + 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compare_draws_both_sides_alike(made: dict, kind: str) -> None:
+    """The original's unconditional prediction, which it never asks for, is made for the guidance delta."""
+    folder, bundle = made[kind]
+    (one,) = compare(folder, [bundle], Asked([PROMPT]), threads=1).comparison.bundles
+    assert one.pairs[0].psnr_db > 40 and one.guidance_scale == SCALE and one.num_inference_steps == STEPS
+    assert one.guidance_delta == pytest.approx(1, abs=1e-3)
+    with pytest.raises(PocketfusionError, match="has guidance 3 folded in" if kind == "folded" else "is out of range"):
+        compare(folder, [bundle], Asked([PROMPT], seed=0 if kind == "folded" else -1, guidance_scale=2.0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
