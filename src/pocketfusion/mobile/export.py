@@ -31,6 +31,7 @@ from pocketfusion.mobile.measure import Described, NetworkReport, describe, meas
 from pocketfusion.mobile.pack import Form, pack
 from pocketfusion.mobile.preview_fit import fit_preview
 from pocketfusion.mobile.quantize import coarsest, quantize
+from pocketfusion.mobile.selfcheck import known_result
 from pocketfusion.mobile.styles import write_styles
 from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
 from pocketfusion.mobile.weight_recipe import NetworkRecipe
@@ -44,6 +45,7 @@ from pocketfusion.runtime.manifest import (
     EMPTY_PROMPT,
     MANIFEST,
     NETWORKS,
+    SELF_CHECK,
     BundleFile,
     Manifest,
     Network,
@@ -159,6 +161,7 @@ def export(
         rows: dict[str, NetworkReport] = {}
         forms: dict[str, Form] = {}
         embeds: np.ndarray | None = None
+        known: list[np.ndarray] = []
         for network in NETWORKS:
             stage()
             exact = work / f"{network}-{settings.conversion_key(folder, network)}.tflite"
@@ -173,6 +176,10 @@ def export(
             stage()
             call = form if network == "unet" else None
             measured = run_file(seen, network, reference, call, pipeline.unet)
+            if settings.target == "litert-gpu" and network != "text_encoder":
+                tensors, output = described[network].inputs, described[network].outputs[0].name
+                time = time_embedding_spec(pipeline.unet)
+                known.append(known_result(seen, tensors, output, scheduler, defaults.guidance_scale, time))
             rows[network] = measure(
                 network, _label(kinds[network], chosen), forms, seen, described[network], pipeline.unet, measured,
                 reference, embeds, call,
@@ -191,6 +198,9 @@ def export(
         files |= write_styles(folder, partial)
         if guidance == "classifier-free":
             files[EMPTY_PROMPT] = partial / "empty_prompt.f32"
+        if known:
+            files[SELF_CHECK] = partial / "selfcheck.f32"
+            files[SELF_CHECK].write_bytes(np.concatenate(known).astype("<f4").tobytes())
         manifest = Manifest.made(
             name=name or out.name,
             created_by=f"pocketfusion {__version__}",

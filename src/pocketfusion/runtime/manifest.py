@@ -50,6 +50,9 @@ EMPTY_PROMPT = "empty_prompt_embeds"
 #: A file that a bundle may have: the styles that its model was taught, a JSON list of what prompts end with. An older
 #: reader compares its hash and leaves it, as it does with every file that it does not know.
 STYLES = "styles"
+#: A file that a bundle for GPUs has: what its UNet and decoder give for fixed noise (`mobile.selfcheck`), float32,
+#: little-endian. A reader that does not know it trusts the GPU unseen.
+SELF_CHECK = "selfcheck"
 
 #: What guidance costs. `classifier-free`: two predictions a step; `embedded`: one, of a UNet with the scale as its
 #: input `timestep_cond` [B, E] (Meng et al., arXiv 2210.03142; `runtime.guidance` makes it); `folded`: one, of a UNet
@@ -98,9 +101,17 @@ class Manifest(Strict):
         sizes = [4 * math.prod(tensor.shape) for tensor in self.networks.text_encoder.outputs[:1]]
         if EMPTY_PROMPT in self.files and [self.files[EMPTY_PROMPT].size] != sizes:
             raise ValueError(f"files.{EMPTY_PROMPT} is not of the size of the text encoder's output")
+        if SELF_CHECK in self.files and self.files[SELF_CHECK].size != 4 * self._self_check_floats():
+            raise ValueError(f"files.{SELF_CHECK} is not of the size of what it has results of")
         if self.defaults.num_inference_steps > self.scheduler.num_train_timesteps:
             raise ValueError("defaults.num_inference_steps is above scheduler.num_train_timesteps")
         return self
+
+    def _self_check_floats(self) -> int:
+        """The UNet's output, and three colours for each position of the decoder's latents."""
+        return math.prod(self.networks.unet.outputs[0].shape) + 3 * math.prod(
+            self.networks.decoder.inputs[0].shape[1:3]
+        )
 
     @property
     def allowed_samplers(self) -> tuple[SamplerName, ...]:
