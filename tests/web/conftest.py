@@ -77,3 +77,11 @@ def vectors(once: Callable, packages: Path) -> Path:
     from vectors import write
 
     return once("vectors", write)
+
+
+@pytest.fixture(scope="session")
+def drawn(once: Callable, tiny_bundle: Path, packages: Path) -> Path:
+    """A folder of small bundles, and the pictures that Python draws with them and with the embedded one."""
+    from drawn import make
+
+    return once("drawn", lambda folder: make(folder, tiny_bundle))

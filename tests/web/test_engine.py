@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("file", ["tokenizer", "numbers", "bundle"])
+@pytest.mark.parametrize("file", ["tokenizer", "numbers", "denoise", "bundle"])
 def test_engine(file: str, vitest, vectors: Path) -> None:
     vitest(f"tests/engine/{file}.test.ts", POCKETFUSION_VECTORS=str(vectors))
 

@@ -197,6 +197,91 @@ def embeddings() -> dict[str, Any]:
     return {"times": times, "scales": scales}
 
 
+class _MadeUp:
+    """Stands for a UNet of a manifest: a sum of its inputs in double precision, as the engine's test has it."""
+
+    def __init__(self, spec: Any) -> None:
+        self.spec, self.values = spec, dict[str, np.ndarray]()
+
+    def write(self, **inputs: np.ndarray) -> None:
+        self.values.update({name: np.asarray(values, np.float64) for name, values in inputs.items()})
+
+    def feed_back(self, name: str) -> None:
+        self.values[name] = self.result.astype(np.float64)
+
+    def run(self) -> None:
+        given = self.values
+        added = 0.1 * given["encoder_hidden_states"].mean((1, 2))
+        time = given.get("timestep_embedding")
+        added = added + (0.001 * given["timestep"] if time is None else 0.05 * time.mean(1))
+        if "timestep_cond" in given:
+            added = added + 0.2 * given["timestep_cond"].mean(1)
+        prediction = 0.3 * given["sample"] + added[:, None, None, None]
+        if "step_coefficients" in given:
+            scale, a, b = given["step_coefficients"][0]
+            both = prediction if len(prediction) == 2 else np.concatenate([prediction] * 2)
+            prediction = a * given["sample"] + b * (both[:1] + scale * (both[1:] - both[:1]))
+        self.result = prediction.astype(np.float32)
+
+    def read(self) -> np.ndarray:
+        return self.result.copy()
+
+
+def denoising() -> list[dict[str, Any]]:
+    """Whole pictures' latents by every kind of guidance and form of UNet, of a made-up one."""
+    from pocketfusion.runtime.denoise import Denoiser
+    from pocketfusion.runtime.manifest import Manifest
+    from pocketfusion.runtime.noise import NoiseStream
+    from pocketfusion.runtime.samplers.sampler import resolve_sampler
+
+    good = json.loads((embedded_bundle() / "bundle.json").read_text())
+    cases = []
+    for form, rows, extra, more in (
+        ("two rows", 2, {}, {}),
+        ("two calls", 1, {}, {}),
+        ("time outside", 2, {"timestep_embedding": [2, 16]}, {"time_embedding": {"dim": 16}}),
+        ("embedded", 1, {"timestep_cond": [1, 16]}, {"guidance": "embedded"}),
+        ("folded guidance", 1, {}, {"guidance": "folded"}),
+        ("step in the graph", 2, {"step_coefficients": [1, 3]}, {}),
+    ):
+        values = json.loads(json.dumps(good))
+        one = 1 if "step_coefficients" in extra else rows
+        time = {} if "timestep_embedding" in extra else {"timestep": [rows]}
+        shapes = {"sample": [one, 8, 8, 16], **time, "encoder_hidden_states": [rows, 32, 384], **extra}
+        unet = values["networks"]["unet"]
+        unet["inputs"] = [{"name": n, "shape": s, "dtype": "float32"} for n, s in shapes.items()]
+        unet["outputs"][0]["shape"] = [one, 8, 8, 16]
+        manifest = Manifest.model_validate(values | more)
+        chance = np.random.Generator(np.random.PCG64(5))
+        count = 2 if manifest.guidance == "classifier-free" else 1
+        states = np.repeat(chance.standard_normal((count, 32, 1), np.float32), 384, axis=2)
+        for sampler, scale in ((None, 6.0), ("euler-ancestral", 6.0), ("lcm", 1.0), ("tcd", 0.5), ("ddim", 0.0)):
+            chosen = resolve_sampler(manifest, sampler)
+            chosen.set_timesteps(4)
+            denoiser = Denoiser(_MadeUp(manifest.networks.unet), manifest, chosen, states, scale)  # type: ignore[arg-type]
+            stream = NoiseStream(7, 8, 8, 16)
+            denoiser.start(stream.draw()[None], stream)
+            latents = [denoiser.step(k).ravel()[::61].tolist() for k in range(4)]
+            about = {"form": form, "sampler": chosen.name, "scale": scale, "states": states[:, :, 0].tolist()}
+            cases.append({**about, "manifest": values | more, "latents": latents})
+    return cases
+
+
+def previews() -> dict[str, Any]:
+    """A linear preview and the decoder's pixels: levels at and around every rounding."""
+    from pocketfusion.runtime.preview import LinearPreview
+
+    chance = np.random.Generator(np.random.PCG64(9))
+    matrix, bias = chance.normal(0, 0.4, (16, 3)), chance.normal(0, 0.2, 3)
+    preview = LinearPreview(matrix=matrix.tolist(), bias=bias.tolist(), psnr_db=20, r2=0.9)
+    latents = chance.standard_normal((1, 8, 8, 16), np.float32)
+    levels = np.concatenate([np.arange(-3, 515, dtype=np.float32) / 255 - 1, chance.normal(0, 1, 1000)])
+    pixels = np.round(np.clip(levels.astype(np.float32) / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+    picture = np.asarray(preview.image(latents, (8, 8))).tolist()
+    about = {"matrix": preview.matrix, "bias": preview.bias, "latents": latents.ravel().tolist(), "picture": picture}
+    return {**about, "levels": levels.astype(np.float32).tolist(), "pixels": pixels.tolist()}
+
+
 def tiles() -> list[list[Any]]:
     return [[length, tile, starts(length, tile)] for tile in (1, 3, 8, 16, 64) for length in range(tile, 150, 7)]
 
@@ -282,6 +367,8 @@ def write(folder: Path) -> None:
         ("samplers", samplers()),
         ("embeddings", embeddings()),
         ("tiles", tiles()),
+        ("denoising", denoising()),
+        ("previews", previews()),
         ("picture", picture(folder)),
         ("manifests", manifests()),
     ):

@@ -8,6 +8,7 @@ import { input, type Manifest } from "./manifest";
 import type { Network } from "./network";
 import { NoiseStream } from "./noise";
 import { toPixels } from "./pixels";
+import { previewOf } from "./preview";
 import { type Latents, resolveSampler, type Sampler } from "./samplers/sampler";
 import { decodeTiled } from "./tiles";
 import { cleanText, type PromptTokenizer } from "./tokenizer/prompt_tokenizer";
@@ -85,6 +86,7 @@ async function denoise(
   const stream = new NoiseStream(seed);
   let latents = stream.draw(height * width * channels);
   denoiser.start(latents, stream);
+  const { preview } = loaded.manifest;
   const times: number[] = [];
   const of = sampler.timesteps.length;
   for (let k = 0; k < of; k++) {
@@ -98,7 +100,10 @@ async function denoise(
       step: k + 1,
       of,
       millisecondsPerStep: times.reduce((sum, time) => sum + time, 0) / times.length,
-      preview: null,
+      preview:
+        preview && request.previewEvery && (k + 1) % request.previewEvery === 0
+          ? previewOf(latents, loaded.manifest.latents, preview)
+          : null,
     });
     if (await events.cancelled()) throw new EngineError("cancelled", `cancelled at step ${k + 1} of ${of}`);
   }

@@ -1,49 +1,63 @@
 /**
- * If a GPU computes what the bundle says: a UNet's step and a decoding of fixed noise against their stored results.
+ * If a GPU computes what the bundle says: the empty prompt's states, a UNet's step and a decoding of fixed noise
+ * against their stored results.
  *
  * A driver's faults raise no exception: fp16 that is not there, a shader that is compiled wrong. The results are the
  * exporter's (`pocketfusion.mobile.selfcheck`), computed on a CPU in floating point as a GPU does.
  */
 
+import type { NetworkName } from "./api";
+import type { Loaded } from "./drawing";
 import { guidanceEmbedding, timestepEmbedding } from "./guidance";
 import { elements, type Manifest, type Network as Spec } from "./manifest";
 import type { Network } from "./network";
 import { NoiseStream } from "./noise";
 import type { Latents } from "./samplers/sampler";
 
+const WORDS = { text_encoder: "text encoder", unet: "UNet", decoder: "decoder" };
+
 /** Signal to noise in dB that a result must have: a sound GPU's fp32 has about 100, its fp16 30 to 50. */
 const LEAST_DB = { fp32: 40, fp16: 20 };
 
 export interface CheckResult {
-  /** dB of the UNet and of the decoder. */
-  decibels: { unet: number; decoder: number };
+  /** dB of each network that was compared. */
+  decibels: Partial<Record<NetworkName, number>>;
   /** What is wrong, in a clause; null if nothing is. */
   fault: string | null;
 }
 
-/** Runs both networks; `stored` is the content of the bundle's file `selfcheck`. */
+/**
+ * Runs the networks. `stored` is the content of the bundle's file `selfcheck`, `states` the text encoder's output for
+ * the empty prompt, where the bundle keeps it.
+ */
 export async function selfCheck(
-  networks: { unet: Network; decoder: Network },
-  manifest: Manifest,
+  { networks, manifest, tokenizer, emptyStates: states }: Loaded,
   stored: Float32Array,
   precisionOf: (spec: Spec) => "fp16" | "fp32",
 ): Promise<CheckResult> {
-  const decibels = { unet: 0, decoder: 0 };
-  let at = 0;
-  for (const name of ["unet", "decoder"] as const) {
-    const network = networks[name];
-    writeKnown(network, manifest);
+  const decibels: CheckResult["decibels"] = {};
+  const wanted = { text_encoder: states, unet: stored, decoder: stored.subarray(unetFloats(manifest)) };
+  for (const name of ["text_encoder", "unet", "decoder"] as const) {
+    const [network, right] = [networks[name], wanted[name]];
+    if (!right) continue;
+    if (name === "text_encoder") {
+      const { inputIds, attentionMask } = tokenizer.encode("");
+      network.write("input_ids", inputIds);
+      network.write("attention_mask", attentionMask);
+    } else writeKnown(network, manifest);
     const output = await network.run();
-    const result = name === "unet" ? output : blockMeans(output, network.spec);
-    decibels[name] = signalToNoise(stored.subarray(at, at + result.length), result);
-    at += result.length;
+    const found = signalToNoise(right, name === "decoder" ? blockMeans(output, network.spec) : output);
     const least = LEAST_DB[precisionOf(network.spec)];
-    if (!(decibels[name] >= least)) {
-      const words = { unet: "UNet", decoder: "decoder" }[name];
-      return { decibels, fault: `its ${words} is ${decibels[name].toFixed(0)} dB from the bundle's, not ${least}` };
+    decibels[name] = found;
+    if (!(found >= least)) {
+      return { decibels, fault: `its ${WORDS[name]} is ${found.toFixed(0)} dB from the bundle's, not ${least}` };
     }
   }
   return { decibels, fault: null };
+}
+
+function unetFloats(manifest: Manifest): number {
+  return elements(manifest.networks.unet.outputs[0].shape);
 }
 
 /** Fixed inputs: noise by the input's place, the same in every row; the middle timestep; the default guidance. */
@@ -78,7 +92,7 @@ function blockMeans(image: Latents, spec: Spec): Latents {
 /** 10 log10 of the sum of squares of `wanted` over that of its difference to `got`; NaN if that is not finite. */
 function signalToNoise(wanted: ArrayLike<number>, got: ArrayLike<number>): number {
   let [signal, noise] = [0, 0];
-  for (let i = 0; i < wanted.length; i++) {
+  for (let i = 0; i < got.length; i++) {
     signal += wanted[i] ** 2;
     noise += (wanted[i] - got[i]) ** 2;
   }

@@ -89,13 +89,14 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
       throw new EngineError("unsupported", `the GPU does not take every operation of the ${name}`);
     }
   }
+  const drawn: Loaded = { manifest, hash: bundle.hash, tokenizer, networks, emptyStates };
   const checking = performance.now();
   const notes = [litert.note, bundle.notKept].filter((note) => note !== null);
   if (backend === "webgpu") {
     progress("self-check", "unet");
-    notes.push(await trusted(litert, networks, bundle, known));
+    notes.push(await trusted(litert, drawn, known));
   }
-  loaded = { manifest, hash: bundle.hash, tokenizer, networks, emptyStates };
+  loaded = drawn;
   const now = performance.now();
   const halves = backend === "webgpu" && NETWORKS.some((name) => litert?.precisionOf(manifest.networks[name]) === "fp16");
   return {
@@ -109,17 +110,13 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
 }
 
 /** What the self-check found, in a sentence; throws EngineError "unsupported" where the GPU is not to be trusted. */
-async function trusted(
-  litert: LiteRt,
-  networks: Record<NetworkName, LiteRtNetwork>,
-  { manifest }: Bundle,
-  known: Float32Array | null,
-): Promise<string> {
+async function trusted(litert: LiteRt, drawn: Loaded, known: Float32Array | null): Promise<string> {
   if (!known) throw new EngineError("unsupported", "the bundle has no self-check: export it again");
-  const { decibels, fault } = await selfCheck(networks, manifest, known, (spec) => litert.precisionOf(spec));
+  const { decibels, fault } = await selfCheck(drawn, known, (spec) => litert.precisionOf(spec));
   const wrong = fault ?? litert.takeFault();
   if (wrong) throw new EngineError("unsupported", `the GPU computes something else (${wrong})`);
-  return `the GPU was checked: ${decibels.unet.toFixed(0)} and ${decibels.decoder.toFixed(0)} dB`;
+  const worst = Math.min(...Object.values(decibels));
+  return `the GPU was checked: it computes what the bundle says, to ${worst.toFixed(0)} dB`;
 }
 
 async function generate({ id, request }: ToWorker & { type: "generate" }): Promise<void> {

@@ -1,0 +1,47 @@
+"""The browser's engine in Chromium: its pictures are Python's; what goes wrong is told and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+def test_wasm(vitest, drawn: Path, chromium: str) -> None:
+    vitest("tests/engine/wasm.test.ts", POCKETFUSION_VECTORS=str(drawn), POCKETFUSION_CHROMIUM=chromium)
+
+
+def test_webgpu(vitest, drawn: Path, chromium: str) -> None:
+    vitest("tests/engine/webgpu.test.ts", POCKETFUSION_VECTORS=str(drawn), POCKETFUSION_CHROMIUM=chromium)
+
+
+@pytest.mark.slow
+def test_memory_over_fifty_pictures(vitest, drawn: Path, chromium: str) -> None:
+    vitest(
+        "tests/engine/wasm.test.ts", "heap", POCKETFUSION_VECTORS=str(drawn), POCKETFUSION_CHROMIUM=chromium,
+        POCKETFUSION_PICTURES="50",
+    )  # fmt: skip
+
+
+def test_the_self_check_is_of_the_networks(drawn: Path) -> None:
+    """By hand: noise in every row, the middle timestep; the decoder's image in means over a latent's pixels."""
+    from pocketfusion.runtime.manifest import Bundle
+    from pocketfusion.runtime.networks import Network
+    from pocketfusion.runtime.noise import seeded_noise
+    from pocketfusion.runtime.time_embedding import timestep_embedding
+
+    bundle = Bundle.open(drawn / "gpu")
+    unet, decoder = (Network(bundle.file(n), getattr(bundle.manifest.networks, n), 1) for n in ("unet", "decoder"))
+    assert bundle.manifest.time_embedding is not None
+    time = timestep_embedding(500, bundle.manifest.time_embedding)
+    noise, text = seeded_noise(0, 8, 8, 4), seeded_noise(1, 32, 32, 1)[..., 0]
+    prediction = unet(
+        sample=np.stack([noise] * 2),
+        timestep_embedding=np.concatenate([time] * 2),
+        encoder_hidden_states=np.stack([text] * 2),
+    )
+    image = decoder(latents=noise[None])[0]
+    means = [image[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean((0, 1)) for y in range(8) for x in range(8)]
+    stored = np.frombuffer(bundle.file("selfcheck").read_bytes(), "<f4")
+    np.testing.assert_allclose(stored, np.concatenate([prediction.ravel(), np.ravel(means)]), atol=1e-5)
