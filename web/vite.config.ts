@@ -39,5 +39,5 @@ export default defineConfig({
   // a classic worker: LiteRT loads its glue with importScripts
   worker: { format: "iife" },
   plugins: [litertWasm()],
-  test: { include: ["tests/**/*.test.ts"], testTimeout: 60_000 },
+  test: { include: ["tests/**/*.test.ts"], testTimeout: 300_000, hookTimeout: 300_000 },
 } as import("vite").UserConfig & { test: object });

@@ -12,6 +12,7 @@ import type {
 import type { Bundle } from "./bundle";
 import { probe } from "./device";
 import { BundleError, EngineError } from "./errors";
+import { SELF_CHECK } from "./manifest";
 import { type FromWorker, type ToWorker, unpack } from "./messages";
 
 export interface EngineOptions {
@@ -107,6 +108,7 @@ export class Engine {
     let missing = this.distrusted ?? device.webgpuMissing;
     if (options.backend === "wasm") missing = null;
     else if (bundle.manifest.target !== "litert-gpu") missing ??= "the bundle was exported for CPUs";
+    else if (!bundle.manifest.files[SELF_CHECK]) missing ??= "the bundle has no self-check: export it again";
     const notes: string[] = [];
     if (options.backend !== "wasm" && !missing) {
       try {

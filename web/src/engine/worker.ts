@@ -92,7 +92,7 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
   const drawn: Loaded = { manifest, hash: bundle.hash, tokenizer, networks, emptyStates };
   const checking = performance.now();
   const notes = [litert.note, bundle.notKept].filter((note) => note !== null);
-  if (backend === "webgpu") {
+  if (known) {
     progress("self-check", "unet");
     notes.push(await trusted(litert, drawn, known));
   }
@@ -110,8 +110,7 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
 }
 
 /** What the self-check found, in a sentence; throws EngineError "unsupported" where the GPU is not to be trusted. */
-async function trusted(litert: LiteRt, drawn: Loaded, known: Float32Array | null): Promise<string> {
-  if (!known) throw new EngineError("unsupported", "the bundle has no self-check: export it again");
+async function trusted(litert: LiteRt, drawn: Loaded, known: Float32Array): Promise<string> {
   const { decibels, fault } = await selfCheck(drawn, known, (spec) => litert.precisionOf(spec));
   const wrong = fault ?? litert.takeFault();
   if (wrong) throw new EngineError("unsupported", `the GPU computes something else (${wrong})`);

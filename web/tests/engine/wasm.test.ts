@@ -105,9 +105,9 @@ test("events, a second request while one is drawn, cancelling, and stopping", as
     const warnings: string[] = [];
     const fault = (error: Engine.EngineError) => error.fault;
     await loaded.generate(
-      { prompt: "red ".repeat(40), steps: 2, count: 2, previewEvery: 1 },
+      { prompt: "red ".repeat(40), steps: 2, count: 2, previewEvery: 2 },
       {
-        onStep: ({ picture, count, step, of, preview }) => steps.push(`${picture}/${count} ${step}/${of} ${preview}`),
+        onStep: ({ picture, count, step, of, preview }) => steps.push(`${picture}/${count} ${step}/${of} ${preview?.data.length}`),
         onPicture: (_, index) => order.push(index),
         onWarning: (sentence) => warnings.push(sentence),
       },
@@ -122,7 +122,7 @@ test("events, a second request while one is drawn, cancelling, and stopping", as
     const [again] = await loaded.generate({ prompt: "a", steps: 1 });
     return { steps, order, warnings, busy, cancelled, stopped, again: again.data.length };
   });
-  expect(seen.steps).toEqual(["0/2 1/2 null", "0/2 2/2 null", "1/2 1/2 null", "1/2 2/2 null"]);
+  expect(seen.steps).toEqual(["0/2 1/2 undefined", "0/2 2/2 256", "1/2 1/2 undefined", "1/2 2/2 256"]);
   expect(seen.order).toEqual([0, 1]);
   expect(seen.warnings).toEqual([expect.stringContaining("the prompt has 40 tokens and 30 fit")]);
   expect(seen).toMatchObject({ busy: "busy", cancelled: "cancelled", stopped: "cancelled", again: 64 * 64 * 4 });
