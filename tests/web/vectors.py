@@ -337,6 +337,8 @@ def manifests() -> list[dict[str, Any]]:
         ("target", "coreml"), ("licences", [{"what": "x"}]), ("sampler", "euler"), ("samplers", ["ddim", "lcm"]),
         ("target", "litert-gpu"), ("defaults.num_inference_steps", 1000), ("scheduler.final_sigmas_type", "sigma_min"),
         ("networks.unet.gpu_precision", "fp32"), ("scheduler.beta_start", 0.99999),
+        ("files.selfcheck", {"path": "s.f32", "sha256": "0" * 64, "size": 4 * (2 * 8 * 8 * 16 + 3 * 8 * 8)}),
+        ("files.selfcheck", {"path": "s.f32", "sha256": "0" * 64, "size": 4 * 2 * 8 * 8 * 16}),
     ]  # fmt: skip
     cases = [{"manifest": good, "change": "none", "holds": True}]
     for path, value in changes:
