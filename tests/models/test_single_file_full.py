@@ -27,6 +27,7 @@ def random_half(shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["sd-1.5", "sd-2.1"])
 def test_a_file_of_true_size_is_imported(name: str, tmp_path: Path) -> None:
     """Every tensor of the folder is the file's; says seconds and peak memory."""
