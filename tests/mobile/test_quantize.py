@@ -55,6 +55,23 @@ def test_quantized_file_is_smaller_and_near(
     assert (tmp_path / "small.tflite").stat().st_size < share * exact.stat().st_size
 
 
+def test_float16_for_the_gpu_leaves_embedding_tables_float32(tmp_path: Path) -> None:
+    """The delegate refuses a lookup in a float16 table (docs/check.md)."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(40, 16), nn.Linear(16, 8)
+
+        def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": self.layer(self.table(ids))}
+
+    convert(Net(), {"ids": torch.zeros(1, 4, dtype=torch.int32)}, tmp_path / "net.tflite")
+    for device, table in (("litert-gpu", "float32"), ("litert-cpu", "float16")):
+        forms = quantize(tmp_path / "net.tflite", tmp_path / "small.tflite", "float16", device)
+        assert forms == {"table": table, "layer": "float16"}
+
+
 def test_outlier_layer_is_the_one_that_stays_float16(exact: Path) -> None:
     values = {round(rounding_sqnr(w.values), 1) for w in weights(read(exact))}
     assert len(values) == 2  # two layers

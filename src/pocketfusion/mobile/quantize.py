@@ -28,18 +28,23 @@ def rounding_sqnr(values: np.ndarray, axis: int = 0) -> float:
     return sqnr(values, rounded(values, "int8", axis))
 
 
-def for_target(form: Form, target: TargetName) -> Form:
-    """`form` as `target` takes it: the GPU delegate refuses int8 weights behind a DEQUANTIZE of a scale per channel.
+def for_target(form: Form, target: TargetName, operation: str = "") -> Form:
+    """`form` of an operation's weight as `target` takes it.
 
-    It takes them straight into the operation, and unpacks them itself: the same numbers.
+    The GPU delegate refuses int8 weights behind a DEQUANTIZE of a scale per channel. It takes them straight into the
+    operation, and unpacks them itself: the same numbers. A float16 embedding table it refuses; float32 it takes.
     """
-    return "int8-dynamic" if form == "int8" and target == "litert-gpu" else form
+    if target != "litert-gpu":
+        return form
+    if form == "float16" and operation == "EMBEDDING_LOOKUP":
+        return "float32"
+    return "int8-dynamic" if form == "int8" else form
 
 
 def default_form(weight: Weight, kind: Form, target: TargetName = "litert-cpu") -> Form:
     """The form of one layer where the whole network is to be of `kind`."""
     if kind in ("float32", "float16"):
-        return kind
+        return for_target(kind, target, weight.operation)
     kept = weight.operation != "EMBEDDING_LOOKUP" and (
         KEPT.fullmatch(weight.module) or rounding_sqnr(weight.values, channel_axis(weight.operation)) < MIN_WEIGHT_SQNR
     )
@@ -58,7 +63,7 @@ def quantize(
     try:
         if isinstance(weights_as, NetworkRecipe):
             forms = weights_as.forms([weight.module for weight in weights(read(source))])
-            choose = lambda weight: for_target(forms[weight.module], device)  # noqa: E731
+            choose = lambda weight: for_target(forms[weight.module], device, weight.operation)  # noqa: E731
         else:
             kind: Form = weights_as  # type: ignore[assignment]  # one of FORMS, checked by callers
             choose = lambda weight: default_form(weight, kind, device)  # noqa: E731
