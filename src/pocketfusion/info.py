@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -237,24 +236,12 @@ def _multiply_adds(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
 
 
 def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
     from pocketfusion.mobile.specs import multiply_adds, samples
     from pocketfusion.mobile.wrappers import wrap
-    from pocketfusion.models.elastic_unet import ElasticUNet
-    from pocketfusion.models.slim_autoencoder import vae_class
+    from pocketfusion.models.loading import assemble, empty_part
 
     try:
-        with torch.device("meta"):
-            config = UNet2DConditionModel.load_config(path / "unet")
-            kind = ElasticUNet if config.get("_class_name") == "ElasticUNet" else UNet2DConditionModel
-            unet = kind.from_config(config)
-            vae = vae_class(path / "vae").from_config(AutoencoderKL.load_config(path / "vae"))
-            text_encoder = AutoModel.from_config(AutoConfig.from_pretrained(path / "text_encoder"))
-        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
-        pipeline = cast(Any, SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer))
+        pipeline: Any = assemble(path, empty_part)  # its parts are set at run time, where mypy does not see them
         inputs = samples(pipeline, batch=1)
         return (
             {
@@ -264,8 +251,8 @@ def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
             "",
             [
                 problem
-                for part, network in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder))
-                for problem in _lacking(network.state_dict(), path / part)
+                for part in ("unet", "vae", "text_encoder")
+                for problem in _lacking(getattr(pipeline, part).state_dict(), path / part)
             ],
         )
     except Exception as error:  # an architecture that stock diffusers does not know; the rest is still shown

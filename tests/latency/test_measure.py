@@ -100,7 +100,7 @@ def test_whole_networks_apart_when_memory_is_short(monkeypatch: pytest.MonkeyPat
         lambda runners, *a: loaded.append(list(runners)) or original(runners, *a),  # type: ignore[func-returns-value]
     )
     assert time_jobs(Fake(), jobs, 1, module.quiet_progress, "")[1]  # type: ignore[arg-type]
-    monkeypatch.setattr(module, "_available_memory", lambda: 10.0)
+    monkeypatch.setattr(module, "available_memory", lambda: 10.0)
     times, together = time_jobs(Fake(), jobs, 1, module.quiet_progress, "")  # type: ignore[arg-type]
     assert not together and set(times) == set(jobs)
     assert loaded == [["unet", "unet: other", "a", "b"], ["a", "b"], ["unet"], ["unet: other"]]

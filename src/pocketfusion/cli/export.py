@@ -9,7 +9,7 @@ import typer
 
 from pocketfusion.cli import app
 from pocketfusion.cli.given import model_folder
-from pocketfusion.cli.targets import TargetOpt, TargetOption
+from pocketfusion.cli.targets import DeviceOption, TargetOption
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.terminal import Console
 
@@ -23,12 +23,22 @@ _KINDS = "float32, float16, int8, int8-dynamic or int4-dynamic"
 def export_command(
     folder: Annotated[Path, typer.Argument(help="Model folder (diffusers layout).", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Bundle to write.", show_default=False)],
-    weights: Annotated[str, typer.Option(help=f"Weights of all networks: {_KINDS}.")] = "float32",
+    device: Annotated[
+        DeviceOption | None,
+        typer.Option("--for", help="A device's settings; every other option still overrides.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would make and take.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help=f"Weights of all networks: {_KINDS}.", show_default="the device's, else float32")
+    ] = None,
     text_encoder_weights: Annotated[str | None, typer.Option(help="The text encoder's, if other.")] = None,
     unet_weights: Annotated[str | None, typer.Option(help="The UNet's, if other.")] = None,
     decoder_weights: Annotated[str | None, typer.Option(help="The decoder's, if other.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Weight recipe from `quantize`, instead of --weights.")] = None,
-    target: TargetOpt = TargetOption.litert_cpu,
+    target: Annotated[
+        TargetOption | None,
+        typer.Option(help="Where the bundle is to run.", show_default="the device's, else litert-cpu"),
+    ] = None,
     size: Annotated[
         str | None, typer.Option(help="Pictures' HEIGHTxWIDTH in pixels.", show_default="the model's")
     ] = None,
@@ -50,17 +60,27 @@ def export_command(
         ),
     ] = None,
     two_calls: Annotated[
-        bool, typer.Option("--two-calls", help="Classifier-free guidance as two calls of batch 1: less memory.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--two-calls/--one-call",
+            help="Classifier-free guidance as two calls of batch 1: less memory.",
+            show_default="the device's, else one",
+        ),
+    ] = None,
     scheduler_step: Annotated[
         bool, typer.Option("--scheduler-step", help="Put the DDIM step into the UNet's graph.")
     ] = False,
     decoder_tile: Annotated[
-        int | None, typer.Option(help="Decode in overlapping tiles of so many latents a side: less memory.")
+        int | None,
+        typer.Option(
+            help="Decode in overlapping tiles of so many latents a side (0: none): less memory.",
+            show_default="the device's, else 0",
+        ),
     ] = None,
     gpu_fp32: Annotated[
-        str, typer.Option(help="Networks that need fp32 on the GPU: text_encoder.", show_default=False)
-    ] = "",
+        str | None,
+        typer.Option(help="Networks that need fp32 on the GPU: text_encoder.", show_default="the device's, else none"),
+    ] = None,
     gate_steps: Annotated[
         int, typer.Option(help="Sampling steps, for each of two prompts, that the result is compared on.")
     ] = 5,
@@ -75,6 +95,7 @@ def export_command(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
 ) -> None:
     """Convert a model folder to a LiteRT bundle, checked against PyTorch."""
+    from pocketfusion.cli.export_plan import show, show_next
     from pocketfusion.cli.extras import require, require_compress
 
     require_compress()
@@ -88,10 +109,35 @@ def export_command(
     check_different(out, json_file)
     with quiet():  # the libraries' import messages
         from pocketfusion.mobile.export import export
+        from pocketfusion.mobile.outlook import prepare
 
     folder = model_folder(folder)
     console = Console(highlight=False)
     chosen = {"text_encoder": text_encoder_weights, "unet": unet_weights, "decoder": decoder_weights}
+    given = {
+        "weights": {network: kind or weights for network, kind in chosen.items() if kind or weights},
+        "recipe": recipe,
+        "target": None if target is None else target.value,
+        "size": None if size is None else _parse_size(size),
+        "rewrites": _names(rewrites),
+        "lora": tuple(_parse_lora(each) for each in lora or ()),
+        "embedding": tuple(embedding or ()),
+        "vae": vae,
+        "two_calls": two_calls,
+        "scheduler_step": scheduler_step,
+        "decoder_tile": decoder_tile,
+        "gpu_fp32": None if gpu_fp32 is None else _names(gpu_fp32),
+        "gate_steps": gate_steps,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    outlook = prepare(folder, out, given, None if device is None else device.value, overwrite)
+    show(outlook, out, console)
+    if dry_run:
+        if json_file:
+            write_json(json_file, outlook.as_dict())
+        return
+    outlook.check(out)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
     ) as bar:
@@ -99,26 +145,13 @@ def export_command(
         report = export(
             folder,
             out,
-            weights={network: kind or weights for network, kind in chosen.items()},
-            recipe=recipe,
-            target=target.value,
-            size=None if size is None else _parse_size(size),
-            rewrites=_names(rewrites),
-            lora=tuple(_parse_lora(each) for each in lora or ()),
-            embedding=tuple(embedding or ()),
-            vae=vae,
-            two_calls=two_calls,
-            scheduler_step=scheduler_step,
-            decoder_tile=decoder_tile,
-            gpu_fp32=_names(gpu_fp32),
-            gate_steps=gate_steps,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
             name=name,
             overwrite=overwrite,
             progress=lambda stage, index, count: bar.update(task, description=stage, completed=index, total=count),
+            **outlook.options,
         )
     _print(report, console)
+    show_next(outlook.settings, out, console)
     if json_file:
         write_json(json_file, report.as_dict())
 

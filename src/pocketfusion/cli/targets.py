@@ -1,4 +1,4 @@
-"""The option `--target`, which several commands have."""
+"""The options `--target`, which several commands have, and `--for`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ class TargetOption(str, Enum):
 
     litert_cpu = "litert-cpu"
     litert_gpu = "litert-gpu"
+
+
+class DeviceOption(str, Enum):
+    """Whom a bundle is made for (`mobile.devices`)."""
+
+    android = "android"
+    iphone = "iphone"
+    browser = "browser"
+    desktop = "desktop"
 
 
 TargetOpt = Annotated[TargetOption, typer.Option("--target", help="Where the bundle is to run.")]

@@ -24,6 +24,7 @@ from pocketfusion.latency.table import Entry, LatencyTable, Overhead, Timing, Wh
 from pocketfusion.latency.target import Target
 from pocketfusion.mobile.specs import multiply_adds
 from pocketfusion.models.architecture import Architecture
+from pocketfusion.runtime.memory import available_memory
 
 #: Called with what is being done, how much of it is done and how much there is.
 Progress = Callable[[str, int, int], None]
@@ -201,7 +202,7 @@ def time_jobs(
     progress(f"{stage}: preparing", len(jobs), len(jobs))
     release_memory()
     wholes = [key for key in jobs if key.startswith(WHOLE)]
-    together = not wholes or _RESIDENT * size < _available_memory()
+    together = not wholes or _RESIDENT * size < available_memory()
     groups = [list(jobs)] if together else [[k for k in jobs if k not in wholes], *([key] for key in wholes)]
     times: dict[str, Timing] = {}
     for keys in groups:
@@ -222,15 +223,3 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # glibc
         trim(0)
-
-
-def _available_memory() -> float:
-    """Bytes that can be used without swapping; infinity on systems that do not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return 1024.0 * int(line.split()[1])
-    except OSError:
-        pass
-    return float("inf")

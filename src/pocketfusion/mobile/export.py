@@ -303,7 +303,7 @@ def _provenance(folder: Path, settings: ExportSettings) -> dict[str, Any]:
     vae = settings.vae
     embeddings = [{"file": file.name, "sha256": sha256_file(file)} for file in settings.embedding]
     return (
-        {"model_folder": folder_hash(folder)}
+        {"model_folder": folder_hash(folder), "export": settings.chosen()}
         | ({"model": provenance.model_dump()} if provenance else {})
         | ({"vae": {"file": vae.name, "sha256": vae_hash(vae)}} if vae else {})
         | ({"lora": lora} if lora else {})

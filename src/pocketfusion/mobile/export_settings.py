@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pocketfusion.artefact import check_new, sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash
+from pocketfusion.mobile.devices import DeviceName
 from pocketfusion.mobile.inputs import STEPS
 from pocketfusion.mobile.lora_file import check_lora
 from pocketfusion.mobile.pack import FORMS
@@ -28,7 +30,9 @@ from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, Defaults
 from pocketfusion.runtime.tiles import check_tile
 
 #: Settings that change nothing in the float32 networks.
-_NOT_IN_THE_GRAPH = ("weights", "recipe", "num_inference_steps", "guidance_scale", "gate_steps", "gpu_fp32")
+_NOT_IN_THE_GRAPH = (
+    *("weights", "recipe", "num_inference_steps", "guidance_scale", "gate_steps", "gpu_fp32", "made_for"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class ExportSettings:
     pixels, the folder's where None. `vae`: an autoencoder whose decoder takes the place of the folder's. `lora`:
     adapters to merge, each with its scale. `embedding`: textual inversions to add. `gpu_fp32`: networks that need fp32
     on the GPU, for the manifest (`check` says which). `gate_steps`: sampling steps, for each of two prompts, that the
-    gate compares.
+    gate compares. `made_for`: the device whose settings these are (`devices.options_for`), for the manifest.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -60,9 +64,10 @@ class ExportSettings:
     embedding: tuple[Path, ...] = ()
     gate_steps: int = STEPS
     gpu_fp32: tuple[str, ...] = ()
+    made_for: DeviceName | None = None
 
-    def check(self, folder: Path, out: Path, overwrite: bool) -> None:
-        """Raises PocketfusionError for whatever can be refused before anything is loaded."""
+    def check(self, folder: Path, out: Path | None, overwrite: bool) -> None:
+        """Raises PocketfusionError for whatever can be refused before anything is loaded; of `out` if it is given."""
         for network, kind in self.weights.items():
             if network not in NETWORKS or kind not in FORMS:
                 raise PocketfusionError(
@@ -86,11 +91,12 @@ class ExportSettings:
         if self.recipe is not None and any(kind != "float32" for kind in self.weights.values()):
             raise PocketfusionError("--recipe and --weights both say how weights are stored: give one of them")
         check_folder(folder)
-        check_new(out, overwrite)
-        if out.exists() and not (out / MANIFEST).is_file():
-            raise PocketfusionError(
-                f"{out} exists and is not a bundle: it is not replaced, choose another output path"
-            )
+        if out is not None:
+            check_new(out, overwrite)
+            if out.exists() and not (out / MANIFEST).is_file():
+                raise PocketfusionError(
+                    f"{out} exists and is not a bundle: it is not replaced, choose another output path"
+                )
         if self.vae is not None:
             check_vae(self.vae, folder)
         for file, scale in self.lora:
@@ -103,6 +109,16 @@ class ExportSettings:
         """The target with the rewrites asked for."""
         target = TARGETS[self.target]
         return target.model_copy(update={"rewrites": (*target.rewrites, *self.rewrites)})
+
+    def chosen(self) -> dict[str, Any]:
+        """What the networks' form follows from, as JSON values for the manifest; adapters and recipe apart."""
+        said = {
+            name: getattr(self, name) for name in ("target", "rewrites", "two_calls", "scheduler_step", "gpu_fp32")
+        }
+        said |= {name: value for name in ("decoder_tile", "size") if (value := getattr(self, name)) is not None}
+        weights = "recipe" if self.recipe else {n: self.weights.get(n, "float32") for n in NETWORKS}
+        found = ({"for": self.made_for} if self.made_for else {}) | said | {"weights": weights}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
     def kinds(self) -> dict[str, str | NetworkRecipe]:
         """How the weights of each network are stored; raises PocketfusionError if the recipe is damaged."""

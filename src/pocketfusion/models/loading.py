@@ -77,8 +77,29 @@ def _check_config(folder: Path, files: list[Path]) -> None:
                 )
 
 
-def assemble(path: Path) -> StableDiffusionPipeline:
-    """The parts of the model folder `path` as a stock pipeline; raises PocketfusionError as `load_part` does."""
+def empty_part(kind: type[Network], folder: Path) -> Network:
+    """The network in `folder` on `meta`, without its weights, which need not be there.
+
+    Raises PocketfusionError if its config does not load, or is of a far larger network than the weights beside it.
+    """
+    if any(folder.glob("*.safetensors")):
+        _check_config(folder, weight_files(folder)[0])
+
+    def made() -> Any:
+        with torch.device("meta"):
+            if issubclass(kind, PreTrainedModel):
+                return kind(kind.config_class.from_pretrained(folder))  # type: ignore[attr-defined]  # transformers' have it
+            return kind.from_config(kind.load_config(folder))  # type: ignore[attr-defined]  # diffusers' have it
+
+    network: Network = _loaded(made, folder)
+    return network.eval()
+
+
+def assemble(path: Path, part: Callable[[type[Any], Path], Any] = load_part) -> StableDiffusionPipeline:
+    """The parts of the model folder `path` as a stock pipeline; raises PocketfusionError as `load_part` does.
+
+    With `empty_part` nothing but configs and the tokenizer is read: shapes, sizes and multiply-adds need no more.
+    """
     from pocketfusion.models.elastic_unet import ElasticUNet
     from pocketfusion.models.slim_autoencoder import vae_class
 
@@ -100,9 +121,9 @@ def assemble(path: Path) -> StableDiffusionPipeline:
     )
     spell_out(tokenizer)
     return StableDiffusionPipeline(
-        unet=load_part(unets[name], path / "unet"),
-        vae=load_part(vae_class(path / "vae"), path / "vae"),
-        text_encoder=load_part(_TEXT_ENCODERS[encoder], path / "text_encoder"),
+        unet=part(unets[name], path / "unet"),
+        vae=part(vae_class(path / "vae"), path / "vae"),
+        text_encoder=part(_TEXT_ENCODERS[encoder], path / "text_encoder"),
         tokenizer=tokenizer,
         scheduler=_loaded(
             lambda: library_class(diffusers, _listed(index, "scheduler"), SchedulerMixin).from_pretrained(

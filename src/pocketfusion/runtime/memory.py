@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_MACHINE = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,23 @@ def peak_rss() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> float:
+    """Bytes that can be used without swapping, on the machine and in this process's control group; infinity where
+    neither is told."""
+    found = float("inf")
+    with suppress(OSError, ValueError):
+        for line in _MACHINE.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found = 1024.0 * int(line.split()[1])
+    with suppress(OSError, ValueError):  # "max" is no number: no limit
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = [
+            line.split()[1] for line in (_GROUP / "memory.stat").read_text().splitlines() if "inactive_file" in line
+        ]
+        found = min(found, float(limit - used + sum(map(int, cached))))
+    return found
 
 
 def release() -> None:

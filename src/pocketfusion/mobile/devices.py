@@ -1,0 +1,169 @@
+"""What `export --for DEVICE` stands for: target, weights, precision, decoder tiles and form, for one kind of device.
+
+A table, not code: another runtime for a device (Core ML for iPhones, say) is another row. docs/export.md says why each
+value is what it is, and what of it was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.targets import TargetName
+
+DeviceName = Literal["android", "iphone", "browser", "desktop"]
+#: A decoder holds some four maps of its widest level at once: at 512 pixels tiles save 0.7 GB (docs/full-size.md).
+_MAP = 64 << 20
+
+
+class Device(BaseModel):
+    """A kind of device. `weights`: each network's form. `gpu_fp32`: networks that compute in fp32 on its GPU.
+
+    `widest_map`: bytes that one feature map of the decoder may take, in float32; a decoder whose maps are larger is
+    exported for tiles of half the picture's side. `two_calls_from`: latent pixels from which guidance is two calls of
+    batch 1. `largest_file`: bytes of a network's file that it loads. None is no limit. `page`: in docs/, of what comes
+    `then`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: DeviceName
+    runs_on: str
+    target: TargetName
+    weights: Mapping[str, str]
+    gpu_fp32: tuple[str, ...] = ()
+    widest_map: int | None = None
+    two_calls_from: int | None = None
+    largest_file: int | None = None
+    page: str
+    then: str
+
+
+def _same(form: str, **other: str) -> dict[str, str]:
+    return {"text_encoder": form, "unet": form, "decoder": form, **other}
+
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        # int8 is int8-dynamic there: unpacked at load, computed in fp16. The text encoder runs once a prompt, so fp32
+        # costs little; MiniLM is wrong in fp16 (docs/check.md).
+        Device(
+            name="android",
+            runs_on="LiteRT's GPU delegate",
+            target="litert-gpu",
+            weights=_same("int8"),
+            gpu_fp32=("text_encoder",),
+            widest_map=_MAP,
+            two_calls_from=32 * 32,
+            largest_file=2_000_000_000,  # a flatbuffer's end; the delegate does not read what lies behind it
+            page="running-on-android.md",
+            then="the bundle in an Android app",
+        ),
+        # float16: TensorFlow Lite's Metal delegate and LiteRT's GPU delegate both take it (docs/running-on-ios.md).
+        Device(
+            name="iphone",
+            runs_on="LiteRT's GPU delegate or TensorFlow Lite's for Metal",
+            target="litert-gpu",
+            weights=_same("float16"),
+            gpu_fp32=("text_encoder",),
+            widest_map=_MAP,
+            two_calls_from=32 * 32,
+            largest_file=2_000_000_000,
+            page="running-on-ios.md",
+            then="the bundle in an iOS app",
+        ),
+        # One bundle for WebGPU and WASM: both take dynamic int8; WebGPU refuses int8 behind a DEQUANTIZE.
+        Device(
+            name="browser",
+            runs_on="LiteRT.js, WebGPU or WASM",
+            target="litert-gpu",
+            weights=_same("int8"),
+            gpu_fp32=("text_encoder",),
+            widest_map=_MAP,
+            two_calls_from=32 * 32,
+            largest_file=2_000_000_000,  # of a heap of 4 GB that holds the file and its packed weights
+            page="export.md#presets",
+            then="the bundle in a page",
+        ),
+        # Integer kernels: a quarter of the memory, faster; they round activations, which the text encoder feels most.
+        Device(
+            name="desktop",
+            runs_on="LiteRT on the CPU",
+            target="litert-cpu",
+            weights=_same("int8-dynamic", text_encoder="float16"),
+            page="generate.md",
+            then="from Python, modes and samplers",
+        ),
+    )
+}
+
+
+def options_for(name: str | None, pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`ExportSettings`' fields: what `given` says (None: not said; a decoder's tile of 0: none), else the device's.
+
+    `pipeline`: the model's, of the size wanted; its networks may be on `meta`. A recipe in `given` takes the place of
+    the device's weights. Raises PocketfusionError for an unknown device, and for another target than its own.
+    """
+    said = {key: value for key, value in given.items() if value is not None}
+    found = said if name is None else _of_device(name, pipeline, said)
+    return {key: value for key, value in found.items() if key != "decoder_tile" or value != 0}
+
+
+def _of_device(name: str, pipeline: Any, said: Mapping[str, Any]) -> dict[str, Any]:
+    if name not in DEVICES:
+        raise PocketfusionError(f"--for is {name!r}: choose {', '.join(DEVICES)}")
+    device = DEVICES[name]
+    if said.get("target", device.target) != device.target:
+        raise PocketfusionError(
+            f"--for {name} is the target {device.target} and --target is {said['target']}: leave one of them out"
+        )
+    side = pipeline.unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    own: dict[str, Any] = {"target": device.target, "made_for": name, "gpu_fp32": device.gpu_fp32}
+    if device.two_calls_from is not None:
+        own["two_calls"] = height * width >= device.two_calls_from
+    if device.widest_map is not None and widest_map(pipeline.vae, height, width) > device.widest_map:
+        own["decoder_tile"] = min(height, width) // 2
+    weights = said.get("weights", {})
+    return {**own, **said, "weights": weights if "recipe" in said else {**device.weights, **weights}}
+
+
+def widest_map(vae: Any, height: int, width: int) -> int:
+    """Bytes in float32 of the largest feature map of an autoencoder's decoder, for latents of `height` × `width`.
+
+    Every level but the last ends in a doubling, whose channels the next one takes at its own, larger size.
+    """
+    decoder = getattr(vae, "decoder", None)
+    most = channels = 0
+    for level, block in enumerate(getattr(decoder, "up_blocks", ())):
+        given = block.resnets[0].in_channels
+        channels = max(given, block.resnets[0].out_channels)
+        most = max(most, 4 * channels * height * width << 2 * level)
+    return most
+
+
+def check_files(made_for: str | None, sizes: Mapping[str, float]) -> None:
+    """Raises PocketfusionError if a network's file, of `sizes` in bytes, is larger than the device loads."""
+    largest = DEVICES[made_for].largest_file if made_for else None
+    for network, size in sizes.items():
+        if largest is not None and size > largest:
+            raise PocketfusionError(
+                f"{network}.tflite would have {size / 1e9:.1f} GB, and --for {made_for} loads files up to "
+                f"{largest / 1e9:g} GB: choose smaller weights for it, such as --{network.replace('_', '-')}-weights "
+                "int8"
+            )
+
+
+def next_steps(made_for: str | None, target: TargetName, bundle: Path) -> list[tuple[str, str]]:
+    """What to do with a bundle now: commands or pages, and what each is for."""
+    found = [(f'pocketfusion generate "a red apple" --bundle {bundle}', "a picture, drawn here on the CPU")]
+    if target == "litert-gpu":
+        found.insert(0, (f"pocketfusion check {bundle}", "does all of it run on a GPU delegate, with right numbers?"))
+    if made_for:
+        found.append((f"docs/{DEVICES[made_for].page}", DEVICES[made_for].then))
+    return found
