@@ -8,15 +8,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
+from pocketfusion.compress.chain import chain_of
 from pocketfusion.distill.decoder_pruning import HALF_RATIO
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.judge import JudgeModel
 from pocketfusion.models.sd_configs import CONFIGS
 from pocketfusion.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+UNTRAINED = ("sd15-phone",)  #: of stages that follow on a checkpoint
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem not in UNTRAINED], ids=lambda p: p.stem)
 def test_recipe(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
@@ -34,7 +37,22 @@ def test_recipe(path):
 
 
 def test_there_are_recipes():
-    assert {p.stem for p in RECIPES} >= {"emoji128", "emoji64", "sd15", "tiny"}
+    assert {p.stem for p in RECIPES} >= {"emoji128", "emoji64", "sd15", "sd15-phone", "tiny"}
+
+
+def test_a_recipe_without_training_has_stages_alone_and_trains_nothing():
+    path = next(path for path in RECIPES if path.stem == "sd15-phone")
+    chain = chain_of(load_recipe(path, whole=False))
+    assert [stage.kind for stage in chain.stages] == ["base", "export", "export", "check", "bench"]
+    assert chain["check"].inputs["bundle"] == ("export-gpu",)
+    with pytest.raises(PocketfusionError, match=r"sd15-phone\.yaml: data is missing: add it"):
+        load_recipe(path)
+
+
+def test_a_stage_that_trains_needs_the_sections_it_reads(tmp_path):
+    (tmp_path / "r.yaml").write_text("name: r\nstages: {base: {from: sd}, data: {from: d}, to-v: }\n")
+    with pytest.raises(PocketfusionError, match="the stage to-v needs the recipe's section 'data': add it"):
+        chain_of(load_recipe(tmp_path / "r.yaml", whole=False))
 
 
 def test_full_size_is_stable_diffusion_and_the_papers_settings():

@@ -252,14 +252,17 @@ class TextSettings(_Settings):
 
 
 class Recipe(_Settings):
-    """One model from data to weights. `loss_judge` gives losses their features; `judge`, another network, scores."""
+    """One model from data to weights. `loss_judge` gives losses their features; `judge`, another network, scores.
+
+    A recipe is without `SECTIONS` only where none of its stages needs them, as all that follow on a checkpoint.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    data: DataSettings
+    data: DataSettings = None  # type: ignore[assignment]  # `load_recipe`, `chain_of`
     text: TextSettings = TextSettings()
-    autoencoder: AutoencoderSettings
-    teacher: TeacherSettings
-    judge: JudgeSettings
+    autoencoder: AutoencoderSettings = None  # type: ignore[assignment]  # `load_recipe`, `chain_of`
+    teacher: TeacherSettings = None  # type: ignore[assignment]  # `load_recipe`, `chain_of`
+    judge: JudgeSettings = None  # type: ignore[assignment]  # `load_recipe`, `chain_of`
     loss_judge: JudgeSettings | None = None
     elastic: ElasticSettings | None = None
     recovery: RecoverySettings | None = None
@@ -271,8 +274,15 @@ class Recipe(_Settings):
     stages: dict[str, dict[str, Any] | None] = {}  #: of `compress`, in their order; `compress.chain` reads them
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Reads a recipe; raises PocketfusionError naming the file, the field and what is wrong with it."""
+#: What a model is trained by.
+SECTIONS = ("data", "autoencoder", "teacher", "judge")
+
+
+def load_recipe(path: Path, whole: bool = True) -> Recipe:
+    """Reads a recipe; raises PocketfusionError naming the file, the field and what is wrong with it.
+
+    One that is to be `whole` has all of `SECTIONS`.
+    """
     try:
         values = read_yaml(path)
     except OSError:
@@ -280,9 +290,13 @@ def load_recipe(path: Path) -> Recipe:
     except ValueError as error:
         raise PocketfusionError(f"{path} is no recipe: {error}: the project's own are in recipes/") from None
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise PocketfusionError(f"{path}: {described(error, Recipe)}") from None
+    for name in SECTIONS if whole else ():
+        if getattr(recipe, name) is None:
+            raise PocketfusionError(f"{path}: {name} is missing: add it")
+    return recipe
 
 
 def described(error: ValidationError, model: type[BaseModel]) -> str:

@@ -20,7 +20,7 @@ def chain(stages: dict, **sections):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_with_stages_can_work(path):
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, whole=False)
     if recipe.stages:
         assert len(chain_of(recipe).stages) == len(recipe.stages)
 
@@ -35,6 +35,21 @@ def test_inputs_are_the_nearest_that_fit():
     assert found["distill-steps"].inputs["folder"] == ("recover",)
     assert found["export"].inputs == {"folder": ("distill-decoder",), "recipe": ("quantize",)}
     assert found["evaluate"].parents == ("data", "judge", "base", "distill-decoder")
+
+
+def test_an_export_for_a_device_has_its_target_and_still_takes_a_recipe():
+    stages = {
+        "base": {"from": "sd"},
+        "quantize": {"min_sqnr": 28, "target": "litert-gpu"},
+        "export": {"for": "android"},
+    }
+    export = chain(stages)["export"]
+    assert (export.options.device, export.options.target) == ("android", "litert-gpu")
+    assert export.inputs["recipe"] == ("quantize",)
+    with pytest.raises(PocketfusionError, match="the stage export is for litert-cpu and its recipe quantize for"):
+        chain({**stages, "export": {"for": "desktop"}})
+    with pytest.raises(PocketfusionError, match="the stage export: for: Input should be 'android'"):
+        chain({**stages, "export": {"for": "fridge"}})
 
 
 def test_an_export_with_its_own_weights_takes_no_recipe():

@@ -45,7 +45,7 @@ def compress_command(
     from pocketfusion.compress.runner import Span, open_out, run_chain
     from pocketfusion.recipe import load_recipe
 
-    chain = chain_of(load_recipe(recipe))
+    chain = chain_of(load_recipe(recipe, whole=False))
     span = Span.of(chain, start, until, only)
     open_out(chain, out)
     console = Console(highlight=False, markup=False, soft_wrap=True)

@@ -84,23 +84,19 @@ def _quantize(work: Work) -> Made:
 def _export(work: Work) -> Made:
     with quiet():
         from pocketfusion.mobile.export import export
+        from pocketfusion.mobile.outlook import prepare
 
-    options, recipe = work.options, work.maybe("recipe")
-    own = {name: getattr(options, f"{name}_weights") for name in ("text_encoder", "unet", "decoder")}
-    passed = options.model_dump(
-        include={"target", "rewrites", "two_calls", "scheduler_step", "decoder_tile", "size", "gpu_fp32", "gate_steps"}
-    )
+    options, recipe, out = work.options, work.maybe("recipe"), work.place.out
+    given = options.given(recipe / "weights.yaml" if recipe is not None and recipe.is_dir() else recipe)
+    outlook = prepare(work.path("folder"), out, given, options.device, overwrite=True)
+    outlook.check(out)
     report = export(
         work.path("folder"),
-        work.place.out,
-        name=f"{work.recipe.name}-{work.place.out.name}",
-        weights={name: kind or options.weights for name, kind in own.items()},
-        recipe=recipe / "weights.yaml" if recipe is not None and recipe.is_dir() else recipe,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
+        out,
+        name=f"{work.recipe.name}-{out.name}",
         overwrite=True,
         progress=work.progress,
-        **passed,
+        **outlook.options,
     )
     scores = {"sqnr_db": min(network.sqnr_db for network in report.networks), "mb": report.size / 1e6}
     deltas = [network.guidance_delta for network in report.networks if network.guidance_delta is not None]

@@ -15,7 +15,7 @@ from pocketfusion.artefact import sha256_folder
 from pocketfusion.compress.kinds import KINDS, Kind, Takes
 from pocketfusion.compress.options import Options
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.recipe import Recipe, TrainSettings, described, nearest
+from pocketfusion.recipe import SECTIONS, Recipe, TrainSettings, described, nearest
 from pocketfusion.train.place import Goal
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -161,6 +161,12 @@ def _stage(recipe: Recipe, name: str, entry: dict[str, Any], before: list[Stage]
             )
         options = _settings(recipe, name, replace(kind, section=None), entry)[0]
         return Stage(name, called, options, None, {}, None, Path(str(source)))
+    for section in SECTIONS:
+        if getattr(recipe, section) is None and section in (
+            kind.section,
+            *(one.partition(".")[0] for one in kind.reads),
+        ):
+            raise PocketfusionError(f"the stage {name} needs the recipe's section {section!r}: add it")
     named = {role: entry.pop(role, None) for role in kind.takes}
     own = set(entry)
     options, settings = _settings(recipe, name, kind, entry)
@@ -243,13 +249,13 @@ def _default_input(name: str, role: str, takes: Takes, fitting: list[Stage], wha
 
 def _settings(recipe: Recipe, name: str, kind: Kind, entry: dict[str, Any]) -> tuple[Options, BaseModel | None]:
     """The stage's options and its section of the recipe, with what the entry changes of both."""
-    own = {key: entry.pop(key) for key in list(entry) if key in kind.options.model_fields}
+    own = {key: entry.pop(key) for key in list(entry) if key in kind.options.names()}
     section: BaseModel | None = None
     if kind.section is not None:
         section = getattr(recipe, kind.section, None)
         if section is None:
             raise PocketfusionError(f"the stage {name} trains by the recipe's section {kind.section!r}: add it")
-    known = [*(type(section).model_fields if section else ()), *kind.options.model_fields, *kind.takes, *_OWN]
+    known = [*(type(section).model_fields if section else ()), *kind.options.names(), *kind.takes, *_OWN]
     for key in entry:
         if section is None or key not in type(section).model_fields:
             raise PocketfusionError(f"the stage {name} has no setting {key!r}: {nearest(str(key), known)}")

@@ -24,7 +24,8 @@ from pocketfusion.compress.overview import duration, size, standings
 from pocketfusion.compress.records import Records
 from pocketfusion.compress.runner import Span, planned
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.recipe import Recipe
+from pocketfusion.mobile.outlook import Outlook, prepare
+from pocketfusion.recipe import SECTIONS, Recipe
 
 _MEASURABLE = 60e6  #: parameters up to which a network is timed as it is
 _MOMENT = 2.0  #: seconds that a network is timed for
@@ -165,7 +166,8 @@ def _seconds(network: nn.Module, inputs: Any, batch: int) -> float:
 
 def forecast(chain: Chain, out: Path, *, timed: bool = True) -> list[Forecast]:
     """What each stage will take; `timed` False counts sizes only."""
-    networks = Networks(chain.recipe, timed)
+    whole = all(getattr(chain.recipe, section) is not None for section in SECTIONS)
+    networks = Networks(chain.recipe, timed) if whole else None  # a recipe without training describes none
     share = {one.stage.name: 1 - one.done / one.total if one.total else 1.0 for one in standings(chain, out)}
     found = []
     for stage, action in planned(chain, Records(out, frozen=True)):
@@ -173,11 +175,17 @@ def forecast(chain: Chain, out: Path, *, timed: bool = True) -> list[Forecast]:
             found.append(Forecast(stage, action))
             continue
         left = share[stage.name] if action == "go on" else 1.0
-        found.append(_forecast(chain, stage, action, networks, left))
+        found.append(_forecast(chain, stage, action, networks, left, out))
     return found
 
 
-def _forecast(chain: Chain, stage: Stage, action: str, networks: Networks, left: float) -> Forecast:
+def _forecast(chain: Chain, stage: Stage, action: str, networks: Networks | None, left: float, out: Path) -> Forecast:
+    if stage.kind == "export" and (found := _exported(chain, stage, out)) is not None:
+        return Forecast(
+            stage, action, memory=found.memory, disk=found.disk, seconds=found.seconds + found.gate_seconds
+        )
+    if networks is None:
+        return Forecast(stage, action, memory=_PROCESS, disk=1e6, seconds=None)
     train, network = stage.train, _network(stage, networks)
     samples = train.steps * train.batch_size if train else 0
     memory = _PROCESS
@@ -194,6 +202,18 @@ def _forecast(chain: Chain, stage: Stage, action: str, networks: Networks, left:
         _disk(chain, stage, networks),
         None if seconds is None else left * seconds,
     )
+
+
+def _exported(chain: Chain, stage: Stage, out: Path) -> Outlook | None:
+    """What an export will take, where the folder that it is of is there already."""
+    (name,) = stage.inputs["folder"]
+    folder = chain[name].given or out / name
+    place = next((chain[one].given or out / one for one in stage.inputs.get("recipe", ())), None)
+    recipe = None if place is None else place if place.is_file() else place / "weights.yaml"
+    if not (folder / "model_index.json").is_file() or (recipe is not None and not recipe.is_file()):
+        return None
+    options: Any = stage.options
+    return prepare(folder, None, options.given(recipe), options.device)
 
 
 def _network(stage: Stage, networks: Networks) -> Cost:

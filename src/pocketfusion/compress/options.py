@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pocketfusion.mobile.devices import DEVICES, DeviceName
 
 Form = Literal["float32", "float16", "int8", "int8-dynamic", "int4-dynamic"]
 
@@ -13,6 +16,11 @@ class Options(BaseModel):
     """None, for the stages whose section of the recipe says everything."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """As a recipe has them."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
 
 
 class DataOptions(Options):
@@ -94,22 +102,42 @@ class QuantizeOptions(Options):
 
 
 class ExportOptions(Options):
-    """`pocketfusion export`; `weights` are every network's where a stage `quantize` has not chosen them."""
+    """`pocketfusion export`; `weights` are every network's where a stage `quantize` has not chosen them. `for`: a
+    device whose settings are taken where nothing else is said."""
 
-    weights: Form = "float32"
+    device: DeviceName | None = Field(default=None, alias="for")
+    weights: Form | None = None
     text_encoder_weights: Form | None = None
     unet_weights: Form | None = None
     decoder_weights: Form | None = None
     target: Literal["litert-cpu", "litert-gpu"] = "litert-cpu"
     size: tuple[int, int] | None = None
     rewrites: tuple[str, ...] = ()
-    two_calls: bool = False
+    two_calls: bool | None = None
     scheduler_step: bool = False
-    decoder_tile: int | None = Field(default=None, gt=0)
-    gpu_fp32: tuple[str, ...] = ()
+    decoder_tile: int | None = Field(default=None, ge=0)
+    gpu_fp32: tuple[str, ...] | None = None
     gate_steps: int = Field(default=5, gt=0, le=50)
     steps: int | None = Field(default=None, gt=0)
     guidance: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_the_devices_target(cls, values: Any) -> Any:
+        device = DEVICES.get(str(values.get("for"))) if isinstance(values, dict) else None
+        return {"target": device.target, **values} if device is not None else values
+
+    def given(self, recipe: Path | None) -> dict[str, Any]:
+        """What is said, as `mobile.outlook.prepare` takes it."""
+        own = {name: getattr(self, f"{name}_weights") or self.weights for name in ("text_encoder", "unet", "decoder")}
+        same = ("target", "size", "rewrites", "two_calls", "scheduler_step", "decoder_tile", "gpu_fp32", "gate_steps")
+        return {
+            "weights": {name: form for name, form in own.items() if form},
+            "recipe": recipe,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            **{name: getattr(self, name) for name in same},
+        }
 
 
 class CheckOptions(Options):
