@@ -15,6 +15,7 @@ from pocketfusion.mobile import outlook
 from pocketfusion.mobile.devices import DEVICES, options_for
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.outlook import prepare
+from pocketfusion.mobile.quantize import quantize
 from pocketfusion.models.loading import assemble, empty_part
 from pocketfusion.runtime.manifest import NETWORKS, Bundle
 from tiny_sd import make_configs, make_miniature
@@ -123,6 +124,8 @@ def test_full_sizes_are_those_of_the_parameters(full_size: Path, tmp_path: Path)
         assert 4 * row.parameters <= row.size <= 1.01 * 4 * row.parameters
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_recipe_without_training_ends_in_bundles_that_pass(phone: Path) -> None:
     made = phone / "out"
     android, desktop = (Bundle.open(made / name).manifest for name in ("export-gpu", "export"))
@@ -133,6 +136,22 @@ def test_a_recipe_without_training_ends_in_bundles_that_pass(phone: Path) -> Non
     assert len(graphs) == 3 and all(graph["passed"] for graph in graphs)
 
 
+@pytest.mark.parametrize("form", ["float32", "int8-dynamic"])
+def test_planned_sizes_are_the_files_of_a_tiny_model(
+    tiny_folder: Path, tiny_bundle: Path, tmp_path: Path, form: str
+) -> None:
+    plan = prepare(tiny_folder, None, {"weights": dict.fromkeys(NETWORKS, form)})
+    for row in plan.networks:
+        file = tiny_bundle / f"{row.name}.tflite"
+        if form != "float32":
+            quantize(file, tmp_path / file.name, form)
+            file = tmp_path / file.name
+        # its graph is as large as its weights: of that the plan only knows the number of modules
+        assert row.size == pytest.approx(file.stat().st_size, rel=0.2), row.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("stage", "device"), [("export", "desktop"), ("export-gpu", "android")])
 def test_planned_sizes_are_the_files(phone: Path, stage: str, device: str) -> None:
     plan = prepare(phone / "sd", phone / "out" / stage, {}, device, overwrite=True)

@@ -41,7 +41,8 @@ from pocketfusion.runtime.memory import available_memory
 #: Bytes of a stored weight, by form.
 _BYTES: dict[str, float] = {"float32": 4, "float16": 2, "int8": 1, "int8-dynamic": 1, "int4-dynamic": 0.5}
 _UNUSED = ("pooler.",)  # BERT's, which is in no exported network
-_GRAPH = 1_200  #: bytes of the graph (operations, tensors, their names) for each module of a network
+_SCALE = 12  #: bytes of a channel's scale and its zero point, in forms of integers
+_GRAPH = 600  #: bytes of the graph (operations, tensors, their names) for each module of a network
 _TIGHT = 0.8  #: of the estimate: with less memory than that no export is begun
 
 
@@ -199,7 +200,7 @@ def _network(
             operation = "EMBEDDING_LOOKUP" if isinstance(module, nn.Embedding) else "CONV_2D"
             form = _form(layer, operation, kind, settings.target)
             forms[form] = forms.get(form, 0) + parameter.numel()
-            scales = 4 * parameter.shape[0] if _BYTES[form] <= 1 else 0
+            scales = _SCALE * parameter.shape[0] if _BYTES[form] <= 1 else 0
             size += _BYTES[form] * parameter.numel() + scales
     modules = sum(1 for _ in rewritten.modules())
     plain = sum(p.numel() for p in network.parameters())
