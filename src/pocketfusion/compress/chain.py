@@ -183,7 +183,7 @@ def _stage(recipe: Recipe, name: str, entry: dict[str, Any], before: list[Stage]
 
 def _check_target(stage: Stage, before: list[Stage]) -> None:
     """Raises PocketfusionError if the weights of an export were chosen for another target."""
-    target = getattr(stage.options, "target", None)
+    target = getattr(stage.options, "target", None) or "litert-cpu"
     for one in before:
         other = getattr(one.options, "target", target)
         if one.name in stage.inputs.get("recipe", ()) and other != target:

@@ -110,7 +110,7 @@ class ExportOptions(Options):
     text_encoder_weights: Form | None = None
     unet_weights: Form | None = None
     decoder_weights: Form | None = None
-    target: Literal["litert-cpu", "litert-gpu"] = "litert-cpu"
+    target: Literal["litert-cpu", "litert-gpu"] | None = None
     size: tuple[int, int] | None = None
     rewrites: tuple[str, ...] = ()
     two_calls: bool | None = None
