@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ PathOpt = Path | None
 
 @app.command("compare")
 def compare_command(
-    folder: Annotated[Path, typer.Argument(help="Model folder: the original.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Model folder or checkpoint file: the original.", show_default=False)],
     bundles: Annotated[list[Path], typer.Argument(help="Bundles exported from it.", show_default=False)],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="OUT.html", help="Page to write, with OUT.json.", show_default=False)
@@ -63,6 +64,7 @@ def compare_command(
     from pocketfusion.evaluate.prompt_list import read_prompts
     from pocketfusion.terminal import Console
 
+    folder = model_folder(folder)
     asked = Asked(read_prompts(prompts, count), seed, sampler, steps, guidance)
     scorers = _scorers(clip, clip_model, judge)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
