@@ -118,8 +118,9 @@ export function checkMemory(manifest: Manifest, backend: Backend): void {
 export function asEngineError(error: unknown, fault: string | null = null): EngineError {
   if (error instanceof EngineError) return error;
   const why = fault ?? reason(error);
-  if (error instanceof RangeError || /memory|alloc|OOM|grow/i.test(`${reason(error)} ${fault ?? ""}`)) {
-    return new EngineError("memory", `the browser ran out of memory (${why}): close other tabs or use a smaller bundle`);
+  if (error instanceof RangeError || /memory|alloc|OOM|grow|Aborted/i.test(`${reason(error)} ${fault ?? ""}`)) {
+    const cure = "close other tabs or use a smaller bundle";
+    return new EngineError("memory", `the browser seems to have run out of memory (${why}): ${cure}`);
   }
   return new EngineError("unsupported", `LiteRT cannot run this bundle here (${why})`);
 }

@@ -52,33 +52,47 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
   const bundle = Bundle.of(descriptor);
   const { manifest } = bundle;
   checkMemory(manifest, backend);
-  const needed = ["tokenizer", EMPTY_PROMPT, ...(backend === "webgpu" ? [SELF_CHECK] : []), ...NETWORKS].filter(
-    (name) => manifest.files[name],
-  );
+  const files = ["tokenizer", EMPTY_PROMPT, ...(backend === "webgpu" ? [SELF_CHECK] : []), ...NETWORKS];
+  const needed = files.filter((name) => manifest.files[name]);
   const of = needed.reduce((sum, name) => sum + manifest.files[name].size, 0);
-  let before = 0;
-  const progress = (stage: LoadProgress["stage"], what: string, bytes = 0) =>
-    send({ type: "progress", id, progress: { stage, what, bytes: before + bytes, of } });
-  const read = async (name: string) => {
-    const started = performance.now();
-    const content = await bundle.file(name, { onBytes: (bytes) => progress("read", name, bytes) });
-    before += content.length;
-    reading += performance.now() - started;
+  const bytes: Record<string, number> = {};
+  const progress = (stage: LoadProgress["stage"], what: string) => {
+    const all = Object.values(bytes).reduce((sum, part) => sum + part, 0);
+    send({ type: "progress", id, progress: { stage, what, bytes: all, of } });
+  };
+  const read = (name: string) => {
+    const content = bundle.file(name, {
+      onBytes: (count) => {
+        bytes[name] = count;
+        progress("read", name);
+      },
+    });
+    content.catch(() => undefined); // told where it is awaited
     return content;
   };
-  let reading = 0;
+  // the first network comes while LiteRT does, each other one while the one before it is compiled
+  let next = read(NETWORKS[0]);
   litert = await LiteRt.load(wasm, backend, threads);
   litert.device?.lost.then(({ message }) => send({ type: "lost", reason: message || "the browser does not say why" }));
   const runtime = performance.now() - began;
-  const tokenizer = new PromptTokenizer(await read("tokenizer"), manifest.tokenizer);
+  let waited = 0;
+  const wait = async <Value>(value: Promise<Value>): Promise<Value> => {
+    const started = performance.now();
+    const result = await value;
+    waited += performance.now() - started;
+    return result;
+  };
   const floats = async (name: string) =>
-    needed.includes(name) ? (new Float32Array((await read(name)).buffer) as Latents) : null;
+    needed.includes(name) ? (new Float32Array((await wait(read(name))).buffer) as Latents) : null;
+  const tokenizer = new PromptTokenizer(await wait(read("tokenizer")), manifest.tokenizer);
   const emptyStates = await floats(EMPTY_PROMPT);
   const known = await floats(SELF_CHECK);
   const networks = {} as Record<NetworkName, LiteRtNetwork>;
   const [compile, fullyAccelerated] = [{}, {}] as [Record<NetworkName, number>, Record<NetworkName, boolean>];
-  for (const name of NETWORKS) {
-    const content = await read(name);
+  for (const [i, name] of NETWORKS.entries()) {
+    const content = await wait(next);
+    const later = NETWORKS[i + 1];
+    if (later) next = read(later);
     progress("compile", name);
     const started = performance.now();
     const compiled = await litert.compile(content, manifest.networks[name]);
@@ -105,7 +119,7 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
     notes,
     fullyAccelerated,
     precision: halves ? "fp16" : "fp32",
-    milliseconds: { runtime, read: reading, compile, selfCheck: now - checking, total: now - began },
+    milliseconds: { runtime, read: waited, compile, selfCheck: now - checking, total: now - began },
   };
 }
 

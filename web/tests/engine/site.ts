@@ -30,7 +30,7 @@ export async function serve(
     const root = import.meta.dirname;
     const configFile = join(root, "../../vite.config.ts");
     const input = join(root, "page.html");
-    await build({ root, configFile, logLevel: "warn", build: { outDir: out, rolldownOptions: { input } } });
+    await build({ root, configFile, logLevel: "warn", build: { outDir: out, emptyOutDir: false, rolldownOptions: { input } } });
   }
   const requests: string[] = [];
   const server = createServer((request, response) => {

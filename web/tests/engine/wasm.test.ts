@@ -1,6 +1,6 @@
 /** The engine on WASM in Chromium. */
 
-import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Browser, Page } from "playwright-core";
@@ -42,6 +42,12 @@ async function open(mode: "isolated" | "plain"): Promise<Page> {
   page.on("close", () => expect(foreign).toEqual([]));
   await page.goto(`${site.address}${mode}/page.html`);
   return page;
+}
+
+/** Puts `script` before the worker's own. */
+function beforeWorker(script: string): void {
+  const [worker] = readdirSync(join(out, "assets")).filter((file) => file.startsWith("worker"));
+  altered.set(`assets/${worker}`, Buffer.concat([Buffer.from(script), readFileSync(join(out, "assets", worker))]));
 }
 
 const ofEmoji = cases.filter(({ bundle }) => bundle === "emoji");
@@ -191,4 +197,37 @@ test("a bundle from a folder on disk", async () => {
     return (await loaded.generate(request)).map(({ data, ...rest }) => ({ ...rest, data: Array.from(data) }));
   }, one.request);
   expect(difference(pictures, one)).toBeLessThanOrEqual(1);
+});
+
+test("a browser without relaxed SIMD: another build, one thread, and why; the same picture", async () => {
+  // the modules that features are tried with are small
+  beforeWorker(`
+    const make = WebAssembly.instantiate;
+    WebAssembly.instantiate = (code, ...more) =>
+      code.byteLength < 200 && Array.from(code).includes(0xfd)
+        ? Promise.reject(new WebAssembly.CompileError("no SIMD"))
+        : make(code, ...more);
+  `);
+  const page = await open("isolated");
+  site.requests.length = 0;
+  const report = await load(page, "emoji");
+  expect(report.threads).toBe(1);
+  expect(report.notes.join()).toContain("one thread: this browser cannot run LiteRT's threads (Threads are only supported");
+  expect(site.requests.filter((path) => path.endsWith(".wasm"))).toEqual(["/isolated/wasm/litert_wasm_compat_internal.wasm"]);
+  const [first] = ofEmoji;
+  expect(difference(await draw(page, first.request), first)).toBeLessThanOrEqual(2);
+});
+
+test("a browser that gives no more memory: one sentence, and a smaller bundle still loads", async () => {
+  beforeWorker(`
+    const grow = WebAssembly.Memory.prototype.grow;
+    WebAssembly.Memory.prototype.grow = function (pages) {
+      if (this.buffer.byteLength + 65536 * pages > 60e6) throw new RangeError("no more");
+      return grow.call(this, pages);
+    };
+  `);
+  const page = await open("plain");
+  await expect(load(page, "emoji")).rejects.toThrow("the browser seems to have run out of memory");
+  const report = await load(page, "folded", { backend: "wasm" });
+  expect(report.backend).toBe("wasm");
 });
