@@ -2,8 +2,8 @@
 
 python benchmarks/browser.py [BUNDLE] [--rounds 15] [--threads 2] [--json FILE]
 
-Needs Chromium and web/node_modules (`npm ci` in web/). Eight steps of a bundle (default: the embedded one). The browser
-takes up to four threads, of those that the machine has; `--threads` are this side's.
+Needs Chromium and web/node_modules (`npm ci` in web/). Eight steps of a bundle (default: the embedded one). The
+browser takes up to four threads, of those that the machine has; `--threads` are this side's.
 """
 
 from __future__ import annotations
