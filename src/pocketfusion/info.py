@@ -44,6 +44,8 @@ def describe(path: Path, on_stage: Callable[[str], None] = lambda stage: None) -
         return describe_model_folder(path, on_stage)
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return describe_single_model(path)
+    if (path / "unet").is_dir():
+        check_folder(path)  # says what it lacks
     raise PocketfusionError(
         f"{path} is neither a bundle ({MANIFEST}) nor a model folder (model_index.json) nor a single model "
         "(config.json and safetensors): check the path"
