@@ -51,7 +51,8 @@ def save_as_stable_diffusion(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "pad_token": "<|endoftext|>"}
+    length, pad = tokenizer.model_max_length, tokenizer.pad_token
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "pad_token": pad}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

@@ -16,6 +16,17 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from found import (
+    as_linked,
+    as_old_layout,
+    as_safety_checker_damaged,
+    as_safety_checker_deleted,
+    as_sharded,
+    as_sharded_variant,
+    as_variant,
+    edit,
+    with_other_weights_beside,
+)
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, load_pipeline, weight_files
 from pocketfusion.info import describe
@@ -61,80 +72,12 @@ def folder(clip_folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(clip_folder, tmp_path / "model")
 
 
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def same_weights(one: StableDiffusionPipeline, other: StableDiffusionPipeline) -> bool:
     return all(
         torch.equal(value, getattr(other, part).state_dict()[key])
         for part in ("unet", "vae", "text_encoder")
         for key, value in getattr(one, part).state_dict().items()
     )
-
-
-def as_safety_checker_deleted(folder: Path) -> None:
-    edit(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
-         feature_extractor=["transformers", "CLIPImageProcessor"])  # fmt: skip
-
-
-def as_safety_checker_damaged(folder: Path) -> None:
-    as_safety_checker_deleted(folder)
-    (folder / "safety_checker").mkdir()
-    (folder / "safety_checker" / "config.json").write_text("{}")
-
-
-def as_variant(name: str) -> Callable[[Path], None]:
-    def rename(folder: Path) -> None:
-        for file in folder.rglob("*.safetensors"):
-            file.rename(file.with_name(f"{file.stem}.{name}.safetensors"))
-
-    return rename
-
-
-def with_other_weights_beside(folder: Path) -> None:
-    for name in ("non_ema", "fp16"):
-        for part in ("unet", "vae", "text_encoder"):
-            file = folder / part / ("model" if part == "text_encoder" else "diffusion_pytorch_model")
-            zeros = {key: value * 0 for key, value in load_file(f"{file}.safetensors").items()}
-            save_file(zeros, f"{file}.{name}.safetensors", {"format": "pt"})
-    save_file({"x": torch.zeros(1)}, folder / "unet" / "pytorch_lora_weights.safetensors")
-
-
-def as_sharded(folder: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    for part in ("unet", "vae"):
-        shutil.rmtree(folder / part)
-        getattr(pipeline, part).save_pretrained(folder / part, max_shard_size="100KB")
-
-
-def as_old_layout(folder: Path) -> None:
-    """transformers before 5 and diffusers before 0.17: other names, a buffer among the weights, no tokenizer.json."""
-    text = folder / "text_encoder" / "model.safetensors"
-    state = {f"text_model.{key}": value for key, value in load_file(text).items()}
-    state["text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
-    save_file(state, text, {"format": "pt"})
-    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    state = {}
-    for key, value in load_file(vae).items():
-        for new, old in names.items():
-            key = key.replace(f"attentions.0.{new}", f"attentions.0.{old}")
-        state[key] = value
-    assert any("proj_attn" in key for key in state)
-    save_file(state, vae, {"format": "pt"})
-    from tiny_clip import save_as_stable_diffusion
-
-    shutil.rmtree(folder / "tokenizer")
-    save_as_stable_diffusion(clip_tokenizer(), folder / "tokenizer")
-
-
-def as_linked(folder: Path) -> None:
-    """As in the hub's cache."""
-    for file in [p for p in folder.rglob("*") if p.is_file()]:
-        blob = folder.parent / f"blob-{file.parent.name}-{file.name}"
-        file.rename(blob)
-        file.symlink_to(blob)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +101,6 @@ def test_it_loads_with_the_same_weights_and_tokens(
             assert network["parameters"] == parameters + positions
     assert torch.equal(load_elastic(folder).conv_in.weight, plain.unet.conv_in.weight)
     assert torch.equal(load_vae(folder / "vae").decoder.conv_in.weight, plain.vae.decoder.conv_in.weight)
-
-
-def as_sharded_variant(folder: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    for part in ("unet", "vae", "text_encoder"):
-        shutil.rmtree(folder / part)
-        getattr(pipeline, part).save_pretrained(folder / part, max_shard_size="100KB", variant="fp16")
 
 
 @pytest.mark.parametrize("change", [as_variant("fp16"), as_sharded_variant])
@@ -278,8 +214,9 @@ def test_what_is_no_folder_is_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PocketfusionError, match="is a git-lfs pointer, .*git lfs pull"):
         check_folder(folder)
     (folder / "model_index.json").unlink()
-    with pytest.raises(PocketfusionError, match="no model_index.json, which names its parts"):
-        check_folder(folder)
+    for refuse in (check_folder, describe):
+        with pytest.raises(PocketfusionError, match="no model_index.json, which names its parts"):
+            refuse(folder)
 
 
 @pytest.mark.parametrize(
