@@ -21,8 +21,10 @@ export type Backend = "webgpu" | "wasm";
 
 /** What this device offers, found out before anything is loaded. */
 export interface Device {
-  /** Null where WebGPU can be used; else a sentence that says why it cannot. */
+  /** Null where WebGPU is there to be used; else a clause that says why not. */
   webgpuMissing: string | null;
+  /** If there is WebGPU, but computed by the CPU: slower than WASM, so that only `backend: "webgpu"` takes it. */
+  software: boolean;
   /** The adapter in words, such as "google swiftshader"; empty where there is none. */
   adapter: string;
   /** If shaders may compute in fp16. */
@@ -34,7 +36,10 @@ export interface Device {
 }
 
 export interface LoadOptions {
-  /** "auto" (default): WebGPU if it takes every network whole and passes the self-check, else WASM. */
+  /**
+   * "auto" (default): WebGPU if a GPU takes every network whole and passes the self-check, else WASM. "webgpu" is the
+   * same, but content with WebGPU in software.
+   */
   backend?: Backend | "auto";
   /** WASM threads; default and at most those of `Device.threads`. */
   threads?: number;

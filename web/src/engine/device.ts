@@ -10,6 +10,7 @@ export async function probe(): Promise<Device> {
   const why = isolated ? "this device has one core" : "the page is not cross-origin isolated";
   const none = (webgpuMissing: string): Device => ({
     webgpuMissing,
+    software: false,
     adapter: "",
     shaderF16: false,
     threads,
@@ -21,5 +22,17 @@ export async function probe(): Promise<Device> {
   if (!adapter) return none("the browser finds no GPU that it may use");
   const { vendor, architecture, device } = adapter.info;
   const name = [vendor, architecture, device].filter(Boolean).join(" ");
-  return { ...none(""), webgpuMissing: null, adapter: name, shaderF16: adapter.features.has("shader-f16") };
+  // where browsers tell it has moved
+  const software = (adapter.info as { isFallbackAdapter?: boolean }).isFallbackAdapter ?? isFallback(adapter);
+  return {
+    ...none(""),
+    webgpuMissing: software ? `this browser computes WebGPU in software (${name}), which WASM is faster than` : null,
+    software,
+    adapter: name,
+    shaderF16: adapter.features.has("shader-f16"),
+  };
+}
+
+function isFallback(adapter: GPUAdapter): boolean {
+  return (adapter as { isFallbackAdapter?: boolean }).isFallbackAdapter ?? false;
 }

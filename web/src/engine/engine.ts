@@ -105,7 +105,8 @@ export class Engine {
     const { bundle } = this.lastLoad as { bundle: Bundle };
     const device = await probe();
     const threads = Math.min(options.threads ?? device.threads, device.threads);
-    let missing = this.distrusted ?? device.webgpuMissing;
+    const asked = options.backend === "webgpu" && device.software;
+    let missing = this.distrusted ?? (asked ? null : device.webgpuMissing);
     if (options.backend === "wasm") missing = null;
     else if (bundle.manifest.target !== "litert-gpu") missing ??= "the bundle was exported for CPUs";
     else if (!bundle.manifest.files[SELF_CHECK]) missing ??= "the bundle has no self-check: export it again";

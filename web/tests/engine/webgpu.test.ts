@@ -48,9 +48,9 @@ const [one] = cases.filter(({ bundle }) => bundle === "gpu");
 
 test("a bundle for GPUs is checked and draws Python's picture, in fp32 where there is no fp16", async () => {
   const device = await page.evaluate(() => window.engine.probe());
-  expect(device).toMatchObject({ webgpuMissing: null, shaderF16: false });
+  expect(device).toMatchObject({ software: true, shaderF16: false });
   expect(device.adapter).toContain("swiftshader");
-  const report = await load(page, "gpu");
+  const report = await load(page, "gpu", { backend: "webgpu" });
   expect(report).toMatchObject({
     backend: "webgpu",
     precision: "fp32",
@@ -63,7 +63,7 @@ test("a bundle for GPUs is checked and draws Python's picture, in fp32 where the
 });
 
 test("a GPU that is lost while it draws: the same request goes on on WASM", async () => {
-  expect((await load(page, "gpu")).backend).toBe("webgpu");
+  expect((await load(page, "gpu", { backend: "webgpu" })).backend).toBe("webgpu");
   const request = { prompt: "a red cat", seed: 4, steps: 60 };
   await page.evaluate((asked) => {
     const { loaded } = window as unknown as { loaded: Engine.Engine };
@@ -92,18 +92,21 @@ test("a GPU that computes something else, and a bundle without a self-check: WAS
   manifest.files.selfcheck.sha256 = createHash("sha256").update(wrong).digest("hex");
   altered.set("gpu/selfcheck.f32", wrong);
   altered.set("gpu/bundle.json", Buffer.from(JSON.stringify(manifest)));
-  const distrusted = await load(page, "gpu");
+  const distrusted = await load(page, "gpu", { backend: "webgpu" });
   expect(distrusted.backend).toBe("wasm");
   expect(distrusted.notes[0]).toMatch(/^WebGPU is not used: the GPU computes something else \(its UNet is -?\d+ dB/);
   delete manifest.files.selfcheck;
   altered.set("gpu/bundle.json", Buffer.from(JSON.stringify(manifest)));
-  const unchecked = await load(page, "gpu");
+  const unchecked = await load(page, "gpu", { backend: "webgpu" });
   expect([unchecked.backend, unchecked.notes[0]]).toEqual([
     "wasm",
     "WebGPU is not used: the bundle has no self-check: export it again",
   ]);
   altered.delete("gpu/bundle.json");
   altered.delete("gpu/selfcheck.f32");
-  const forCpu = await load(page, "plain");
+  const slower = await load(page, "gpu");
+  expect(slower.backend).toBe("wasm");
+  expect(slower.notes[0]).toMatch(/^WebGPU is not used: this browser computes WebGPU in software \(google swiftshader/);
+  const forCpu = await load(page, "plain", { backend: "webgpu" });
   expect([forCpu.backend, forCpu.notes[0]]).toEqual(["wasm", "WebGPU is not used: the bundle was exported for CPUs"]);
 });

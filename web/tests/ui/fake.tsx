@@ -41,6 +41,7 @@ function blot(side: number, seed: number, sharpness: number): Uint8ClampedArray<
 async function probe(): Promise<Device> {
   return {
     webgpuMissing: plan.webgpu ? null : "This browser has no WebGPU.",
+    software: false,
     adapter: plan.webgpu ? "a made-up GPU" : "",
     shaderF16: false,
     threads: 2,
