@@ -1,6 +1,6 @@
 /** From a prompt to pictures: text encoder, a sampler's guided steps, decoder; as `pocketfusion.runtime.pipeline`. */
 
-import type { GenerateRequest, NetworkName, Picture, Settings, StepEvent } from "./api";
+import type { GenerateRequest, Picture, Settings, StepEvent } from "./api";
 import { Denoiser } from "./denoise";
 import { EngineError } from "./errors";
 import { resolveGuidance } from "./guidance";
@@ -9,6 +9,7 @@ import type { Network } from "./network";
 import { NoiseStream } from "./noise";
 import { toPixels } from "./pixels";
 import { previewOf } from "./preview";
+import type { Residency } from "./residency";
 import { type Latents, resolveSampler, type Sampler } from "./samplers/sampler";
 import { decodeTiled } from "./tiles";
 import { cleanText, type PromptTokenizer } from "./tokenizer/prompt_tokenizer";
@@ -19,7 +20,7 @@ export interface Loaded {
   manifest: Manifest;
   hash: string;
   tokenizer: PromptTokenizer;
-  networks: Record<NetworkName, Network>;
+  networks: Residency;
   /** The text encoder's output for the empty prompt, where the bundle keeps it. */
   emptyStates: Latents | null;
 }
@@ -32,58 +33,76 @@ export interface Events {
   cancelled(): Promise<boolean>;
 }
 
-/** Draws `request.count` pictures, one after the other; throws EngineError. */
+/** Draws `request.count` pictures; throws EngineError. */
 export async function draw(
   loaded: Loaded,
   request: Required<GenerateRequest> & { seed: number },
   events: Events,
 ): Promise<void> {
-  const { manifest } = loaded;
+  const { manifest, networks } = loaded;
   const [prompt, negative] = [cleanText(request.prompt), cleanText(request.negativePrompt)];
   const steps = request.steps ?? manifest.defaults.num_inference_steps;
   const scale = resolveGuidance(manifest, request.guidance, negative, events.onWarning);
   const sampler = resolveSampler(manifest, request.sampler, steps, request.eta);
-  const began = performance.now();
+  let began = performance.now();
   const texts = manifest.guidance === "classifier-free" ? [negative, prompt] : [prompt];
-  const states: Latents[] = [];
-  for (const text of texts) states.push(await encode(loaded, text, events.onWarning));
-  const text = performance.now() - began;
-  const denoiser = new Denoiser(loaded.networks.unet, manifest, sampler, states, scale);
-  for (let index = 0; index < request.count; index++) {
-    const started = performance.now();
-    const seed = request.seed + index;
-    const { latents, times } = await denoise(loaded, denoiser, sampler, seed, index, request, events);
-    const decoding = performance.now();
-    const pixels = await decode(loaded, latents);
-    const now = performance.now();
-    const settings: Settings = {
-      prompt,
-      negative_prompt: negative,
-      seed,
-      num_inference_steps: steps,
-      guidance_scale: scale,
-      sampler: sampler.name,
-      ...(sampler.eta === null ? {} : { eta: sampler.eta }),
-      bundle: `${manifest.name} ${loaded.hash}`,
-      Software: `pocketfusion ${VERSION}`,
-    };
-    const shared = index === 0 ? text : 0;
-    const milliseconds = { text: shared, steps: times, decode: now - decoding, total: now - started + shared };
-    events.onPicture({ ...pixels, settings, milliseconds }, index);
+  const states = await networks.use("text_encoder", async (encoder) => {
+    const rows: Latents[] = [];
+    for (const text of texts) rows.push(await encode(loaded, encoder, text, events.onWarning));
+    return rows;
+  });
+  let text = performance.now() - began;
+  // each picture as soon as it can be; in turns all are denoised before the first is decoded
+  const group = networks.inTurns ? request.count : 1;
+  for (let first = 0; first < request.count; first += group) {
+    const drawn = await networks.use("unet", async (unet) => {
+      const denoiser = new Denoiser(unet, manifest, sampler, states, scale);
+      const results: Denoised[] = [];
+      for (let k = 0; k < group; k++) {
+        results.push(await denoise(loaded, denoiser, sampler, first + k, request, events));
+      }
+      return results;
+    });
+    await networks.use("decoder", async (decoder) => {
+      for (const [k, { latents, times }] of drawn.entries()) {
+        const decoding = performance.now();
+        const pixels = await decode(loaded, decoder, latents);
+        const now = performance.now();
+        const settings: Settings = {
+          prompt,
+          negative_prompt: negative,
+          seed: request.seed + first + k,
+          num_inference_steps: steps,
+          guidance_scale: scale,
+          sampler: sampler.name,
+          ...(sampler.eta === null ? {} : { eta: sampler.eta }),
+          bundle: `${manifest.name} ${loaded.hash}`,
+          Software: `pocketfusion ${VERSION}`,
+        };
+        const milliseconds = { text, steps: times, decode: now - decoding, total: now - began };
+        events.onPicture({ ...pixels, settings, milliseconds }, first + k);
+        [began, text] = [now, 0];
+      }
+    });
   }
+}
+
+interface Denoised {
+  latents: Latents;
+  /** Milliseconds of each step. */
+  times: number[];
 }
 
 async function denoise(
   loaded: Loaded,
   denoiser: Denoiser,
   sampler: Sampler,
-  seed: number,
   picture: number,
-  request: Required<GenerateRequest>,
+  request: Required<GenerateRequest> & { seed: number },
   events: Events,
-): Promise<{ latents: Latents; times: number[] }> {
+): Promise<Denoised> {
   const { height, width, channels } = loaded.manifest.latents;
-  const stream = new NoiseStream(seed);
+  const stream = new NoiseStream(request.seed + picture);
   let latents = stream.draw(height * width * channels);
   denoiser.start(latents, stream);
   const { preview } = loaded.manifest;
@@ -111,12 +130,16 @@ async function denoise(
 }
 
 /** `prompt_embeds` of `text`; those of the empty prompt are the bundle's where it keeps them. */
-async function encode(loaded: Loaded, text: string, warn: (sentence: string) => void): Promise<Latents> {
+async function encode(
+  loaded: Loaded,
+  encoder: Network,
+  text: string,
+  warn: (sentence: string) => void,
+): Promise<Latents> {
   const { inputIds, attentionMask, warning } = loaded.tokenizer.encode(text);
   const empty = loaded.tokenizer.encode("").inputIds;
   if (loaded.emptyStates && inputIds.every((id, i) => id === empty[i])) return loaded.emptyStates;
   if (warning) warn(warning);
-  const encoder = loaded.networks.text_encoder;
   encoder.write("input_ids", inputIds);
   encoder.write("attention_mask", attentionMask);
   const states = await encoder.run();
@@ -124,8 +147,7 @@ async function encode(loaded: Loaded, text: string, warn: (sentence: string) => 
   return states;
 }
 
-async function decode(loaded: Loaded, latents: Latents): Promise<ReturnType<typeof toPixels>> {
-  const { decoder } = loaded.networks;
+async function decode(loaded: Loaded, decoder: Network, latents: Latents): Promise<ReturnType<typeof toPixels>> {
   const { manifest } = loaded;
   const [, height, width] = input(decoder.spec, "latents")!.shape;
   const one = (part: Latents) => {

@@ -2,14 +2,9 @@
 
 import { type CompiledModel, getWebGpuDevice, loadAndCompile, loadLiteRt } from "@litertjs/core";
 import type { Backend } from "./api";
-import { BundleError, EngineError } from "./errors";
-import type { Manifest, Network as Spec } from "./manifest";
+import { EngineError } from "./errors";
+import type { Network as Spec } from "./manifest";
 import { LiteRtNetwork } from "./network";
-
-/** The largest Wasm heap that LiteRT's builds have. */
-const HEAP_LIMIT = 2 ** 31;
-/** Of LiteRT's code and its stacks. */
-const HEAP_BASE = 20e6;
 
 /** LiteRT, loaded; one a worker. */
 export class LiteRt {
@@ -96,22 +91,6 @@ export class LiteRt {
   precisionOf(spec: Spec): "fp16" | "fp32" {
     return this.shaderF16 && spec.gpu_precision !== "fp32" ? "fp16" : "fp32";
   }
-}
-
-/** Throws BundleError "too-large" for a bundle whose weights do not fit into a Wasm heap. */
-export function checkMemory(manifest: Manifest, backend: Backend): void {
-  let bytes = HEAP_BASE;
-  for (const [name, spec] of Object.entries(manifest.networks)) {
-    // the file lies in the heap, and beside it the weights as the kernels take them (on a GPU in its memory)
-    const unpacked = spec.parameters * (spec.weights.endsWith("dynamic") ? 1 : 4);
-    bytes += manifest.files[name].size + (backend === "wasm" ? unpacked : 0);
-  }
-  if (bytes <= HEAP_LIMIT) return;
-  const [need, limit] = [bytes, HEAP_LIMIT].map((n) => Math.round(n / 1e6).toLocaleString("en"));
-  throw new BundleError(
-    "too-large",
-    `the bundle needs ${need} MB of memory and LiteRT has ${limit} MB in a browser: use a smaller or more quantized one`,
-  );
 }
 
 /** What LiteRT threw, in a sentence: memory, or a network that it does not run here. `fault` is its own log's. */

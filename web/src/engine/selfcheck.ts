@@ -31,7 +31,8 @@ export interface CheckResult {
  * the empty prompt, where the bundle keeps it.
  */
 export async function selfCheck(
-  { networks, manifest, tokenizer, emptyStates: states }: Loaded,
+  networks: Record<NetworkName, Network>,
+  { manifest, tokenizer, emptyStates: states }: Omit<Loaded, "networks">,
   stored: Float32Array,
   precisionOf: (spec: Spec) => "fp16" | "fp32",
 ): Promise<CheckResult> {

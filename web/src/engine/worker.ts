@@ -4,11 +4,12 @@ import type { LoadProgress, LoadReport, NetworkName } from "./api";
 import { Bundle } from "./bundle";
 import { type Loaded, draw } from "./drawing";
 import { BundleError, EngineError } from "./errors";
-import { asEngineError, checkMemory, LiteRt } from "./litert";
+import { asEngineError, LiteRt } from "./litert";
 import { EMPTY_PROMPT, SELF_CHECK } from "./manifest";
 import { type FromWorker, pack, type ToWorker } from "./messages";
 import type { LiteRtNetwork } from "./network";
 import type { Latents } from "./samplers/sampler";
+import { fitTogether, InTurns, Resident } from "./residency";
 import { selfCheck } from "./selfcheck";
 import { PromptTokenizer } from "./tokenizer/prompt_tokenizer";
 
@@ -51,7 +52,10 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
   const began = performance.now();
   const bundle = Bundle.of(descriptor);
   const { manifest } = bundle;
-  checkMemory(manifest, backend);
+  const together = fitTogether(manifest, backend);
+  if (backend === "webgpu" && !together) {
+    throw new EngineError("unsupported", "the networks do not fit into memory together, to be checked");
+  }
   const files = ["tokenizer", EMPTY_PROMPT, ...(backend === "webgpu" ? [SELF_CHECK] : []), ...NETWORKS];
   const needed = files.filter((name) => manifest.files[name]);
   const of = needed.reduce((sum, name) => sum + manifest.files[name].size, 0);
@@ -93,6 +97,8 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
     const content = await wait(next);
     const later = NETWORKS[i + 1];
     if (later) next = read(later);
+    [compile[name], fullyAccelerated[name]] = [0, false];
+    if (!together) continue; // it was read to be verified, and kept if it can be
     progress("compile", name);
     const started = performance.now();
     const compiled = await litert.compile(content, manifest.networks[name]);
@@ -103,14 +109,19 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
       throw new EngineError("unsupported", `the GPU does not take every operation of the ${name}`);
     }
   }
-  const drawn: Loaded = { manifest, hash: bundle.hash, tokenizer, networks, emptyStates };
+  const drawn = { manifest, hash: bundle.hash, tokenizer, emptyStates };
   const checking = performance.now();
   const notes = [litert.note, bundle.notKept].filter((note) => note !== null);
   if (known) {
     progress("self-check", "unet");
-    notes.push(await trusted(litert, drawn, known));
+    notes.push(await trusted(litert, networks, drawn, known));
   }
-  loaded = drawn;
+  if (!together) notes.push("the networks are loaded in turns: they do not fit into memory together");
+  const inTurns = async (name: NetworkName) => {
+    const compiled = await (litert as LiteRt).compile(await bundle.file(name), manifest.networks[name]);
+    return compiled.network;
+  };
+  loaded = { ...drawn, networks: together ? new Resident(networks) : new InTurns(inTurns) };
   const now = performance.now();
   const halves = backend === "webgpu" && NETWORKS.some((name) => litert?.precisionOf(manifest.networks[name]) === "fp16");
   return {
@@ -124,8 +135,13 @@ async function load({ id, bundle: descriptor, wasm, backend, threads }: ToWorker
 }
 
 /** What the self-check found, in a sentence; throws EngineError "unsupported" where the GPU is not to be trusted. */
-async function trusted(litert: LiteRt, drawn: Loaded, known: Float32Array): Promise<string> {
-  const { decibels, fault } = await selfCheck(drawn, known, (spec) => litert.precisionOf(spec));
+async function trusted(
+  litert: LiteRt,
+  networks: Record<NetworkName, LiteRtNetwork>,
+  drawn: Omit<Loaded, "networks">,
+  known: Float32Array,
+): Promise<string> {
+  const { decibels, fault } = await selfCheck(networks, drawn, known, (spec) => litert.precisionOf(spec));
   const wrong = fault ?? litert.takeFault();
   if (wrong) throw new EngineError("unsupported", `the GPU computes something else (${wrong})`);
   const worst = Math.min(...Object.values(decibels));

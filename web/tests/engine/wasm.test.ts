@@ -182,6 +182,19 @@ test("an altered file, a newer bundle, one too large, none at all: told, nothing
   expect(site.requests.filter((path) => path.endsWith(".tflite"))).toEqual([]);
 });
 
+test("networks that do not fit into memory together come in turns, and draw the same", async () => {
+  const manifest = JSON.parse(readFileSync(join(bundles.single, "bundle.json"), "utf8"));
+  manifest.networks.unet.parameters = 4.5e8; // 1.8 GB as the kernels take them: it says
+  altered.set("single/bundle.json", Buffer.from(JSON.stringify(manifest)));
+  const page = await open("plain");
+  const report = await load(page, "single", { backend: "wasm" });
+  expect(report.notes).toContain("the networks are loaded in turns: they do not fit into memory together");
+  const one = cases.find(({ bundle }) => bundle === "single")!;
+  const pictures = await draw(page, { ...one.request, count: 2 });
+  expect(difference(pictures.slice(0, 1), one)).toBeLessThanOrEqual(1);
+  expect(pictures.map(({ settings }) => settings.seed)).toEqual([11, 12]);
+});
+
 test("a bundle from a folder on disk", async () => {
   const page = await open("plain");
   await page.evaluate(() => {
