@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from guided import RANGE, SCALE, STEPS, make_guided_folder, small_unet
+from guided import RANGE, SCALE, STEPS, small_unet
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.compare import Asked, compare
 from pocketfusion.folder import load_pipeline
-from pocketfusion.mobile import export as module
 from pocketfusion.mobile import gate, measure
 from pocketfusion.mobile.export import export
 from pocketfusion.models.sampling import Sampling, write_sampling
@@ -29,41 +29,15 @@ PROMPT = "a red apple, noto style"
 KINDS = ("embedded", "folded")
 
 
-@pytest.fixture(scope="module")
-def made(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Folder and bundle of each kind. Only the UNets are converted: the other networks are the tiny bundle's own."""
-    convert = module._convert_network
-
-    def write(wrapped: Any, samples: Any, file: Path, settings: Any) -> None:
-        network = file.name.partition("-")[0]
-        if network == "unet":
-            convert(wrapped, samples, file, settings)
-        else:
-            shutil.copyfile(tiny_bundle / f"{network}.tflite", file)
-
-    root = tmp_path_factory.mktemp("guided")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_convert_network", write)
-        for kind in KINDS:
-            make_guided_folder(root / kind, kind)
-            export(root / kind, root / f"{kind}-bundle", name=kind)
-    return {kind: (root / kind, root / f"{kind}-bundle") for kind in KINDS}
-
-
 @pytest.fixture
-def same_files(made: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`export` copies the embedded bundle's networks instead of converting."""
-
-    def copy(wrapped: Any, samples: Any, file: Path, settings: Any) -> None:
-        shutil.copyfile(made["embedded"][1] / f"{file.name.partition('-')[0]}.tflite", file)
-
-    monkeypatch.setattr(module, "_convert_network", copy)
+def same_files(converted: Callable[[str], None]) -> None:
+    converted("embedded")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_manifest(made: dict, kind: str) -> None:
-    manifest = Bundle.open(made[kind][1]).manifest
-    written = json.loads((made[kind][1] / "bundle.json").read_text())
+def test_manifest(guided: dict, kind: str) -> None:
+    manifest = Bundle.open(guided[kind][1]).manifest
+    written = json.loads((guided[kind][1] / "bundle.json").read_text())
     assert written["guidance"] == manifest.guidance == kind
     assert manifest.defaults.model_dump() == {"num_inference_steps": STEPS, "guidance_scale": SCALE}
     inputs = {tensor.name: tensor.shape for tensor in manifest.networks.unet.inputs}
@@ -80,9 +54,9 @@ def test_a_bundle_of_classifier_free_guidance_says_what_it_always_said(tiny_bund
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("embedded", 3.0), ("embedded", 7.0), ("folded", 3.0)])
-def test_runtime_draws_what_the_stock_pipeline_draws(made: dict, kind: str, scale: float) -> None:
+def test_runtime_draws_what_the_stock_pipeline_draws(guided: dict, kind: str, scale: float) -> None:
     """Stock diffusers passes the scale's embedding by itself, and of a folded folder is asked for no guidance."""
-    folder, bundle = made[kind]
+    folder, bundle = guided[kind]
     stock = load_pipeline(folder)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     settings: dict = {"num_inference_steps": 4, "latents": latents.clone(), "output_type": "np"}
@@ -101,9 +75,9 @@ def test_runtime_draws_what_the_stock_pipeline_draws(made: dict, kind: str, scal
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compare_draws_both_sides_alike(made: dict, kind: str) -> None:
+def test_compare_draws_both_sides_alike(guided: dict, kind: str) -> None:
     """The original's unconditional prediction, which it never asks for, is made for the guidance delta."""
-    folder, bundle = made[kind]
+    folder, bundle = guided[kind]
     (one,) = compare(folder, [bundle], Asked([PROMPT]), threads=1).comparison.bundles
     assert one.pairs[0].psnr_db > 40 and one.guidance_scale == SCALE and one.num_inference_steps == STEPS
     assert one.guidance_delta == pytest.approx(1, abs=1e-3)
@@ -112,8 +86,8 @@ def test_compare_draws_both_sides_alike(made: dict, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_call_a_step_and_one_text(made: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = Pipeline.load(made[kind][1], num_threads=1)
+def test_one_call_a_step_and_one_text(guided: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.load(guided[kind][1], num_threads=1)
     assert pipeline.bundle.empty_prompt_embeds() is None  # no branch that would need them
     calls: list[str] = []
     run = Network.run
@@ -128,8 +102,8 @@ def test_one_call_a_step_and_one_text(made: dict, kind: str, monkeypatch: pytest
     assert (result.num_inference_steps, result.guidance_scale) == (STEPS, SCALE)
 
 
-def test_options_go_before_the_folders_own(made: dict, tmp_path: Path, same_files: None) -> None:
-    export(made["embedded"][0], tmp_path / "b", num_inference_steps=2, guidance_scale=5.0)
+def test_options_go_before_the_folders_own(guided: dict, tmp_path: Path, same_files: None) -> None:
+    export(guided["embedded"][0], tmp_path / "b", num_inference_steps=2, guidance_scale=5.0)
     assert Bundle.open(tmp_path / "b").manifest.defaults.model_dump() == {
         "num_inference_steps": 2,
         "guidance_scale": 5.0,
@@ -142,12 +116,12 @@ def refused(folder: Path, out: Path, match: str, **settings: Any) -> None:
     assert not out.exists()
 
 
-def test_another_scale_than_the_folded_one(made: dict, tmp_path: Path) -> None:
-    refused(made["folded"][0], tmp_path / "b", r"--guidance is 4 but .*folded has 3 folded in", guidance_scale=4.0)
+def test_another_scale_than_the_folded_one(guided: dict, tmp_path: Path) -> None:
+    refused(guided["folded"][0], tmp_path / "b", r"--guidance is 4 but .*folded has 3 folded in", guidance_scale=4.0)
 
 
-def test_sampling_of_another_model_or_damaged(made: dict, tmp_path: Path) -> None:
-    copy = shutil.copytree(made["embedded"][0], tmp_path / "copy")
+def test_sampling_of_another_model_or_damaged(guided: dict, tmp_path: Path) -> None:
+    copy = shutil.copytree(guided["embedded"][0], tmp_path / "copy")
     write_sampling(copy, Sampling(num_inference_steps=4, guidance_scale=3.0, guidance="folded"))
     refused(copy, tmp_path / "b", "its sampling.json and its unet/ belong to different models")
     (copy / "sampling.json").write_text('{"num_inference_steps": "many"}')
@@ -155,7 +129,7 @@ def test_sampling_of_another_model_or_damaged(made: dict, tmp_path: Path) -> Non
 
 
 def test_a_lost_scale_or_prompt_writes_nothing(
-    made: dict, tmp_path: Path, same_files: None, monkeypatch: pytest.MonkeyPatch
+    guided: dict, tmp_path: Path, same_files: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gate's second delta sees a UNet that ignores `timestep_cond`, its first one a text that says nothing."""
     original = gate.run
@@ -167,7 +141,7 @@ def test_a_lost_scale_or_prompt_writes_nothing(
 
     monkeypatch.setattr(measure.gate, "check_sqnr", lambda *arguments: None)
     monkeypatch.setattr(gate, "run", ignoring)
-    refused(made["embedded"][0], tmp_path / "b", r"follow the prompt 0\.000 times")
+    refused(guided["embedded"][0], tmp_path / "b", r"follow the prompt 0\.000 times")
     monkeypatch.setattr(gate, "run", original)
     real = measure.run_file
 
@@ -176,7 +150,7 @@ def test_a_lost_scale_or_prompt_writes_nothing(
         return real(*others, None if embeds is None else embeds[:1].repeat(len(embeds), 0))
 
     monkeypatch.setattr(measure, "run_file", deaf)
-    refused(made["embedded"][0], tmp_path / "b", r"follow the prompt 0\.000 times")
+    refused(guided["embedded"][0], tmp_path / "b", r"follow the prompt 0\.000 times")
 
 
 def test_guidance_delta_by_hand() -> None:
@@ -198,16 +172,16 @@ def test_guidance_delta_by_hand() -> None:
         ({"guidance": "telepathy"}, "guidance: Input should be"),
     ],
 )
-def test_a_manifest_that_contradicts_itself(made: dict, tmp_path: Path, change: dict, match: str) -> None:
-    bundle = Path(shutil.copytree(made["embedded"][1], tmp_path / "b"))
+def test_a_manifest_that_contradicts_itself(guided: dict, tmp_path: Path, change: dict, match: str) -> None:
+    bundle = Path(shutil.copytree(guided["embedded"][1], tmp_path / "b"))
     file = bundle / "bundle.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(PocketfusionError, match=match):
         Bundle.open(bundle)
 
 
-def test_what_generate_refuses_and_warns_of(made: dict) -> None:
-    embedded, folded = (Pipeline.load(made[kind][1], num_threads=1) for kind in KINDS)
+def test_what_generate_refuses_and_warns_of(guided: dict) -> None:
+    embedded, folded = (Pipeline.load(guided[kind][1], num_threads=1) for kind in KINDS)
     for pipeline, kind in ((embedded, "embedded"), (folded, "folded")):
         with pytest.raises(PocketfusionError, match=f"guidance is {kind}, so a negative prompt has no effect"):
             pipeline.generate("cat", negative_prompt="dog")
@@ -221,22 +195,23 @@ def test_what_generate_refuses_and_warns_of(made: dict) -> None:
     assert folded.generate("cat", guidance_scale=3, num_inference_steps=1).guidance_scale == 3
 
 
-def test_commands_say_which_guidance(made: dict, tmp_path: Path) -> None:
+def test_commands_say_which_guidance(guided: dict, tmp_path: Path) -> None:
     from pocketfusion.cli import app, commands  # noqa: F401  (registers them)
 
     def run(*arguments: object) -> Any:
         return CliRunner().invoke(app, [*map(str, arguments)])
 
-    drawn = run("generate", "cat", "-o", tmp_path / "a.png", "--bundle", made["embedded"][1], "--json", tmp_path / "j")
+    bundle, record = guided["embedded"][1], tmp_path / "j"
+    drawn = run("generate", "cat", "-o", tmp_path / "a.png", "--bundle", bundle, "--json", record)
     assert drawn.exit_code == 0 and "embedded guidance 3" in drawn.output, drawn.output
-    assert json.loads((tmp_path / "j").read_text())["guidance"] == "embedded"
-    refusal = run("generate", "cat", "-o", tmp_path / "b.png", "--bundle", made["folded"][1], "--guidance", 9)
+    assert json.loads(record.read_text())["guidance"] == "embedded"
+    refusal = run("generate", "cat", "-o", tmp_path / "b.png", "--bundle", guided["folded"][1], "--guidance", 9)
     assert isinstance(refusal.exception, PocketfusionError) and "3 folded in" in str(refusal.exception)
     assert not (tmp_path / "b.png").exists()
     for path, words in (
-        (made["embedded"][1], "embedded: one prediction a step, the scale its input, taught for 1 to 8"),
-        (made["embedded"][0], "embedded: one prediction a step, the scale its input, taught for 1 to 8"),
-        (made["folded"][0], "folded: one prediction a step, at one scale"),
+        (guided["embedded"][1], "embedded: one prediction a step, the scale its input, taught for 1 to 8"),
+        (guided["embedded"][0], "embedded: one prediction a step, the scale its input, taught for 1 to 8"),
+        (guided["folded"][0], "folded: one prediction a step, at one scale"),
     ):
         shown = run("info", path)
         assert shown.exit_code == 0 and words in shown.output and "4 steps, guidance 3" in shown.output, shown.output

@@ -90,6 +90,20 @@ def export_command(
     guidance: Annotated[
         float | None, typer.Option(help="The bundle's default guidance scale.", show_default="the folder's, else 4")
     ] = None,
+    few_steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Few-step method of the --lora, or of an adapter that the folder has in it: lcm, hyper, tcd or "
+            "lightning. Sets sampler, steps and guidance.",
+            show_default=False,
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="The bundle's sampler.", show_default="the folder's, see docs/samplers.md")
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="TCD's fresh noise at each step, 0 to 1.", show_default="0.3")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The bundle's name. Default: OUT's last part.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at OUT.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
@@ -130,6 +144,9 @@ def export_command(
         "gate_steps": gate_steps,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
+        "few_steps": few_steps,
+        "sampler": sampler,
+        "eta": eta,
     }
     outlook = prepare(folder, out, given, None if device is None else device.value, overwrite)
     show(outlook, out, console)
@@ -191,5 +208,7 @@ def _print(report: ExportReport, console: Console) -> None:
         console.print(
             f"{report.lora_layers_left_out} LoRA layers are of blocks that were cut from this model and are left out"
         )
-    size = f"{report.size / 1e6:.2f} MB, sampler {report.sampler}"
+    steps = f"{report.num_inference_steps} step{'s' if report.num_inference_steps > 1 else ''}"
+    drawn = f"sampler {report.sampler}, {steps}, guidance {report.guidance_scale:g}"
+    size = f"{report.size / 1e6:.2f} MB, {drawn}"
     console.print(f"{report.bundle}: {size}; peak memory {report.peak_rss / 1e6:,.0f} MB")

@@ -38,7 +38,7 @@ from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.learnt_tokens import add_embedding
-from pocketfusion.models.sampling import read_sampling, usual_sampling
+from pocketfusion.models.sampling import read_sampling
 from pocketfusion.models.tiny_autoencoder import load_decoder, vae_hash
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import (
@@ -51,8 +51,7 @@ from pocketfusion.runtime.manifest import (
     Network,
     Networks,
 )
-from pocketfusion.runtime.samplers.sampler import Sampler
-from pocketfusion.runtime.specs import MULTISTEP, SamplerName
+from pocketfusion.runtime.specs import SamplerName
 from pocketfusion.runtime.trust.litert_file import verify
 from pocketfusion.runtime.trust.vocabulary import check_parts
 
@@ -69,7 +68,7 @@ STAGES = (
 @dataclass(frozen=True)
 class ExportReport:
     """What `export` did: the bundle, its size in bytes, its networks, the process's peak memory in bytes, how many
-    layers of LoRA adapters are of blocks that were cut from the model, and the bundle's sampler."""
+    layers of LoRA adapters are of blocks that were cut from the model, and how the bundle is drawn."""
 
     bundle: str
     size: int
@@ -77,6 +76,8 @@ class ExportReport:
     peak_rss: int
     lora_layers_left_out: int = 0
     sampler: SamplerName = "ddim"
+    num_inference_steps: int = 0
+    guidance_scale: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -95,7 +96,7 @@ def export(
     """Exports the model folder `folder` to the bundle `out`.
 
     `options` are `ExportSettings`' fields. Steps and guidance become the bundle's defaults, the latter also in the
-    gate's sampling; where not given they are those of the folder (see `usual_sampling`).
+    gate's sampling; where not given they are those of `few_steps` or the folder (see `usual_sampling`).
     `name` is the bundle's (default: `out`'s last part). An existing `out` is replaced only with `overwrite`.
     Converted networks are kept beside `out` until the bundle is whole, so a killed export goes on where it was.
 
@@ -107,7 +108,7 @@ def export(
     settings = ExportSettings(**options)
     settings.check(folder, out, overwrite)
     kinds = settings.kinds()
-    sampling = usual_sampling(folder)
+    sampling = settings.sampling(folder)
     defaults = settings.defaults(folder, sampling)
     if defaults.guidance_scale <= 1 and not settings.scheduler_step:
         settings = replace(settings, two_calls=True)  # one call a step is all that such a model needs
@@ -138,14 +139,7 @@ def export(
         inputs["decoder"]["latents"] = inputs["decoder"]["latents"][:, :side, :side].contiguous()
     spec, tokenizer = specs.tokenizer_spec(pipeline), _tokenizer(pipeline)
     latents, image = specs.latent_spec(pipeline), specs.image_spec(pipeline)
-    scheduler = specs.scheduler_spec(pipeline)
-    student = read_sampling(folder) is not None  # taught the timesteps of its DDIM steps alone
-    sampler: SamplerName = "ddim" if student else specs.sampler_of(pipeline.scheduler)
-    if settings.scheduler_step and sampler in MULTISTEP:
-        raise PocketfusionError(
-            f"--scheduler-step is of one-step samplers, and {folder} has {sampler}: leave --scheduler-step out"
-        )
-    Sampler(sampler, scheduler).set_timesteps(defaults.num_inference_steps)
+    sampler, scheduler = settings.drawn_with(folder, pipeline, defaults.num_inference_steps)
     work = out.absolute().parent / f".{out.name}.work"
     with _kept_until_whole(work), atomic_folder(out, overwrite=overwrite) as partial:
         stage()
@@ -212,7 +206,7 @@ def export(
             image=image,
             scheduler=scheduler,
             sampler=sampler,
-            samplers=["ddim"] if student else None,
+            samplers=None if read_sampling(folder) is None else ["ddim"],
             time_embedding=time_embedding_spec(pipeline.unet) if form.time_embedding == "outside" else None,
             preview=preview,
             guidance=guidance,
@@ -225,7 +219,8 @@ def export(
         for network in NETWORKS:  # what the runtime would refuse is no bundle
             verify(partial / f"{network}.tflite", getattr(manifest.networks, network))
         size = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
-    return ExportReport(str(out), size, list(rows.values()), peak_rss(), left_out, sampler)
+    drawn = (sampler, defaults.num_inference_steps, defaults.guidance_scale)
+    return ExportReport(str(out), size, list(rows.values()), peak_rss(), left_out, *drawn)
 
 
 def _tokenizer(pipeline: StablePipeline) -> Tokenizer:
@@ -308,4 +303,5 @@ def _provenance(folder: Path, settings: ExportSettings) -> dict[str, Any]:
         | ({"vae": {"file": vae.name, "sha256": vae_hash(vae)}} if vae else {})
         | ({"lora": lora} if lora else {})
         | ({"embeddings": embeddings} if embeddings else {})
+        | ({"few_steps": settings.few_steps} if settings.few_steps else {})
     )

@@ -16,23 +16,26 @@ from pocketfusion.artefact import check_new, sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash
 from pocketfusion.mobile.devices import DeviceName
+from pocketfusion.mobile.few_steps import check_names, chosen_sampler, few_step_sampling
 from pocketfusion.mobile.inputs import STEPS
 from pocketfusion.mobile.lora_file import check_lora
 from pocketfusion.mobile.pack import FORMS
 from pocketfusion.mobile.rewrites import PASSES
+from pocketfusion.mobile.specs import sampler_of, scheduler_spec
 from pocketfusion.mobile.targets import TARGETS, Target, TargetName
 from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
 from pocketfusion.mobile.wrappers import StablePipeline
 from pocketfusion.models.learnt_tokens import read_embedding
-from pocketfusion.models.sampling import Sampling
+from pocketfusion.models.sampling import Sampling, read_sampling, usual_sampling
 from pocketfusion.models.tiny_autoencoder import check_vae, vae_hash
 from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, Defaults
+from pocketfusion.runtime.samplers.sampler import Sampler
+from pocketfusion.runtime.specs import MULTISTEP, SamplerName, SchedulerSpec
 from pocketfusion.runtime.tiles import check_tile
 
 #: Settings that change nothing in the float32 networks.
-_NOT_IN_THE_GRAPH = (
-    *("weights", "recipe", "num_inference_steps", "guidance_scale", "gate_steps", "gpu_fp32", "made_for"),
-)
+_OF_THE_SAMPLING = ("num_inference_steps", "guidance_scale", "sampler", "eta", "few_steps")
+_NOT_IN_THE_GRAPH = ("weights", "recipe", *_OF_THE_SAMPLING, "gate_steps", "gpu_fp32", "made_for")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class ExportSettings:
     adapters to merge, each with its scale. `embedding`: textual inversions to add. `gpu_fp32`: networks that need fp32
     on the GPU, for the manifest (`check` says which). `gate_steps`: sampling steps, for each of two prompts, that the
     gate compares. `made_for`: the device whose settings these are (`devices.options_for`), for the manifest.
+    `few_steps`: a method's name, whose settings then are the bundle's (`mobile.few_steps`). `sampler`, and `eta` of
+    TCD: the bundle's, in place of the folder's.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -54,6 +59,9 @@ class ExportSettings:
     target: TargetName = "litert-cpu"
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    few_steps: str | None = None
+    sampler: str | None = None
+    eta: float | None = None
     rewrites: tuple[str, ...] = ()
     two_calls: bool = False
     scheduler_step: bool = False
@@ -88,6 +96,7 @@ class ExportSettings:
             raise PocketfusionError(f"--gate-steps is {self.gate_steps}: choose 1 to 50")
         if self.guidance_scale is not None and not np.isfinite(self.guidance_scale):
             raise PocketfusionError(f"--guidance is {self.guidance_scale}: choose a finite number, such as 4")
+        check_names(self.few_steps, self.sampler, self.guidance_scale)
         if self.recipe is not None and any(kind != "float32" for kind in self.weights.values()):
             raise PocketfusionError("--recipe and --weights both say how weights are stored: give one of them")
         check_folder(folder)
@@ -131,6 +140,31 @@ class ExportSettings:
                 f"{self.target}"
             )
         return {network: getattr(recipe, network) for network in NETWORKS}
+
+    def sampling(self, folder: Path) -> Sampling:
+        """The folder's own, or that of the few-step method."""
+        known = usual_sampling(folder)
+        if self.few_steps is None:
+            return known
+        return few_step_sampling(self.few_steps, [file for file, _ in self.lora], folder, known)
+
+    def drawn_with(self, folder: Path, pipeline: StablePipeline, steps: int) -> tuple[SamplerName, SchedulerSpec]:
+        """The bundle's sampler and schedule; raises PocketfusionError for a sampler that cannot draw the model so."""
+        student = read_sampling(folder) is not None  # taught the timesteps of its DDIM steps alone
+        own = "ddim" if student else sampler_of(pipeline.scheduler)
+        sampler, spec = chosen_sampler(own, scheduler_spec(pipeline), self.few_steps, self.sampler, self.eta)
+        if student and sampler != "ddim":
+            raise PocketfusionError(
+                f"--sampler is {sampler}, but {folder} was taught the timesteps of its own DDIM steps alone: leave "
+                "--sampler out"
+            )
+        if self.scheduler_step and sampler in MULTISTEP:
+            raise PocketfusionError(
+                f"--scheduler-step is of one-step samplers, and {'--sampler is' if self.sampler else f'{folder} has'} "
+                f"{sampler}: leave --scheduler-step out"
+            )
+        Sampler(sampler, spec).set_timesteps(steps)
+        return sampler, spec
 
     def defaults(self, folder: Path, known: Sampling) -> Defaults:
         """Given, else `known`, the folder's; raises PocketfusionError for a scale that is not the folded one."""

@@ -39,10 +39,11 @@ def read_sampling(folder: Path) -> Sampling | None:
 
 
 def usual_sampling(folder: Path) -> Sampling:
-    """What the folder says, else how its kind of model is drawn: LCM in 4 steps, Turbo in 1, others in 25.
+    """What the folder says, else how its kind of model is drawn: LCM and TCD in 4 steps, Turbo in 1, others in 25.
 
-    LCM (arXiv 2310.04378) is known by its scheduler, at diffusers' 8.5 where the UNet takes the scale and without
-    guidance where it does not; Turbo (arXiv 2311.17042) by Euler's `trailing` spacing, as its folders have it.
+    LCM (arXiv 2310.04378) and TCD (2402.19159) are known by their schedulers, LCM at diffusers' 8.5 where the UNet
+    takes the scale, and without guidance where it does not; Turbo (arXiv 2311.17042) by Euler's `trailing` spacing, as
+    its folders have it.
     """
     if (stated := read_sampling(folder)) is not None:
         return stated
@@ -50,7 +51,7 @@ def usual_sampling(folder: Path) -> Sampling:
     embedded = read_json(folder / "unet" / "config.json").get("time_cond_proj_dim") is not None
     kind: Guidance = "embedded" if embedded else "classifier-free"
     name = str(scheduler.get("_class_name"))
-    if name == "LCMScheduler":
+    if name in ("LCMScheduler", "TCDScheduler"):
         return Sampling(num_inference_steps=4, guidance_scale=8.5 if embedded else 1.0, guidance=kind)
     if name.startswith("Euler") and scheduler.get("timestep_spacing") == "trailing":
         return Sampling(num_inference_steps=1, guidance_scale=0.0, guidance=kind)
