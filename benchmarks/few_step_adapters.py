@@ -1,12 +1,12 @@
 """Few-step adapters made of this project's own models, and what `export --few-steps` draws with them.
 
     python benchmarks/few_step_adapters.py extract BASE STUDENT OUT.safetensors --rank 32
-    python benchmarks/few_step_adapters.py measure BUNDLE… --data DATA --judge JUDGE --like BUNDLE --json FILE
+    python benchmarks/few_step_adapters.py measure STUDENT BASE@8 BUNDLE… --data DATA --judge JUDGE --json FILE
 
 `extract` takes no training: the difference of two models' weights, layer by layer cut to a rank by its singular values
 (what the community calls LoRA extraction); biases and norms, which a LoRA has none of, are left behind. Three files of
-the same numbers: PEFT's names (OUT), kohya's (OUT-kohya), diffusers 0.21's (OUT-diffusers). `measure` draws the same
-captions from the same seeds with every bundle's own settings, on LiteRT's CPU.
+the same numbers: PEFT's names (OUT), kohya's (OUT-kohya), diffusers 0.21's (OUT-diffusers). `measure` draws the
+same captions from the same noise with every model folder (in torch) and bundle (on LiteRT), with DDIM.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import pocketfusion
 from pocketfusion.artefact import write_json
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.evaluate.distances import kid
 from pocketfusion.evaluate.extractors import JudgeExtractor
+from pocketfusion.evaluate.generate import SamplerSettings
 from pocketfusion.evaluate.metrics import clip_score, retrieval
+from pocketfusion.evaluate.systems import system_spec
 from pocketfusion.folder import load_pipeline
+from pocketfusion.runtime.sheet import contact_sheet
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # down [r, in, …], up [out, r, …]
 
@@ -72,8 +75,8 @@ def _named(file: Path, convention: str) -> Path:
     return file.with_stem(f"{file.stem}-{convention}")
 
 
-def measure(bundles: list[Path], data: Path, judge: Path, like: Path, count: int, file: Path) -> None:
-    """KID to real pictures, CLIP score and top-5 by the judge, PSNR to the pictures of the bundle `like`."""
+def measure(systems: list[str], data: Path, judge: Path, guidance: float, count: int, file: Path) -> None:
+    """KID to real pictures, CLIP score and top-5 by the judge, PSNR to the first system's pictures."""
     scorer = JudgeExtractor(judge)
     images = open_dataset(data, scorer.judge.image_size)
     indices = images.indices(["test_combo"])
@@ -81,30 +84,30 @@ def measure(bundles: list[Path], data: Path, judge: Path, like: Path, count: int
     chosen = np.random.default_rng(1).choice(indices, count, replace=False)
     captions = tuple(images.rows[i]["captions"][0] for i in chosen)
     texts = scorer.text_embeddings(captions)
-    drawn, rows = {}, []
-    for path in dict.fromkeys([like, *bundles]):
-        pipeline = pocketfusion.load(path, num_threads=1)
-        drawn[path] = np.stack([np.asarray(pipeline.generate(c, seed=i).images[0]) for i, c in enumerate(captions)])
-        pipeline.close()
-        features, embeddings = scorer.image_features(drawn[path])
-        error = np.square(drawn[path].astype(float) - drawn[like]).mean((1, 2, 3))
-        ranked = retrieval(embeddings, texts, captions, ks=(5,), pool=min(256, count))
-        defaults = pipeline.manifest.defaults
+    first, rows = None, []
+    for name in systems:
+        path, _, steps = name.partition("@")
+        spec = system_spec(Path(path), int(steps) if steps else None)
+        settings = SamplerSettings(spec.num_inference_steps, guidance)
+        drawn = spec.open(1).draw(captions, range(count), settings)
+        first = drawn if first is None else first
+        features, embeddings = scorer.image_features(drawn)
+        error = np.square(drawn.astype(float) - first).mean((1, 2, 3))
+        ranked = retrieval(embeddings, texts, captions, ks=(5,), pool=count)
         rows.append(
             {
-                "bundle": path.name,
-                "sampler": pipeline.manifest.sampler,
-                **defaults.model_dump(),
+                "system": spec.name,
+                "kind": spec.kind,
                 "kid": kid(features, real)._asdict(),
                 "clip_score": float(clip_score(embeddings, texts).mean()),
                 "top5": float(ranked.hits[5].mean()),
-                "psnr_to_like": None if path == like else float((10 * np.log10(255**2 / error)).mean()),
+                "psnr_to_first": float((10 * np.log10(255**2 / error)).mean()) if error.all() else None,
             }
         )
         print(rows[-1], flush=True)
-    _, real_embeddings = scorer.image_features(np.stack([images.images[i] for i in chosen]))
-    real_score = float(clip_score(real_embeddings, texts).mean())
-    write_json(file, {"captions": count, "split": "test_combo", "like": like.name, "real": real_score, "rows": rows})
+        shown = file.with_name(f"{file.stem}-{spec.name}.png")
+        contact_sheet([Image.fromarray(one) for one in drawn[:12]], list(captions[:12])).save(shown)
+    write_json(file, {"captions": count, "split": "test_combo", "guidance_scale": guidance, "rows": rows})
 
 
 def main() -> None:
@@ -116,10 +119,11 @@ def main() -> None:
         one.add_argument(name, type=Path)
     one.add_argument("--rank", type=int, default=32)
     two = commands.add_parser("measure")
-    two.add_argument("bundles", nargs="+", type=Path)
-    for name in ("data", "judge", "like"):
+    two.add_argument("systems", nargs="+", metavar="PATH[@STEPS]")
+    for name in ("data", "judge"):
         two.add_argument(f"--{name}", type=Path, required=True)
-    two.add_argument("--count", type=int, default=400)
+    two.add_argument("--guidance", type=float, default=6.0)
+    two.add_argument("--count", type=int, default=128)
     two.add_argument("--json", dest="file", type=Path, required=True)
     given = vars(parser.parse_args())
     {"extract": extract, "measure": measure}[given.pop("command")](**given)
