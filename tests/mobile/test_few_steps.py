@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -149,7 +150,9 @@ def test_a_merged_adapter_is_drawn_with_its_methods_settings(
     assert (report.sampler, report.num_inference_steps, report.guidance_scale) == (manifest.sampler, 4, 1.0)
     assert manifest.networks.unet.batch == 1 and manifest.provenance["few_steps"] == method
     cls = getattr(diffusers, kind)
-    whole.scheduler = cls.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    said = pipeline.scheduler.config
+    # SD 1.5's own file says so; `from_config` would fill in that DDIM clips
+    whole.scheduler = cls.from_config(said, timestep_spacing="trailing", clip_sample=False)
     expected = stock(whole, monkeypatch, num_inference_steps=4, guidance_scale=0, **given)
     check(ours(tmp_path / "b"), expected)
 
@@ -259,18 +262,25 @@ def test_an_adapter_of_another_base_is_refused(plain: Path, tmp_path: Path) -> N
 
 
 def test_the_command(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketfusion.cli import app
+    from pocketfusion.cli import app, export_plan
     from pocketfusion.cli import export as _  # noqa: F401  (registers the command)
     from pocketfusion.mobile import export as exporter
+    from pocketfusion.mobile import outlook
 
-    asked: dict[str, Any] = {}
+    def prepare(folder: Path, out: Path, given: dict[str, Any], *rest: Any) -> Any:
+        return SimpleNamespace(options=given, check=lambda out: None)
 
     def export(folder: Path, out: Path, **options: Any) -> ExportReport:
         asked.update(options)
         return ExportReport(str(out), 1, [], 1, sampler="tcd", num_inference_steps=1, guidance_scale=1.0)
 
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(outlook, "prepare", prepare)
     monkeypatch.setattr(exporter, "export", export)
+    for name in ("show", "show_next"):
+        monkeypatch.setattr(export_plan, name, lambda *rest: None)
     given = ("--few-steps", "hyper", "--sampler", "tcd", "--eta", "0.9", "--lora", "x.safetensors")
     result = CliRunner().invoke(app, ["export", str(plain), str(tmp_path / "b"), *given])
-    assert result.exit_code == 0 and "sampler tcd, 1 step, guidance 1;" in " ".join(result.output.split())
+    assert result.exit_code == 0, result.output
+    assert "sampler tcd, 1 step, guidance 1;" in " ".join(result.output.split())
     assert (asked["few_steps"], asked["sampler"], asked["eta"]) == ("hyper", "tcd", 0.9)

@@ -32,7 +32,6 @@ from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.loading import assemble, empty_part
-from pocketfusion.models.sampling import usual_sampling
 from pocketfusion.models.tiny_autoencoder import check_vae, load_decoder
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import NETWORKS
@@ -159,7 +158,7 @@ def _outlook(folder: Path, pipeline: Any, settings: ExportSettings, options: Map
     gate = 12 * text + (12 * settings.gate_steps + 3) * unet + (7 if tiled else 5) * decoder
     weights, largest = sum(row.fp32 for row in rows), max(row.fp32 for row in rows)
     integer = settings.target == "litert-cpu" and all(row.weights.endswith("dynamic") for row in rows[1:])
-    image, sampling = specs.image_spec(pipeline), usual_sampling(folder)
+    image, sampling = specs.image_spec(pipeline), settings.sampling(folder)
     guidance = guidance_of(pipeline.unet, sampling.guidance)
     once = (
         settings.defaults(folder, sampling).guidance_scale <= 1 and not settings.scheduler_step
@@ -171,7 +170,7 @@ def _outlook(folder: Path, pipeline: Any, settings: ExportSettings, options: Map
         settings=settings,
         picture=(image.height, image.width),
         batch=form.batch,
-        calls=2 if guidance == "classifier-free" and form.batch == 1 else 1,
+        calls=2 if guidance == "classifier-free" and form.batch == 1 and not once else 1,
         networks=rows,
         seconds=_IMPORTS + _MODULE * sum(row.modules for row in rows) + _GB * weights / 1e9 + gate_seconds,
         gate_seconds=gate_seconds,
