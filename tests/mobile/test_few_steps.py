@@ -268,7 +268,7 @@ def test_the_command(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from pocketfusion.mobile import outlook
 
     def prepare(folder: Path, out: Path, given: dict[str, Any], *rest: Any) -> Any:
-        return SimpleNamespace(options=given, check=lambda out: None)
+        return SimpleNamespace(options=given, settings=None, check=lambda out: None)
 
     def export(folder: Path, out: Path, **options: Any) -> ExportReport:
         asked.update(options)
