@@ -33,8 +33,6 @@ export default defineConfig({
       // the service worker's address never changes, and its scope is where it lies
       output: { entryFileNames: ({ name }) => (name === "sw" ? "sw.js" : "assets/[name]-[hash].js") },
     },
-    // bundles the licences' comments of packages into the files
-    license: { fileName: "licences.md" },
   },
   // a classic worker: LiteRT loads its glue with importScripts
   worker: { format: "iife" },

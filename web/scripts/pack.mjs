@@ -1,7 +1,7 @@
-// After `vite build`: tells the service worker which files the page has, and puts them into the Python package, those
-// that compress well as .gz alone.
+// After `vite build`: adds the packages' licences, tells the service worker which files the page has, and puts them into
+// the Python package, those that compress well as .gz alone.
 import { createHash } from "node:crypto";
-import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join, relative, sep } from "node:path";
 import { gzipSync } from "node:zlib";
 
@@ -15,6 +15,17 @@ for (const entry of readdirSync(from, { recursive: true, withFileTypes: true }))
   const file = join(entry.parentPath, entry.name);
   files.set(relative(from, file).split(sep).join("/"), readFileSync(file));
 }
+
+const licences = ["# Licences of the packages in this page"];
+const { packages } = JSON.parse(readFileSync(join(root, "package-lock.json"), "utf-8"));
+for (const [path, { dev, devOptional, optional, version, license }] of Object.entries(packages)) {
+  if (!path || dev || devOptional || optional) continue;
+  licences.push(`## ${path.replace(/^.*node_modules\//, "")} ${version} (${license})`);
+  const text = ["LICENSE", "LICENSE.md", "LICENSE.txt"].map((name) => join(root, path, name)).find(existsSync);
+  if (!text && license !== "Apache-2.0") throw new Error(`${path} has no licence's text`);
+  licences.push(readFileSync(text ?? join(root, "../LICENSE"), "utf-8").trim()); // LiteRT.js names it and has no copy
+}
+files.set("licences.md", Buffer.from(`${licences.join("\n\n")}\n`));
 
 const hash = (content) => createHash("sha256").update(content).digest("hex");
 const listed = { now: {}, later: {} };

@@ -15,6 +15,8 @@ export interface BundleCache {
   /** Rejects if the storage is full or refused. */
   put(key: string, bytes: Uint8Array<ArrayBuffer>): Promise<void>;
   delete(key: string): Promise<void>;
+  /** Forgets all. */
+  clear(): Promise<void>;
 }
 
 /** The browser's Cache API as a BundleCache; null where there is none (it needs https or localhost). */
@@ -29,6 +31,7 @@ export function cacheStorage(name = "pocketfusion-bundles"): BundleCache | null 
     },
     put: async (key, bytes) => await (await caches.open(name)).put(address(key), new Response(bytes)),
     delete: async (key) => void (await (await caches.open(name)).delete(address(key))),
+    clear: async () => void (await caches.delete(name)),
   };
 }
 

@@ -5,11 +5,12 @@ import { megabytes, sentence } from "./words";
 interface Props {
   state: State;
   onPick: (files: FileList) => void;
+  onFree: () => void;
   onClose: () => void;
 }
 
 /** What the model is and who made what it learnt from; other models and pictures from this device. */
-export function About({ state, onPick, onClose }: Props) {
+export function About({ state, onPick, onFree, onClose }: Props) {
   const { bundle, kept, device } = state;
   const folders = "webkitdirectory" in HTMLInputElement.prototype;
   return (
@@ -56,6 +57,13 @@ export function About({ state, onPick, onClose }: Props) {
           <p>{sentence(device.webgpuMissing ?? `WebGPU: ${device.adapter || "available"}`)}</p>
           <p>{sentence(device.threadsMissing ?? `${device.threads} threads`)}</p>
         </>
+      )}
+      {kept && (
+        <div class="actions">
+          <button type="button" onClick={onFree}>
+            Delete the model from this device
+          </button>
+        </div>
       )}
     </Sheet>
   );

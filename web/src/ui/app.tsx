@@ -58,6 +58,7 @@ export function App({ engine, probe, ready }: Props) {
             value={model?.id}
             onChange={({ currentTarget }) => {
               const chosen = models.find(({ id }) => id === currentTarget.value);
+              setWish({ ...wish, steps: null, guidance: null, sampler: null }); // another model has its own
               if (chosen) void studio.choose(chosen);
             }}
           >
@@ -123,6 +124,7 @@ export function App({ engine, probe, ready }: Props) {
             setAbout(false);
             void take(Promise.resolve().then(() => picked(files)));
           }}
+          onFree={() => void studio.freeStorage()}
           onClose={() => setAbout(false)}
         />
       )}

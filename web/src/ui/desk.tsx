@@ -89,7 +89,7 @@ function Details({ state, limits, wish, change }: Pick<Props, "state" | "limits"
   if (!manifest) return null;
   const steps = wish.steps ?? manifest.defaults.num_inference_steps;
   const guidance = wish.guidance ?? manifest.defaults.guidance_scale;
-  const [least, most] = manifest.guidance_range ?? [1, Math.max(15, guidance)];
+  const [least, most] = manifest.guidance_range ?? [1, 15];
   return (
     <details class="settings">
       <summary>
@@ -102,7 +102,7 @@ function Details({ state, limits, wish, change }: Pick<Props, "state" | "limits"
       <div class="fields">
         <Slider label="Steps" value={steps} min={1} max={Math.max(limits.steps, steps)} step={1} onValue={(value) => change({ steps: value })} />
         {manifest.guidance !== "folded" && (
-          <Slider label="Guidance" value={guidance} min={least} max={most} step={0.5} onValue={(value) => change({ guidance: value })} />
+          <Slider label="Guidance" value={guidance} min={Math.min(least, guidance)} max={Math.max(most, guidance)} step={0.5} onValue={(value) => change({ guidance: value })} />
         )}
         <Slider label="Pictures" value={wish.count} min={1} max={MOST_PICTURES} step={1} onValue={(value) => change({ count: value })} />
         {limits.samplers.length > 1 && (

@@ -3,6 +3,7 @@
 import {
   type Bundle,
   BundleError,
+  cacheStorage,
   type Device,
   encodePng,
   type Engine,
@@ -156,6 +157,10 @@ export class Studio {
 
   /** A picture's settings, to draw it again; opens a folder. Null where it was a folder or has no settings. */
   async take(given: Given): Promise<Settings | null> {
+    if (this.state.work.kind !== "idle") {
+      this.set({ error: "A picture is being drawn: stop it, or wait for it, and try again." });
+      return null;
+    }
     try {
       if ("picture" in given) {
         const settings = await readPngSettings(new Uint8Array(await given.picture.arrayBuffer()));
@@ -227,6 +232,13 @@ export class Studio {
     await this.pictures.delete(kept.id);
     this.set({ places: this.state.places.filter((place) => place.kept?.id !== kept.id) });
     await this.refresh();
+  }
+
+  /** Gives back what models take of this device's storage; the gallery stays. */
+  async freeStorage(): Promise<void> {
+    await cacheStorage()?.clear().catch(() => undefined);
+    const onDisk = Object.values(this.state.model?.forms ?? {}).some((form) => !form.kept);
+    this.set({ kept: onDisk });
   }
 
   async showMore(): Promise<void> {

@@ -21,10 +21,11 @@ export function plural(count: number, noun: string): string {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
-/** As a sentence is written: begun with a capital, ended with a stop. */
+/** As a sentence is written: begun with a capital unless it begins with a file's name, ended with a stop. */
 export function sentence(text: string): string {
   const trimmed = text.trim();
-  return trimmed.charAt(0).toUpperCase() + trimmed.slice(1) + (/[.!?…]$/.test(trimmed) ? "" : ".");
+  const begun = /^[\p{L}\d’'-]+(?=[\s,;:!?]|$)/u.test(trimmed) ? trimmed.charAt(0).toUpperCase() + trimmed.slice(1) : trimmed;
+  return begun + (/[.!?…]$/.test(trimmed) ? "" : ".");
 }
 
 /** A file's name that says what is on it. */

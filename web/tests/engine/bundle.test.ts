@@ -38,6 +38,7 @@ function memoryCache(full = false): BundleCache & { kept: Map<string, Uint8Array
       kept.set(key, value);
     },
     delete: async (key) => void kept.delete(key),
+    clear: async () => kept.clear(),
   };
 }
 

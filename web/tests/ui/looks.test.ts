@@ -184,6 +184,24 @@ test("what is neither picture nor bundle is refused in a sentence", async () => 
   await context.close();
 });
 
+test("a picture is shared as a file where the device can", async () => {
+  const share = () => {
+    const shared: string[] = [];
+    Object.assign(globalThis, { shared });
+    Object.assign(navigator, {
+      canShare: ({ files }: ShareData) => files?.length === 1,
+      share: async ({ files }: ShareData) => void shared.push(`${files?.[0].name} ${files?.[0].type}`),
+    });
+  };
+  const { page, context } = await opened({}, { before: share });
+  await draw(page, "a boat");
+  await page.getByLabel("Share the picture").click();
+  const shared = await page.evaluate(() => (globalThis as unknown as { shared: string[] }).shared);
+  expect(shared).toHaveLength(1);
+  expect(shared[0]).toMatch(/^a-boat-\d+\.png image\/png$/);
+  await context.close();
+});
+
 test("less motion is less motion", async () => {
   const { page, context } = await opened({ stepMilliseconds: 100 });
   await page.emulateMedia({ reducedMotion: "reduce" });

@@ -23,15 +23,17 @@ export interface Watched {
 export interface Settings {
   width?: number;
   scheme?: "light" | "dark";
+  /** If service workers may be registered. */
+  workers?: "allow" | "block";
   /** Runs in the page before its own code. */
   before?: () => void;
 }
 
-export async function watched(browser: Browser, { width = 360, scheme = "light", before }: Settings = {}): Promise<Watched> {
+export async function watched(browser: Browser, { width = 360, scheme = "light", workers = "allow", before }: Settings = {}): Promise<Watched> {
   const context = await browser.newContext({
     viewport: { width, height: width < 600 ? 740 : 800 },
     colorScheme: scheme,
-    acceptDownloads: true,
+    serviceWorkers: workers,
   });
   return await watch(context, before);
 }
