@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from serving import SECRET
@@ -13,8 +14,9 @@ from serving import SECRET
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.serve import site as sites
-from pocketfusion.serve.site import bundle_entries, page_entries, page_folder
+from pocketfusion.serve.site import bundle_entries, model_of, page_entries, page_folder
 from pocketfusion.serve.static_site import write_site
+from pocketfusion.serve.webgpu import cached, make_sibling, with_siblings
 
 
 def test_only_the_page_and_what_manifests_name_is_listed(page, site):
@@ -36,7 +38,8 @@ def test_the_list_names_bundles_that_share_a_model(tmp_path):
     bundles = [Bundle.open(embedded_bundle()), Bundle.open(other), Bundle.open(other)]
     listed = json.loads(bundle_entries(bundles)[0].read())["bundles"]
     assert len(listed) == 2  # one bundle given twice is one
-    assert listed[0]["model"] == listed[1]["model"] == bundles[0].manifest.provenance["model_folder"]
+    folder = bundles[0].manifest.provenance["model_folder"]
+    assert listed[0]["model"] == listed[1]["model"] == f"{folder}-64x64"
     assert listed[1]["path"].startswith("bundles/moji-64-")
     assert listed[1]["sha256"] == bundles[1].hash
 
@@ -59,3 +62,25 @@ def test_a_static_site_is_the_same_files(tmp_path, site):
         write_site(site, tmp_path / "out")
     write_site(site[:1], tmp_path / "out", overwrite=True)
     assert len(list((tmp_path / "out").rglob("*.*"))) == 2  # and its .gz
+
+
+@pytest.mark.parametrize(
+    "change", [{"lora": []}, {"embeddings": []}, {"vae": {}}, {"model_folder": None}, {"model_folder": "../x"}]
+)
+def test_a_bundle_with_something_merged_in_is_a_model_of_its_own(change):
+    bundle = Bundle.open(embedded_bundle(), verify=False)
+    manifest = bundle.manifest.model_copy(update={"provenance": bundle.manifest.provenance | change})
+    assert model_of(bundle) and model_of(Bundle(bundle.path, manifest, bundle.hash)) is None
+
+
+def test_a_sibling_in_the_cache_is_served_beside_its_bundle(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bundle = Bundle.open(embedded_bundle())
+    assert with_siblings([bundle]) == [bundle]
+    place = cached(model_of(bundle))
+    assert place.parent == tmp_path / "pocketfusion"
+    shutil.copytree(embedded_bundle(), place)
+    found = with_siblings([bundle, bundle])
+    assert [each.path for each in found] == [bundle.path, place, bundle.path]
+    with pytest.raises(PocketfusionError, match="not the model folder of any bundle given"):
+        make_sibling(Path(__file__).parents[2] / "models" / "emoji" / "base", [bundle], lambda *_: None)

@@ -97,11 +97,23 @@ def identity(bundle: Bundle) -> str:
     return f"{name or 'bundle'}-{bundle.hash[:8]}"
 
 
+def model_of(bundle: Bundle) -> str | None:
+    """What names the model that the bundle is a form of: the hash of its model folder and the pictures' size. None for
+    bundles with adapters, learnt tokens or another decoder merged in, and for those that do not say."""
+    provenance, image = bundle.manifest.provenance, bundle.manifest.image
+    folder = provenance.get("model_folder")
+    if not isinstance(folder, str) or not re.fullmatch("[0-9a-f]{64}", folder):
+        return None
+    if any(key in provenance for key in ("lora", "embeddings", "vae")):
+        return None
+    return f"{folder}-{image.height}x{image.width}"
+
+
 def bundle_entries(bundles: Iterable[Bundle]) -> list[Entry]:
     """`bundles.json` and every file that the bundles' manifests name, each bundle in a folder of its own.
 
-    `model` in the list is the hash of the model folder that a bundle was exported from: bundles that share it are one
-    model for different targets, and the page takes the one that its device runs best.
+    Bundles that share `model` (see `model_of`) are one model for different targets: the page takes the one that its
+    device runs best.
     """
     listed: dict[str, dict[str, Any]] = {}
     entries: list[Entry] = []
@@ -116,7 +128,7 @@ def bundle_entries(bundles: Iterable[Bundle]) -> list[Entry]:
             "path": f"bundles/{folder}/",
             "name": manifest.name,
             "target": manifest.target,
-            "model": manifest.provenance.get("model_folder"),
+            "model": model_of(bundle),
             "sha256": bundle.hash,
             "bytes": sum(each.size for each in manifest.files.values()),
         }

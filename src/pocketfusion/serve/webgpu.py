@@ -2,7 +2,7 @@
 
 A bundle for CPUs has operations that WebGPU does not take, and its sibling is another export of the same folder: 40 MB
 more for the embedded model. It is therefore neither in the package nor in the repository, but in the user's cache,
-by the folder's hash, which every bundle's manifest names.
+by what `model_of` says.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.runtime.manifest import MANIFEST, NETWORKS, Bundle
+from pocketfusion.runtime.manifest import MANIFEST, Bundle
+from pocketfusion.serve.site import model_of
 
-TARGET = "litert-gpu"
+_TARGET = "litert-gpu"
 
 
 def cached(model: str) -> Path:
-    """Where the WebGPU bundle of the model folder with this hash is kept."""
+    """Where the WebGPU bundle of a model is kept."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketfusion"
-    return cache / f"webgpu-{model[:16]}"
+    return cache / f"webgpu-{model[:16]}-{model.rpartition('-')[2]}"
 
 
 def with_siblings(bundles: Iterable[Bundle]) -> list[Bundle]:
     """The bundles, each with its WebGPU sibling behind it if the cache has one and it is not among them already."""
     given = list(bundles)
-    models = {model for bundle in given if bundle.manifest.target == TARGET if (model := _model(bundle))}
+    models = {model_of(bundle) for bundle in given if bundle.manifest.target == _TARGET}
     found = []
     for bundle in given:
         found.append(bundle)
-        model = _model(bundle)
+        model = model_of(bundle)
         if model and model not in models and (cached(model) / MANIFEST).is_file():
             models.add(model)
             found.append(Bundle.open(cached(model)))
@@ -38,14 +39,19 @@ def with_siblings(bundles: Iterable[Bundle]) -> list[Bundle]:
 
 
 def make_sibling(folder: Path, bundles: Iterable[Bundle], progress: Callable[[str, int, int], None]) -> Path:
-    """The WebGPU bundle of `folder`, exported into the cache unless it is there, with the weights, defaults and name
-    that the bundle made from it has; PocketfusionError if none of `bundles` was made from `folder`, or as `export`."""
+    """The WebGPU bundle of `folder`, as `export --for browser` makes it, in the cache; made now unless it is there.
+
+    It has the name, the defaults and the pictures' size of the one of `bundles` that was made from `folder`.
+    Raises PocketfusionError if there is none, or as `export`.
+    """
     from pocketfusion.folder import check_folder, folder_hash
     from pocketfusion.mobile.export import export
+    from pocketfusion.mobile.outlook import prepare
 
     check_folder(folder)
-    model = folder_hash(folder)
-    bundle = next((bundle for bundle in bundles if _model(bundle) == model), None)
+    made = folder_hash(folder)
+    found = ((bundle, model) for bundle in bundles if (model := model_of(bundle)) and model.startswith(made))
+    bundle, model = next(found, (None, ""))
     if bundle is None:
         raise PocketfusionError(
             f"{folder} is not the model folder of any bundle given: give the one that it was exported from"
@@ -53,20 +59,7 @@ def make_sibling(folder: Path, bundles: Iterable[Bundle], progress: Callable[[st
     out, manifest = cached(model), bundle.manifest
     if not (out / MANIFEST).is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
-        export(
-            folder,
-            out,
-            name=manifest.name,
-            overwrite=True,
-            progress=progress,
-            target=TARGET,
-            weights={name: getattr(manifest.networks, name).weights for name in NETWORKS},
-            num_inference_steps=manifest.defaults.num_inference_steps,
-            guidance_scale=manifest.defaults.guidance_scale,
-        )
+        given = {**manifest.defaults.model_dump(), "size": (manifest.image.height, manifest.image.width)}
+        options = prepare(folder, out, given, "browser", overwrite=True).options
+        export(folder, out, name=manifest.name, overwrite=True, progress=progress, **options)
     return out
-
-
-def _model(bundle: Bundle) -> str | None:
-    model = bundle.manifest.provenance.get("model_folder")
-    return model if isinstance(model, str) and len(model) == 64 and model.isalnum() else None

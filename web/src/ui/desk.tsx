@@ -1,4 +1,4 @@
-import { useId } from "preact/hooks";
+import { useEffect, useId, useRef } from "preact/hooks";
 import { Facts } from "./facts";
 import { Icon } from "./icon";
 import type { State, Wish } from "./studio";
@@ -21,6 +21,12 @@ export function Desk({ state, limits, wish, onWish, onDraw, onStop }: Props) {
   const { bundle, styles, work } = state;
   const change = (part: Partial<Wish>) => onWish({ ...wish, ...part });
   const style = styleOf(wish.prompt, styles);
+  const chips = useRef<HTMLDivElement>(null);
+  useEffect(() => {
+    const row = chips.current;
+    const chosen = row?.querySelector<HTMLElement>("[aria-pressed=true]");
+    if (row && chosen) row.scrollLeft = chosen.offsetLeft - (row.clientWidth - chosen.offsetWidth) / 2;
+  }, [style]);
   const busy = work.kind === "drawing" || work.kind === "loading";
   const size = bundle ? Object.values(bundle.manifest.files).reduce((sum, file) => sum + file.size, 0) : 0;
   return (
@@ -49,7 +55,7 @@ export function Desk({ state, limits, wish, onWish, onDraw, onStop }: Props) {
         />
       </label>
       {styles.length > 0 && (
-        <div class="chips" role="group" aria-label="Style">
+        <div ref={chips} class="chips" role="group" aria-label="Style">
           {styles.map((each) => (
             <button
               type="button"
