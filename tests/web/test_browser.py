@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,20 @@ def test_memory_over_fifty_pictures(vitest, drawn: Path, chromium: str) -> None:
         "tests/engine/wasm.test.ts", "heap", POCKETFUSION_VECTORS=str(drawn), POCKETFUSION_CHROMIUM=chromium,
         POCKETFUSION_PICTURES="50",
     )  # fmt: skip
+
+
+@pytest.mark.slow  # an export, and shaders on a CPU
+def test_an_exported_bundle_passes_its_self_check(vitest, tmp_path: Path, chromium: str) -> None:
+    from guided import make_guided_folder
+    from pocketfusion.mobile.export import export
+
+    folder = make_guided_folder(tmp_path / "model", "classifier-free")
+    weights = dict.fromkeys(("text_encoder", "unet", "decoder"), "int8-dynamic")
+    export(folder, tmp_path / "exported", target="litert-gpu", weights=weights, gate_steps=1)
+    (tmp_path / "drawn.json").write_text(
+        json.dumps({"bundles": {"exported": str(tmp_path / "exported")}, "cases": []})
+    )
+    vitest("tests/engine/exported.test.ts", POCKETFUSION_VECTORS=str(tmp_path), POCKETFUSION_CHROMIUM=chromium)
 
 
 def test_the_self_check_is_of_the_networks(drawn: Path) -> None:
