@@ -32,7 +32,7 @@ no-page:
 	@echo 'npm was not found: pocketfusion serve will have no page to show (install npm and make page)'
 
 # build/ has what earlier versions installed, and pip would pack that too.
-.venv-demo/ready: pyproject.toml Makefile $(SOURCES) | $(WITH_PAGE)
+.venv-demo/ready: pyproject.toml Makefile $(SOURCES) $(filter $(PAGE),$(WITH_PAGE)) | $(WITH_PAGE)
 	$(PYTHON) -m venv .venv-demo
 	rm -rf build
 	.venv-demo/bin/pip install --quiet --disable-pip-version-check .
