@@ -65,6 +65,10 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+def test_its_words_and_which_form_it_takes(vitest: Callable, tmp_path) -> None:
+    vitest("tests/ui/library.test.ts", POCKETFUSION_VECTORS=str(tmp_path))
+
+
 def test_its_looks_and_manners(vitest: Callable, chromium: str, tmp_path) -> None:
     vitest("tests/ui/looks.test.ts", POCKETFUSION_VECTORS=str(tmp_path))
 

@@ -26,6 +26,8 @@ beforeAll(async () => {
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
 });
 
+const address = () => `http://127.0.0.1:${(server.address() as AddressInfo).port}/a/folder/`;
+
 afterAll(async () => {
   await browser?.close();
   server?.closeAllConnections();
@@ -34,7 +36,7 @@ afterAll(async () => {
 
 test("the service worker isolates it, so it has threads", async () => {
   const { page, context, errors } = await watched(browser);
-  await page.goto(`http://127.0.0.1:${(server.address() as AddressInfo).port}/a/folder/`);
+  await page.goto(address());
   await page.waitForFunction(() => crossOriginIsolated);
   await ready(page);
   await draw(page, "a boat");
@@ -44,6 +46,21 @@ test("the service worker isolates it, so it has threads", async () => {
   await ready(page);
   expect(await page.evaluate(() => crossOriginIsolated)).toBe(true);
   expect(errors).toEqual([]);
+  await context.close();
+});
+
+test("without a service worker and a secure context's storage it draws on one thread", async () => {
+  const bare = () => {
+    Object.defineProperty(navigator, "serviceWorker", { value: undefined });
+    Reflect.deleteProperty(globalThis, "caches");
+    Object.defineProperty(globalThis, "crossOriginIsolated", { value: false });
+  };
+  const { page, context } = await watched(browser, { before: bare });
+  await page.goto(address());
+  await ready(page);
+  await draw(page, "a boat");
+  await page.getByText("WASM, 1 thread").click();
+  await page.getByText("One thread: the page is not cross-origin isolated.").waitFor();
   await context.close();
 });
 

@@ -125,21 +125,6 @@ test("a file that is altered on its way is told and not kept", async () => {
   await context.close();
 });
 
-test("without a service worker and a secure context's storage it draws on one thread", async () => {
-  const bare = () => {
-    Object.defineProperty(navigator, "serviceWorker", { value: undefined });
-    Reflect.deleteProperty(globalThis, "caches");
-    Object.defineProperty(globalThis, "crossOriginIsolated", { value: false });
-  };
-  const { page, context } = await watched(browser, { before: bare });
-  await page.goto(ADDRESS);
-  await ready(page);
-  await draw(page, "a boat");
-  await page.getByText("WASM, 1 thread").click();
-  await page.getByText("One thread: the page is not cross-origin isolated.").waitFor();
-  await context.close();
-});
-
 /** Addresses under which files of bundles' hashes are kept. */
 async function kept(page: Page): Promise<string[]> {
   const urls = await page.evaluate(async () => (await (await caches.open("pocketfusion-bundles")).keys()).map(({ url }) => url));
