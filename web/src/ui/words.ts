@@ -24,7 +24,7 @@ export function plural(count: number, noun: string): string {
 /** As a sentence is written: begun with a capital unless it begins with a file's name, ended with a stop. */
 export function sentence(text: string): string {
   const trimmed = text.trim();
-  const begun = /^[\p{L}\d’'-]+(?=[\s,;:!?]|$)/u.test(trimmed) ? trimmed.charAt(0).toUpperCase() + trimmed.slice(1) : trimmed;
+  const begun = /^[\p{L}\d’'-]+(?=[,;:!?]?(\s|$))/u.test(trimmed) ? trimmed.charAt(0).toUpperCase() + trimmed.slice(1) : trimmed;
   return begun + (/[.!?…]$/.test(trimmed) ? "" : ".");
 }
 
