@@ -6,7 +6,7 @@ import { dropped, type Given, picked } from "./files";
 import { Gallery } from "./gallery";
 import { Icon } from "./icon";
 import type { Kept } from "./pictures";
-import { Stage } from "./stage";
+import { EXAMPLES, Stage } from "./stage";
 import { EMPTY_WISH, type EngineLike, type State, Studio, type Wish } from "./studio";
 import { Viewer } from "./viewer";
 
@@ -34,6 +34,11 @@ export function App({ engine, probe, ready }: Props) {
     setWish(same);
     setViewed(null);
     draw(same);
+  };
+  const asked = () => {
+    const wanted = wish.prompt.trim() ? wish : { ...wish, prompt: EXAMPLES[0] }; // no words give no picture of anything
+    setWish(wanted);
+    draw(wanted);
   };
   const take = async (given: Promise<Given> | Given) => {
     try {
@@ -100,7 +105,7 @@ export function App({ engine, probe, ready }: Props) {
           limits={studio.limits}
           wish={wish}
           onWish={setWish}
-          onDraw={() => draw(wish)}
+          onDraw={asked}
           onStop={() => studio.cancel()}
         />
         <Gallery pictures={state.gallery} total={state.total} onView={setViewed} onMore={() => void studio.showMore()} />

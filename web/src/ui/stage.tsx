@@ -6,7 +6,8 @@ import { addressOf, canShare, share } from "./share";
 import type { State, Work } from "./studio";
 import { duration, fileName, megabytes } from "./words";
 
-const EXAMPLES = ["a red apple", "a smiling face", "a sailing boat", "a yellow flower"];
+/** What may be drawn by somebody who has no wish yet. */
+export const EXAMPLES = ["a red apple", "a smiling face", "a sailing boat", "a yellow flower"];
 
 interface Props {
   state: State;

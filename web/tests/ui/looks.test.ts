@@ -79,6 +79,15 @@ test("the keyboard alone draws, looks and goes back", async () => {
   await seen.context.close();
 });
 
+test("who asks for nothing is shown an example", async () => {
+  const { page, context } = await opened();
+  await page.locator(".draw").click();
+  expect(await page.getByLabel("Prompt").inputValue()).toBe("a red apple");
+  await ready(page);
+  expect(await page.locator(".gallery li").count()).toBe(1);
+  await context.close();
+});
+
 test("a style chip is the prompt's end, and only one is", async () => {
   const { page, context } = await opened();
   const prompt = page.getByLabel("Prompt");
