@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-EXPORT = "--target litert-gpu --weights int8 --gpu-fp32 text_encoder --two-calls --decoder-tile 32 --gate-steps 1"
+EXPORT = "--for android --gate-steps 1"
 
 
 def write_checkpoint(name: str, file: Path) -> None:

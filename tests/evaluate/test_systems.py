@@ -56,6 +56,15 @@ def test_samplers_and_steps_that_a_system_does_not_have_are_refused_before_drawi
         named_systems([f"{student}@4:euler"])
 
 
+def test_a_bundle_draws_with_its_own_sampler(tiny_bundle, tmp_path):
+    made = shutil.copytree(tiny_bundle, tmp_path / "made")
+    manifest = json.loads((made / "bundle.json").read_text())
+    (made / "bundle.json").write_text(json.dumps(manifest | {"sampler": "lcm"}))
+    specs = named_systems([f"{made}@4", f"{made}@4:ddim", f"{tiny_bundle}@4"])
+    assert [one.sampler for one in specs] == ["lcm", "ddim", "ddim"]
+    assert labels(specs)[0] == "made@4:lcm"
+
+
 def test_a_folded_system_has_its_own_scale_only(folder):
     write_sampling(folder, Sampling(num_inference_steps=6, guidance_scale=7.5, guidance="folded"))
     assert system_spec(folder).scales((1, 2, 4)) == (7.5,)

@@ -50,8 +50,9 @@ def evaluate_command(
 ) -> None:
     """Compare systems by their curves of FID and CLIP score over guidance.
 
-    Same captions, noise and seeds for all; DDIM where no sampler is named. Pictures and points are kept in OUT.run:
-    run again to go on after a stop. Under `accelerate launch` every process draws its share.
+    Same captions, noise and seeds for all. Where no sampler is named, a bundle draws with its own, a folder with DDIM.
+    Pictures and points are kept in OUT.run: run again to go on after a stop. Under `accelerate launch` every process
+    draws its share.
     """
     from pocketfusion.cli.extras import require_compress
 

@@ -100,9 +100,10 @@ def _folder_spec(path: Path, steps: int | None, precision: Precision, sampler: S
     )
 
 
-def _bundle_spec(path: Path, steps: int | None, sampler: SamplerName) -> SystemSpec:
+def _bundle_spec(path: Path, steps: int | None, sampler: SamplerName | None) -> SystemSpec:
     bundle = Bundle.open(path)
     manifest = bundle.manifest
+    sampler = sampler or manifest.sampler
     steps = steps or manifest.defaults.num_inference_steps
     resolve_sampler(manifest, sampler).set_timesteps(steps)
     parts: dict[str, Any] = {name: file.sha256 for name, file in manifest.files.items()}
@@ -122,15 +123,17 @@ def _bundle_spec(path: Path, steps: int | None, sampler: SamplerName) -> SystemS
 
 
 def system_spec(
-    path: Path, steps: int | None = None, precision: Precision = "fp32", sampler: SamplerName = "ddim"
+    path: Path, steps: int | None = None, precision: Precision = "fp32", sampler: SamplerName | None = None
 ) -> SystemSpec:
     """A model folder or a bundle at `steps` sampling steps (None: its own default).
+
+    A `sampler` of None is DDIM for a folder and its own for a bundle: a few-step bundle draws as it was made to.
 
     Raises PocketfusionError if it is neither, or damaged, or a bundle that cannot be drawn so.
     """
     if (path / MANIFEST).is_file():
         return _bundle_spec(path, steps, sampler)
-    return _folder_spec(path, steps, precision, sampler)
+    return _folder_spec(path, steps, precision, sampler or "ddim")
 
 
 def parse_steps(text: str | None, count: int) -> list[int | None]:
@@ -151,11 +154,11 @@ def _steps(text: str, where: str) -> int:
     return int(text)
 
 
-def _drawing(text: str, name: str) -> tuple[int, SamplerName]:
+def _drawing(text: str, name: str) -> tuple[int, SamplerName | None]:
     """Steps and sampler of what follows @ in `name`."""
     steps, colon, wanted = text.partition(":")
     if not colon:
-        return _steps(steps, name), "ddim"
+        return _steps(steps, name), None
     for sampler in SAMPLERS:
         if sampler == wanted:
             return _steps(steps, name), sampler
@@ -170,16 +173,16 @@ def named_systems(
 ) -> list[SystemSpec]:
     """The systems of a command line: PATH, PATH@STEPS or PATH@STEPS:SAMPLER each, these steps before `--steps`.
 
-    `opened` gives the folder for a path: a checkpoint's file is imported. The sampler is DDIM where none is named,
-    whatever the system's own. Raises PocketfusionError if a path is no model folder or bundle, a system is named twice
-    at the same steps, or a sampler or the precision is unknown.
+    `opened` gives the folder for a path: a checkpoint's file is imported. Where no sampler is named, it is
+    `system_spec`'s. Raises PocketfusionError if a path is no model folder or bundle, a system is named twice at the
+    same steps, or a sampler or the precision is unknown.
     """
     specs: list[SystemSpec] = []
     if precision not in ("fp32", "bf16"):
         raise PocketfusionError(f"--precision {precision} is unknown: choose fp32 or bf16")
     for name, given in zip(names, parse_steps(steps, len(names)), strict=True):
         path, own = Path(name), given
-        sampler: SamplerName = "ddim"
+        sampler: SamplerName | None = None
         if "@" in name and not path.exists():
             before, _, after = name.rpartition("@")
             path, (own, sampler) = Path(before), _drawing(after, name)
