@@ -134,6 +134,7 @@ def test_nothing_known_there(run, tmp_path, folder):
         (tmp_path / "no", "there is nothing at"),
         (tmp_path, "neither a bundle"),
         (tmp_path / "model" / "model_index.json", "is a file, not a model folder"),
+        (tmp_path / "model" / "unet" / "config.json", "is JSON, not a checkpoint"),
     ):
         code, printed, notes = run("info", path)
         assert (code, printed) == (2, "") and part in notes and notes.count("\n") == 1

@@ -247,6 +247,14 @@ def test_a_network_that_lies(decoder, tmp_path, change):
     assert re.search(match, found := reason(model, tmp_path)), found
 
 
+def test_what_the_converter_says_of_large_networks_is_sound(decoder, tmp_path):
+    """Above 2 GB it puts the weights behind the flatbuffer and says so in the metadata."""
+    model, _ = decoder
+    model.metadata[0].name = b"buffer_location"
+    flatbuffer.write(model, tmp_path / "changed.tflite")
+    assert read_verified(tmp_path / "changed.tflite").signature == "serving_default"
+
+
 def test_scales_that_do_not_fit(tiny_bundle, tmp_path):
     pack(tiny_bundle / "decoder.tflite", tmp_path / "int8.tflite", lambda weight: "int8-dynamic")
     for scales, axis, match in (

@@ -180,8 +180,12 @@ def _check_beginning(file: Path) -> None:
         raise PocketfusionError(f"there is no checkpoint at {file}: check the path")
     if not file.is_file():
         raise PocketfusionError(f"{file} is no regular file: give the path of a checkpoint")
+    if file.name in ("model_index.json", "bundle.json"):
+        raise PocketfusionError(f"{file} is a file, not a model folder or bundle: give the folder, {file.parent}")
     with file.open("rb") as opened:
         start = opened.read(64)
+    if start.lstrip()[:1] in (b"{", b"[") and start[8:9] != b"{":
+        raise PocketfusionError(f"{file} is JSON, not a checkpoint: give a .safetensors file")
     for beginning, what in _BEGINNINGS.items():
         # a safetensors header of a length whose first byte is one of these is told by the brace behind the length
         if start.startswith(beginning) and start[8:9] != b"{":

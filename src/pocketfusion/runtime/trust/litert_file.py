@@ -26,7 +26,8 @@ from pocketfusion.runtime.trust.operations import Operation, Quantization, Tenso
 from pocketfusion.runtime.trust.schema import BITS, NAMES, RULES, SETTINGS, TYPES
 
 #: Entries of a file's metadata that LiteRT may be shown: others switch on paths that nothing here knows.
-_METADATA = (b"min_runtime_version", b"keep_stablehlo_constant")
+#: The last one where a network came out of the converter with its weights behind the flatbuffer, as above 2 GB.
+_METADATA = (b"min_runtime_version", b"keep_stablehlo_constant", b"buffer_location")
 _MAX_RANK = 6
 _MAX_ELEMENTS = 2**31 - 1
 _SMALL = 16  #: integers of a constant that tells a shape
