@@ -20,14 +20,18 @@ def clone(tmp_path: Path) -> Path:
     """A clone in miniature, an hour old, that `make demo` has run in half an hour ago."""
     package = tmp_path / "src" / "pocketfusion"
     (package / "bundles").mkdir(parents=True)
-    for file in (package / "info.py", package / "bundles" / "bundle.json", tmp_path / ".venv-demo" / "ready"):
-        file.parent.mkdir(exist_ok=True)
+    page = package / "serve" / "page" / "index.html.gz"
+    built = (page, tmp_path / "web" / "node_modules" / ".package-lock.json", tmp_path / ".venv-demo" / "ready")
+    sources = (package / "info.py", package / "bundles" / "bundle.json", tmp_path / "web" / "package-lock.json")
+    for file in (*sources, tmp_path / "web" / "index.html", *built):
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     for path in [tmp_path, *tmp_path.rglob("*")]:
         age(path, 60)
-    age(tmp_path / ".venv-demo" / "ready", 30)
+    for file, minutes in zip(built, (35, 40, 30), strict=True):
+        age(file, minutes)
     return tmp_path
 
 
@@ -53,6 +57,17 @@ def test_a_change_is_installed(clone: Path, change: Callable[[Path], object]) ->
     change(clone)
     said = dry_run(clone)
     assert "rm -rf build" in said and "pip install" in said  # what was removed would else come from build/
+    assert "npm" not in said
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="without npm no page is built")
+def test_a_change_of_the_page_is_built_and_installed(clone: Path) -> None:
+    assert "npm" not in dry_run(clone)
+    (clone / "web" / "index.html").touch()
+    said = dry_run(clone)
+    assert "npm run" in said and "npm ci" not in said and "pip install" in said
+    (clone / "web" / "package-lock.json").touch()
+    assert "npm ci" in dry_run(clone)
 
 
 def test_what_python_and_pip_leave_behind_is_no_change(clone: Path) -> None:
