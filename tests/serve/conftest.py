@@ -52,7 +52,7 @@ def serving() -> Callable:
                 yield listening.getsockname()[1]
             finally:
                 running.should_exit = True
-                thread.join(30)
+                thread.join(300)  # a loaded machine takes its time
                 assert not thread.is_alive()
 
     return start
