@@ -45,7 +45,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 #: What of an autoencoder makes the latents, by the names of its weights.
 ENCODER = ("encoder.", "quant_conv.")
 _NO_WEIGHT = ("position_ids",)  # a buffer that some transformers versions save
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Provenance(BaseModel):
@@ -179,7 +179,7 @@ def check_folder(path: Path, components: tuple[str, ...] = COMPONENTS) -> None:
         for file in (path / name).iterdir():
             if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS):
                 raise PocketfusionError(f"{file} is a git-lfs pointer, not the file itself: run git lfs pull there")
-        weights = [p for p in (path / name).iterdir() if p.suffix in _PICKLED]
+        weights = [p for p in (path / name).iterdir() if p.suffix in PICKLED]
         if weights and not list((path / name).glob("*.safetensors")):
             raise PocketfusionError(f"{weights[0]} is pickled and is never read: convert it to safetensors first")
     if "unet" in components and (path / "unet" / "config.json").is_file():

@@ -16,9 +16,10 @@ from diffusers import StableDiffusionPipeline
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.compare import Asked, check_match, compare
-from pocketfusion.evaluate.likeness import EQUAL, guidance_ratio, psnr, ssim
+from pocketfusion.evaluate.likeness import EQUAL, psnr, ssim
 from pocketfusion.evaluate.prompt_list import BUILT_IN, read_prompts
 from pocketfusion.evaluate.stock import Drawing, Stock
+from pocketfusion.mobile.gate import guidance_delta
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.pipeline import Pipeline
 from pocketfusion.runtime.specs import SAMPLERS
@@ -99,8 +100,8 @@ def test_likeness_by_hand():
     # flat pictures: (2 a b + c1) / (a^2 + b^2 + c1)
     assert ssim(grey, grey + 10) == pytest.approx((2 * 11000 + 6.5025) / (10000 + 12100 + 6.5025))
     one = np.stack([np.zeros((2, 2, 1)), np.array([[[1.0], [-1.0]], [[1.0], [-1.0]]])])
-    assert guidance_ratio([one, one], [one, 2 * one]) == pytest.approx(np.sqrt(2.5))
-    assert guidance_ratio([np.zeros_like(one)], [one]) is None
+    assert guidance_delta(np.stack([one, one]), np.stack([one, 2 * one])) == pytest.approx(np.sqrt(2.5))
+    assert guidance_delta(np.zeros_like(one)[None], one[None]) is None
 
 
 def test_ssim_is_torchmetrics():

@@ -13,11 +13,11 @@ import torch
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.comparison import Compared, Comparison, Pair, Score
-from pocketfusion.evaluate.likeness import guidance_ratio, psnr, ssim
+from pocketfusion.evaluate.likeness import psnr, ssim
 from pocketfusion.evaluate.metrics import bootstrap, clip_score
 from pocketfusion.evaluate.stock import OF_THE_MODEL, Drawing, Drawn, Stock
 from pocketfusion.folder import COMPONENTS, folder_hash, machine
-from pocketfusion.mobile.gate import sqnr
+from pocketfusion.mobile.gate import guidance_delta, sqnr
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.networks import available_cores, check_threads
 from pocketfusion.runtime.pipeline import MAX_SEED, Pipeline
@@ -244,7 +244,7 @@ def _guidance(runner: Pipeline, prompt: str, reference: Drawn, drawing: Drawing)
         np.concatenate([runner.predict(p.latents, p.timestep, row, drawing.guidance_scale) for row in rows])
         for p in reference.probes
     ]
-    ratio = guidance_ratio([probe.predictions for probe in reference.probes], measured)
+    ratio = guidance_delta(np.stack([probe.predictions for probe in reference.probes]), np.stack(measured))
     return None if ratio is None else round(ratio, 4)
 
 

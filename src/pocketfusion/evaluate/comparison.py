@@ -15,7 +15,7 @@ class _Record(BaseModel):
 
 
 class Pair(_Record):
-    """One prompt drawn by both. `guidance_delta` is `likeness.guidance_ratio` on the stock pipeline's own latents;
+    """One prompt drawn by both. `guidance_delta` is `mobile.gate.guidance_delta` on the stock pipeline's own latents;
     `latents_sqnr_db` follow the steps; `scores` have stock's and the bundle's by the scorer's name."""
 
     prompt: str

@@ -1,8 +1,6 @@
-"""How alike two pictures are, and two guidance directions: pure functions."""
+"""How alike two pictures are: pure functions."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,10 +35,3 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     levels = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     return float(np.mean(levels * (2 * covariance + c2) / (var_x + var_y + c2)))
-
-
-def guidance_ratio(reference: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> float | None:
-    """Standard deviation of conditional minus unconditional prediction, measured over reference; predictions
-    [2, h, w, C] each, without and with the prompt. None where the reference's do not differ: the empty prompt's."""
-    of_reference, of_measured = (np.std([one[1] - one[0] for one in side]) for side in (reference, measured))
-    return float(of_measured / of_reference) if of_reference > 0 else None

@@ -47,6 +47,16 @@ def _same(form: str, **other: str) -> dict[str, str]:
     return {"text_encoder": form, "unet": form, "decoder": form, **other}
 
 
+#: What the devices with a GPU share. A flatbuffer ends at 2 GB; the delegate does not read what lies behind, and a
+#: browser's heap of 4 GB holds the file and its packed weights.
+_GPU: dict[str, Any] = {
+    "target": "litert-gpu",
+    "gpu_fp32": ("text_encoder",),
+    "widest_map": _MAP,
+    "two_calls_from": 32 * 32,
+    "largest_file": 2_000_000_000,
+}
+
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
@@ -55,12 +65,8 @@ DEVICES: dict[str, Device] = {
         Device(
             name="android",
             runs_on="LiteRT's GPU delegate",
-            target="litert-gpu",
             weights=_same("int8"),
-            gpu_fp32=("text_encoder",),
-            widest_map=_MAP,
-            two_calls_from=32 * 32,
-            largest_file=2_000_000_000,  # a flatbuffer's end; the delegate does not read what lies behind it
+            **_GPU,
             page="running-on-android.md",
             then="the bundle in an Android app",
         ),
@@ -68,12 +74,8 @@ DEVICES: dict[str, Device] = {
         Device(
             name="iphone",
             runs_on="LiteRT's GPU delegate or TensorFlow Lite's for Metal",
-            target="litert-gpu",
             weights=_same("float16"),
-            gpu_fp32=("text_encoder",),
-            widest_map=_MAP,
-            two_calls_from=32 * 32,
-            largest_file=2_000_000_000,
+            **_GPU,
             page="running-on-ios.md",
             then="the bundle in an iOS app",
         ),
@@ -81,12 +83,8 @@ DEVICES: dict[str, Device] = {
         Device(
             name="browser",
             runs_on="LiteRT.js, WebGPU or WASM",
-            target="litert-gpu",
             weights=_same("int8"),
-            gpu_fp32=("text_encoder",),
-            widest_map=_MAP,
-            two_calls_from=32 * 32,
-            largest_file=2_000_000_000,  # of a heap of 4 GB that holds the file and its packed weights
+            **_GPU,
             page="export.md#presets",
             then="the bundle in a page",
         ),

@@ -18,7 +18,7 @@ from torch import nn
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_finite, folder_hash, read_json
+from pocketfusion.folder import PICKLED, check_finite, folder_hash, read_json
 from pocketfusion.info import read_safetensors_header
 from pocketfusion.models.loading import load_part
 from pocketfusion.models.slim_autoencoder import vae_class
@@ -26,7 +26,6 @@ from pocketfusion.models.slim_autoencoder import vae_class
 Half = Literal["encoder", "decoder"]
 _LAYER = re.compile(r"(?:(encoder|decoder)\.layers\.)?(\d+)\.(.+)")
 _KL = ("first_stage_model.", "decoder.conv_in.", "decoder.mid", "model.diffusion_model.")
-_PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def vae_config(path: Path) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def vae_config(path: Path) -> dict[str, Any]:
         return read_json(path / "config.json") | {"_class_name": kind.__name__}
     if not path.exists():
         raise PocketfusionError(f"there is no autoencoder at {path}: check the path")
-    if path.suffix in _PICKLED:
+    if path.suffix in PICKLED:
         raise PocketfusionError(f"{path} is pickled and is never read: take the safetensors of the same model")
     halves = _halves(path, {name: one["shape"] for name, one in read_safetensors_header(path)[0].items()})
     if "decoder" not in halves:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import OTHER_INPUTS
+from pocketfusion.folder import OTHER_INPUTS, PICKLED
 from pocketfusion.info import read_safetensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -27,7 +27,6 @@ _BEGINNINGS = {
 }
 #: What SD-1's text encoder has in files of the time before its names had `text_model.`
 _OLD_CLIP = ("embeddings.", "encoder.", "final_layer_norm.")
-_PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 #: Of other kinds of files: what a tensor's name holds, what the file is, and what to do with it. The first that fits.
 _OTHER_FILES = (
     (r"lora|hada_w|lokr_w|oft_blocks|dora_scale", "a LoRA adapter, not a model", "give it to export with --lora"),
@@ -190,7 +189,7 @@ def _check_beginning(file: Path) -> None:
         # a safetensors header of a length whose first byte is one of these is told by the brace behind the length
         if start.startswith(beginning) and start[8:9] != b"{":
             raise PocketfusionError(f"{file} is {what}")
-    if file.suffix.lower() in _PICKLED and start[8:9] != b"{":
+    if file.suffix.lower() in PICKLED and start[8:9] != b"{":
         raise PocketfusionError(f"{file} is pickled, by its name, and is never read: convert it to safetensors first")
 
 
