@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +32,25 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     )
     for reason, count in skipped.most_common():
         terminalreporter.line(f"{count} skipped: {reason}")
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """`stand_in(name, source)`: a module found before the installed one, forgotten with the test."""
+    real: dict[str, ModuleType | None] = {}
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name: str, source: str) -> None:
+        real.setdefault(name, sys.modules.get(name))
+        sys.modules.pop(name, None)
+        (tmp_path / f"{name}.py").write_text(source)
+        importlib.invalidate_caches()
+
+    yield write
+    for name, module in real.items():  # else every later test of this worker finds the stand-in
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
 
 
 @pytest.fixture(scope="session")

@@ -197,18 +197,16 @@ def test_wrong_clip_folders(inception, clip, tmp_path):
     refused("the weight visual_projection.weight holds NaN", spoil)
 
 
-def test_open_clips_own_checkpoints(inception, tmp_path, monkeypatch):
+def test_open_clips_own_checkpoints(inception, tmp_path, stand_in):
     """Through the installed open_clip; a stand-in here, since the real one needs torchvision."""
     checkpoint = tmp_path / "open_clip_model.safetensors"
     checkpoint.write_bytes(b"")
-    (tmp_path / "open_clip.py").write_text("import there_is_no_torchvision")
-    with monkeypatch.context() as patch:
-        patch.syspath_prepend(tmp_path)
-        with pytest.raises(PocketfusionError, match="open_clip is installed but does not load .*torchvision"):
-            StandardExtractor(inception, checkpoint)
-        (tmp_path / "open_clip.py").write_text(_OPEN_CLIP)
-        save_file({"weight": torch.eye(3)[:2].contiguous(), "bias": torch.zeros(2)}, checkpoint)
-        extractor = StandardExtractor(inception, checkpoint, "ViT-g-14")
+    stand_in("open_clip", "import there_is_no_torchvision")
+    with pytest.raises(PocketfusionError, match="open_clip is installed but does not load .*torchvision"):
+        StandardExtractor(inception, checkpoint)
+    stand_in("open_clip", _OPEN_CLIP)
+    save_file({"weight": torch.eye(3)[:2].contiguous(), "bias": torch.zeros(2)}, checkpoint)
+    extractor = StandardExtractor(inception, checkpoint, "ViT-g-14")
     images = np.zeros((2, 32, 32, 3), np.uint8)
     images[:, 0, 0] = [[3, 4, 9], [0, 2, 0]]
     features, embeddings = extractor.image_features(images)

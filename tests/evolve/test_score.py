@@ -92,13 +92,12 @@ def get_tokenizer(name): return lambda texts: torch.tensor([[len(t), 1.0, 0.0] f
 """
 
 
-def test_open_clip_is_a_judge_too(tmp_path, monkeypatch):
+def test_open_clip_is_a_judge_too(tmp_path, stand_in):
     checkpoint = tmp_path / "model.safetensors"
     if not _installed():
         with pytest.raises(PocketfusionError, match="needs open_clip: pip install open_clip_torch"):
             OpenClip("ViT-g-14", checkpoint)
-    (tmp_path / "open_clip.py").write_text(_OPEN_CLIP)
-    monkeypatch.syspath_prepend(tmp_path)
+    stand_in("open_clip", _OPEN_CLIP)
     with pytest.raises(PocketfusionError, match="there are no weights of open_clip's ViT-g-14 at"):
         OpenClip("ViT-g-14", checkpoint)
     save_file({"weight": torch.eye(3)[:2].contiguous()}, checkpoint)
