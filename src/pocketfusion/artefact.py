@@ -91,6 +91,20 @@ def check_different(*paths: Path | None) -> None:
             seen.add(name)
 
 
+def free_space(path: Path) -> int:
+    """Bytes that are free where `path` is, or is to be written."""
+    return shutil.disk_usage(path if path.is_dir() else _absolute(path).parent).free
+
+
+def check_space(path: Path, needed: float, what: str) -> None:
+    """Raises PocketfusionError unless the `needed` bytes of `what` are free where `path` is, or is to be written."""
+    if (free := free_space(path)) < needed:
+        raise PocketfusionError(
+            f"{what} needs about {needed / 1e6:,.0f} MB of disk for {path} and {free / 1e6:,.0f} MB are free: free "
+            "some, or choose a place on another disk"
+        )
+
+
 def check_new(path: Path, overwrite: bool = False) -> None:
     """Raises PocketfusionError unless a folder can be written at `path`, where none may be but with `overwrite`."""
     check_writable_parent(path)

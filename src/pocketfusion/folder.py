@@ -167,6 +167,10 @@ def check_folder(path: Path, components: tuple[str, ...] = COMPONENTS) -> None:
     if not path.is_dir():
         raise PocketfusionError(f"there is no model folder at {path}: check the path")
     if not (path / "model_index.json").is_file():
+        if (path / "bundle.json").is_file():
+            raise PocketfusionError(
+                f"{path} is a bundle, not a model folder: give the folder that it was exported from"
+            )
         raise PocketfusionError(
             f"{path} is not a model folder: it has no model_index.json, which names its parts: copy it from "
             "the model's source"

@@ -80,8 +80,8 @@ def test_what_it_will_take_is_told_before(cli, shallow_recipe, tmp_path, monkeyp
     from pocketfusion.errors import PocketfusionError
 
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    with pytest.raises(PocketfusionError, match=r"needs about .* in .*out and 1 MB are free"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10**6))
+    with pytest.raises(PocketfusionError, match=r"the chain needs about .* for .*out and 1 MB are free"):
         forecast.check_disk(chain_of(load_recipe(shallow_recipe)), tmp_path / "out")
 
 

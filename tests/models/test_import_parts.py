@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from ldm import ldm_state, ldm_vae, miniature, save
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline, read_provenance
-from pocketfusion.models.bring import door
+from pocketfusion.models.bring import door, hub
 from pocketfusion.models.bring.door import open_model
 from pocketfusion.models.bring.hub import fetch
 from pocketfusion.models.bring.importer import Changes, import_file, import_folder
@@ -97,6 +98,27 @@ def test_an_autoencoder_of_other_latents_is_refused(
     with pytest.raises(PocketfusionError, match=match):
         import_folder(made / "folder", tmp_path / "out", Changes(vae=tmp_path / "given"))
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
+def test_a_file_holds_another_autoencoder_against_its_own(model: Any, made: Path, tmp_path: Path) -> None:
+    """One that is unsound is no measure: people take another because of it. Its latents are then SD's at 1/8."""
+    smaller = {"block_out_channels": (32, 64, 64), "down_block_types": ("DownEncoderBlock2D",) * 3,
+               "up_block_types": ("UpDecoderBlock2D",) * 3}  # fmt: skip
+    given = {name: tmp_path / name for name in ("strange", "smaller", "good")}
+    another_vae(model, layers_per_block=2).save_pretrained(given["strange"])
+    another_vae(model, **smaller).save_pretrained(given["smaller"])
+    another_vae(model).save_pretrained(given["good"])
+    for name, match in (("strange", "the model's own correlate -?0"), ("smaller", "1/4, and the model's are 1/8")):
+        with pytest.raises(PocketfusionError, match=match):
+            import_file(made / "file.safetensors", tmp_path / "out", Changes(vae=given[name]))
+    broken = ldm_state(model)
+    broken["first_stage_model.decoder.conv_in.weight"] = torch.full((64, 4, 3, 3), torch.nan)
+    file = save(broken, tmp_path / "broken.safetensors")
+    found = import_file(file, tmp_path / "out", Changes(vae=given["good"]))
+    assert "own autoencoder is unsound" in found.notes[-1] and found.unused == []
+    with pytest.raises(PocketfusionError, match="1/4, and Stable Diffusion's are 1/8"):
+        import_file(file, tmp_path / "other", Changes(vae=given["smaller"]))
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_no_autoencoder_is_told(made: Path, tmp_path: Path) -> None:
@@ -244,3 +266,23 @@ def test_a_model_of_the_hub_is_taken_from_its_cache(made: Path, tmp_path: Path, 
     ):
         with pytest.raises(PocketfusionError, match=match):
             fetch(name)
+
+
+def test_a_hub_that_does_not_answer_is_told_in_one_sentence(monkeypatch: Any, caplog: Any) -> None:
+    logger, library = logging.getLogger("huggingface_hub.utils._http"), logging.getLogger("huggingface_hub")
+    before = library.level
+
+    def unanswered(*given: Any, **named: Any) -> None:
+        logger.warning("Retrying in 8s [Retry 5/5].")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(hub, "hf_hub_download", unanswered)
+    library.addHandler(caplog.handler)  # the library's records go no further up
+    try:
+        with pytest.raises(
+            PocketfusionError, match="x.safetensors cannot be had from the Hub: the Hub does not answer"
+        ):
+            fetch("somebody/model/x.safetensors")
+    finally:
+        library.removeHandler(caplog.handler)
+    assert not caplog.records and library.level == before

@@ -30,6 +30,10 @@ def refused(path: Path, match: str, **kwargs) -> None:
 def test_missing_folder_and_manifest(tmp_path):
     refused(tmp_path / "nowhere", "there is no bundle at .*nowhere")
     refused(tmp_path, "not a bundle: it has no bundle.json")
+    (tmp_path / "model.safetensors").touch()
+    refused(tmp_path / "model.safetensors", "not a bundle: .*pocketfusion export .*model.safetensors OUT$")
+    (tmp_path / "model_index.json").touch()
+    refused(tmp_path, "not a bundle: it is a model folder; make one of it with pocketfusion export")
 
 
 @pytest.mark.parametrize("content", ["{", "", "[" * 100_000, "\xff"])

@@ -68,7 +68,7 @@ def compare_command(
     asked = Asked(read_prompts(prompts, count), seed, sampler, steps, guidance)
     scorers = _scorers(clip, clip_model, judge)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("opening", total=None)
 
         def advance(what: str, done: int, total: int) -> None:

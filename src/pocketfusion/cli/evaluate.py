@@ -71,7 +71,8 @@ def evaluate_command(
     measuring = Measuring(parse_guidance(guidance), seed, diversity_prompts, diversity_images, kid_only)
     chosen = named_systems(systems, steps, precision, model_folder)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not processes().is_main_process) as bar:
+    first = processes().is_main_process
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not first) as bar:
         task = bar.add_task("opening", total=None)
 
         def advance(what: str, done: int, total: int) -> None:

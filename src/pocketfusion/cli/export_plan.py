@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 def show(outlook: Outlook, out: Path, console: Console) -> None:
     """The plan: what the bundle will be, and what making it takes against what this machine has."""
+    from pocketfusion.artefact import free_space
     from pocketfusion.compress.overview import size
     from pocketfusion.mobile.devices import DEVICES
     from pocketfusion.runtime.memory import available_memory
@@ -36,7 +36,7 @@ def show(outlook: Outlook, out: Path, console: Console) -> None:
         cells = (f"{row.size / 1e6:,.1f}", f"{row.parameters / 1e6:,.1f} M", f"{row.macs / 1e9:,.1f} G", sqnr)
         table.add_row(row.name.replace("_", " "), row.weights, *cells)
     console.print(table)
-    memory, free = available_memory(), shutil.disk_usage(out.absolute().parent).free
+    memory, free = available_memory(), free_space(out)
     tight = ": it may not be enough" if memory < outlook.memory else ""
     has = "" if memory == float("inf") else f" (free: {size(memory)}{tight})"
     lines = [

@@ -47,7 +47,7 @@ def score_command(
     sampler = SamplerSettings(num_inference_steps=steps, guidance_scale=guidance)
     folder = model_folder(folder)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict = {}
 
         def advance(stage: str, done: int, total: int) -> None:

@@ -6,7 +6,6 @@ moment, or of a narrower one where it is too large for that. Rough: within a fac
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
+from pocketfusion.artefact import check_space
 from pocketfusion.compress.chain import Chain, Stage
 from pocketfusion.compress.overview import duration, size, standings
 from pocketfusion.compress.records import Records
@@ -316,12 +316,7 @@ def check_disk(chain: Chain, out: Path, span: Span | None = None) -> None:
     """Raises PocketfusionError if what is still to be made (of `span`) will not fit where `out` is."""
     rows = forecast(chain, out, timed=False)
     needed = sum(one.disk for one in (rows[span.first : span.last + 1] if span else rows))
-    free = shutil.disk_usage(out if out.is_dir() else out.absolute().parent).free
-    if needed > free:
-        raise PocketfusionError(
-            f"the chain needs about {size(needed)} in {out} and {size(free)} are free: "
-            "free some, or choose another disk"
-        )
+    check_space(out, needed, "the chain")
 
 
 def table(chain: Chain, rows: list[Forecast]) -> Table:

@@ -20,20 +20,16 @@ import torch
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline
+from pocketfusion.mobile.specs import CLASSES
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import read_sampling
 from pocketfusion.runtime.noise import NoiseStream
 from pocketfusion.runtime.specs import LatentSpec, SamplerName, SchedulerSpec
 
-_CLASSES: dict[SamplerName, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "dpmpp-2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp-2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "lcm": ("LCMScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
+_OPTIONS: dict[SamplerName, dict[str, Any]] = {
+    "ddim": {"clip_sample": False},
+    "dpmpp-2m-karras": {"use_karras_sigmas": True},
 }
 #: What of the schedule is the model's own, and is read from its folder; the rest is how it is drawn.
 OF_THE_MODEL = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
@@ -168,12 +164,12 @@ class Stock:
 
     def _scheduler(self, drawing: Drawing) -> Any:
         """diffusers' class of the sampler: the schedule that the folder's model was trained on, drawn as asked for."""
-        name, options = _CLASSES[drawing.sampler]
-        kind = getattr(diffusers, name)
+        kind = getattr(diffusers, CLASSES[drawing.sampler])
         values = {key: self.schedule[key] for key in OF_THE_MODEL}
         values |= drawing.schedule.model_dump(exclude=set(OF_THE_MODEL))
         known = inspect.signature(kind.__init__).parameters
-        return kind(**{key: value for key, value in values.items() if key in known}, **options)
+        own = _OPTIONS.get(drawing.sampler, {})
+        return kind(**{key: value for key, value in values.items() if key in known}, **own)
 
 
 def _nhwc(values: torch.Tensor) -> np.ndarray:

@@ -85,7 +85,7 @@ DEVICES: dict[str, Device] = {
             runs_on="LiteRT.js, WebGPU or WASM",
             weights=_same("int8"),
             **_GPU,
-            page="export.md#presets",
+            page="web.md",
             then="the bundle in a page",
         ),
         # Integer kernels: a quarter of the memory, faster; they round activations, which the text encoder feels most.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -48,8 +47,9 @@ FEW_STEPS: Final = {
 
 def check_names(few_steps: str | None, sampler: str | None, guidance_scale: float | None) -> None:
     """Raises PocketfusionError for a name that is none, and for what the method's adapters are not drawn with."""
-    _check_known("--sampler", sampler, SAMPLERS)
-    _check_known("--few-steps", few_steps, FEW_STEPS)
+    for option, name, known in (("--sampler", sampler, SAMPLERS), ("--few-steps", few_steps, FEW_STEPS)):
+        if name is not None and name not in known:
+            raise PocketfusionError(f"{option} has no {name[:80]!a}: choose {', '.join(known)}")
     if few_steps is None:
         return
     method = FEW_STEPS[few_steps]
@@ -63,15 +63,6 @@ def check_names(few_steps: str | None, sampler: str | None, guidance_scale: floa
             f"--guidance is {guidance_scale:g}, but adapters of {few_steps} have guidance in them and break above "
             f"{method.most_guidance:g}: leave --guidance out"
         )
-
-
-def _check_known(option: str, name: str | None, known: Iterable[str]) -> None:
-    if name is None or name in known:
-        return
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    raise PocketfusionError(
-        f"{option} has no {name[:80]!a}{f', did you mean {near[0]}?' if near else ':'} choose {', '.join(known)}"
-    )
 
 
 def few_step_sampling(few_steps: str, adapters: Sequence[Path], folder: Path, known: Sampling) -> Sampling:

@@ -137,7 +137,9 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except ValueError as error:
         raise PocketfusionError(f"the settings of {file} are damaged: {_short(str(error))}") from None
     except (OSError, SafetensorError, TypeError, AttributeError, KeyError, RuntimeError):  # the last four: odd types
-        raise PocketfusionError(f"{file} is not a safetensors file: only safetensors adapters are read") from None
+        raise PocketfusionError(
+            f"{file} is truncated or not a safetensors file: only safetensors adapters are read"
+        ) from None
     if not isinstance(settings, dict):
         raise PocketfusionError(f"the settings of {file} are damaged: they are not a JSON object")
     if not state:

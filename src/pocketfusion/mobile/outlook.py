@@ -7,7 +7,6 @@ nothing but its configs is read. docs/export.md has what the coefficients come f
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pocketfusion.artefact import check_space
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder
 from pocketfusion.mobile import specs
@@ -31,6 +31,7 @@ from pocketfusion.mobile.unet_form import unet_form
 from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.guidance import guidance_of
+from pocketfusion.models.learnt_tokens import teach
 from pocketfusion.models.loading import assemble, empty_part
 from pocketfusion.models.tiny_autoencoder import check_vae, load_decoder
 from pocketfusion.quiet import quiet
@@ -105,14 +106,8 @@ class Outlook:
 
     def check(self, out: Path) -> None:
         """Raises PocketfusionError if the machine has too little memory, or the disk of `out` too little room."""
-        place = out.absolute().parent
-        free, memory = shutil.disk_usage(place).free, available_memory()
-        if free < self.disk:
-            raise PocketfusionError(
-                f"the export needs about {self.disk / 1e9:.1f} GB of disk at {place} and {free / 1e9:.1f} GB are "
-                "free: free some, or give an OUT on another disk"
-            )
-        if memory < _TIGHT * self.memory:
+        check_space(out, self.disk, "the export")
+        if (memory := available_memory()) < _TIGHT * self.memory:
             raise PocketfusionError(
                 f"the export needs about {self.memory / 1e9:.1f} GB of memory and {memory / 1e9:.1f} GB are free: end "
                 "other programs, export where there is more, or choose a smaller UNet (pocketfusion architecture "
@@ -139,6 +134,10 @@ def prepare(
     options = options_for(device, pipeline, given)
     settings = ExportSettings(**options)
     settings.check(folder, out, overwrite)
+    for file in settings.embedding:
+        teach(pipeline.tokenizer, pipeline.text_encoder.config.hidden_size, file)
+    steps = settings.defaults(folder, settings.sampling(folder)).num_inference_steps
+    settings.drawn_with(folder, pipeline, steps)  # a sampler that cannot draw the model is refused
     settings.resize(pipeline)
     found = _outlook(folder, pipeline, settings, options)
     check_files(settings.made_for, {network.name: network.size for network in found.networks})

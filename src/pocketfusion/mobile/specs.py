@@ -23,12 +23,15 @@ from pocketfusion.runtime.specs import (
 )
 
 Samples = dict[str, torch.Tensor]
-_SAMPLERS: dict[str, SamplerName] = {
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler-ancestral",
-    "DPMSolverMultistepScheduler": "dpmpp-2m",
-    "LCMScheduler": "lcm",
-    "TCDScheduler": "tcd",
+#: diffusers' class of each sampler; of two samplers with one class, the second is the first with an option.
+CLASSES: dict[SamplerName, str] = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "dpmpp-2m": "DPMSolverMultistepScheduler",
+    "dpmpp-2m-karras": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
 #: The options of those classes as the runtime has them.
 _OPTIONS = {
@@ -75,7 +78,8 @@ def tokenizer_spec(pipeline: StablePipeline) -> TokenizerSpec:
 def sampler_of(scheduler: Any) -> SamplerName:
     """The sampler that a folder's scheduler class names; DDIM for classes and options that the runtime lacks."""
     said = scheduler.config
-    name = _SAMPLERS.get(type(scheduler).__name__, "ddim")
+    own = type(scheduler).__name__
+    name: SamplerName = next((name for name, kind in CLASSES.items() if kind == own), "ddim")
     if any(said.get(key, value) != value for key, value in _OPTIONS.items()):
         return "ddim"
     if said.get("use_karras_sigmas"):

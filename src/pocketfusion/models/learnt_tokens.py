@@ -80,18 +80,25 @@ def add_embedding(pipeline: Any, file: Path) -> str:
 def learn(tokenizer: Any, weight: torch.Tensor, file: Path) -> tuple[str, torch.Tensor]:
     """Adds the token in `file` to the tokenizer, as `<x>`, `<x>_1` …; returns its name, and `weight` (the text
     encoder's token embeddings) with its vectors behind. Raises PocketfusionError as `add_embedding` does."""
+    first = len(tokenizer)
+    token, vectors = teach(tokenizer, weight.shape[1], file)
+    return token, torch.cat([weight[:first], vectors.to(weight.dtype)])
+
+
+def teach(tokenizer: Any, width: int, file: Path) -> tuple[str, torch.Tensor]:
+    """Adds the token in `file` to the tokenizer of a text encoder of that width; returns its name and its vectors
+    [N, width]. Raises PocketfusionError as `add_embedding` does."""
     token, vectors = read_embedding(file)
-    if vectors.shape[1] != weight.shape[1]:
+    if vectors.shape[1] != width:
         raise PocketfusionError(
-            f"{file} is of another text encoder: its vectors are {vectors.shape[1]} wide, this one's {weight.shape[1]}"
+            f"{file} is of another text encoder: its vectors are {vectors.shape[1]} wide, this one's {width}"
         )
     names = [token, *(f"{token}_{i}" for i in range(1, len(vectors)))]
     known = next((name for name in names if tokenizer.convert_tokens_to_ids(name) != tokenizer.unk_token_id), None)
     if known or token in tokenizer.get_vocab():
         raise PocketfusionError(f"{file} teaches the token {known or token!a}, which the folder has: rename the file")
-    first = len(tokenizer)
     tokenizer.add_tokens(names)
-    return token, torch.cat([weight[:first], vectors.to(weight.dtype)])
+    return token, vectors
 
 
 def read_embedding(file: Path) -> tuple[str, torch.Tensor]:
@@ -101,7 +108,9 @@ def read_embedding(file: Path) -> tuple[str, torch.Tensor]:
             raise PocketfusionError(f"there is no embedding at {file}: check the path")
         state = load_file(str(file))
     except (OSError, SafetensorError, TypeError, AttributeError, KeyError, RuntimeError):  # the last four: odd types
-        raise PocketfusionError(f"{file} is not a safetensors file: only safetensors embeddings are read") from None
+        raise PocketfusionError(
+            f"{file} is truncated or not a safetensors file: only safetensors embeddings are read"
+        ) from None
     if "clip_g" in state:
         raise PocketfusionError(
             f"{file} is of SDXL: it has vectors for two text encoders ({', '.join(sorted(state))})"

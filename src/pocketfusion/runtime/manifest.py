@@ -281,6 +281,16 @@ def _inside(bundle: Path, name: str) -> Path:
     return file
 
 
+def _instead(path: Path) -> str:
+    """What is wrong with a path that has no manifest, by what it looks like."""
+    made = f"make one of it with pocketfusion export {path} OUT"
+    if (path / "model_index.json").is_file():
+        return f"it is a model folder; {made}"
+    if path.suffix.lower() in (".safetensors", ".ckpt"):
+        return f"it is a file of weights; if it is a checkpoint, {made}"
+    return f"it has no {MANIFEST}"
+
+
 def read_manifest(path: Path) -> tuple[Manifest, str]:
     """The validated manifest of the bundle folder `path` and its SHA-256; raises PocketfusionError."""
     try:
@@ -288,7 +298,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
             raise PocketfusionError(f"there is no bundle at {path}: check the path")
         file = _inside(path, MANIFEST)
         if not file.is_file():
-            raise PocketfusionError(f"{path} is not a bundle: it has no {MANIFEST}")
+            raise PocketfusionError(f"{path} is not a bundle: {_instead(path)}")
         raw, content = read_json(file, _LIMIT)
     except OSError as error:
         raise PocketfusionError(

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import logging
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import COMPONENTS
@@ -44,6 +45,8 @@ def fetch(identifier: str, revision: str = "main") -> Fetched:
             f"{identifier!a} is no model of the Hub: give OWNER/NAME, or OWNER/NAME/FILE.safetensors"
         )
     repository, file = "/".join(words[:2]), "/".join(words[2:])
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it says of each of its retries is one sentence here
     try:
         path = Path(hf_hub_download(repository, file, revision=revision)) if file else _snapshot(repository, revision)
     except GatedRepoError:
@@ -63,6 +66,8 @@ def fetch(identifier: str, revision: str = "main") -> Fetched:
     else:
         names = [name for name in path.parts if _COMMIT.fullmatch(name)]
         return Fetched(path, repository, revision, names[-1] if names else "unknown")
+    finally:
+        logging.set_verbosity(verbosity)
     raise PocketfusionError(f"{identifier} cannot be had from the Hub: {reason}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 
-from pocketfusion.artefact import atomic_folder, check_new, sha256_file, write_json
+from pocketfusion.artefact import atomic_folder, check_new, check_space, sha256_file, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, check_folder, folder_hash, machine, read_json, write_provenance
 from pocketfusion.info import read_safetensors_header
@@ -34,6 +34,7 @@ from pocketfusion.models.bring.recognise import EMA, LEFTOVERS, VAE, Checkpoint,
 from pocketfusion.models.licences import LicenceNote, write_licences
 
 _NAMED = 8  #: unused tensors that a report names
+_SMALL = 32 << 20  #: bytes of disk for what is written beside the weights
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def import_file(
     check_new(out, overwrite)
     checkpoint = recognise(file)
     clip_merges()  # before anything long: the package may be missing
-    check_space(out, sum(one["data_offsets"][1] - one["data_offsets"][0] for one in checkpoint.tensors.values()))
+    size = sum(one["data_offsets"][1] - one["data_offsets"][0] for one in checkpoint.tensors.values())
+    check_space(out, 1.02 * size + _SMALL, "the import")
     if changes.vae is None and f"{VAE}decoder.conv_in.weight" not in checkpoint.tensors:
         raise PocketfusionError(f"{file} has no autoencoder (first_stage_model): give one with --vae")
     on_stage("hashing the file")
@@ -123,7 +125,8 @@ def import_folder(
     """Writes the model folder `source` with `changes` at `out`; raises PocketfusionError as `import_file` does."""
     check_new(out, overwrite)
     check_folder(source)
-    check_space(out, sum(file.stat().st_size for file in source.rglob("*") if file.is_file()))
+    size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
+    check_space(out, 1.02 * size + _SMALL, "the import")
     on_stage("hashing the folder")
     digest = folder_hash(source)
     unet, vae, text, sampler = (
@@ -137,8 +140,7 @@ def import_folder(
         prediction_why="asked for" if changes.prediction_type else "the folder's scheduler",
         zero_snr=bool(sampler.get("rescale_betas_zero_snr")),
         picture_size=int(unet.get("sample_size") or 0) * 2 ** (len(vae.get("block_out_channels", [0])) - 1),
-        unet=f"widths {'/'.join(map(str, unet.get('block_out_channels', [])))}, layers_per_block "
-        f"{unet.get('layers_per_block')}, text of width {unet.get('cross_attention_dim')}",
+        unet=_unet(unet),
         text_encoder=f"{text.get('num_hidden_layers')} layers of {text.get('hidden_size')}",
         vae="the folder's",
         weights="",
@@ -187,16 +189,6 @@ def _change_parts(folder: Path, changes: Changes, found: Found, on_stage: Callab
         found.tokens = add_tokens(folder, changes.embeddings)
 
 
-def check_space(out: Path, size: int) -> None:
-    """Raises PocketfusionError unless the disk of `out` has `size` bytes and a little more."""
-    free, needed = shutil.disk_usage(out.absolute().parent).free, int(size * 1.02) + (32 << 20)
-    if free < needed:
-        raise PocketfusionError(
-            f"{out.absolute().parent} has {free / 1e9:,.1f} GB free and the import needs {needed / 1e9:,.1f} GB: free "
-            "some space or choose another place"
-        )
-
-
 def _write_parts(checkpoint: Checkpoint, folder: Path, changes: Changes, on_stage: Callable[[str], None]) -> Found:
     prediction = stated_prediction(checkpoint, changes.prediction_type)
     averages = checkpoint.ema if changes.ema else {}
@@ -216,9 +208,16 @@ def _write_parts(checkpoint: Checkpoint, folder: Path, changes: Changes, on_stag
         )
     on_stage("the text encoder")
     used |= write_text_encoder(checkpoint, folder / "text_encoder")
-    if changes.vae is None:
+    if checkpoint.names(VAE):  # also where another takes its place, whose latents it tells
         on_stage("the autoencoder")
-        used |= write_vae(checkpoint, folder / "vae", _latent_size(checkpoint, prediction))
+        try:
+            used |= write_vae(checkpoint, folder / "vae", _latent_size(checkpoint, prediction))
+        except PocketfusionError as error:
+            if changes.vae is None:
+                raise
+            shutil.rmtree(folder / "vae", ignore_errors=True)
+            used |= set(checkpoint.names(VAE))
+            notes.append(f"the file's own autoencoder is unsound, so that --vae is not held against it: {error}")
     text = read_json(folder / "text_encoder" / "config.json")
     pad = "!" if checkpoint.linear else "<|endoftext|>"
     clip_tokenizer(text["max_position_embeddings"], pad).save_pretrained(folder / "tokenizer")
@@ -278,7 +277,6 @@ def _found(
             unused.append(short(name))
         else:
             left[kind] += 1
-    widths, states = "/".join(map(str, unet["block_out_channels"])), unet["cross_attention_dim"]
     total = len(checkpoint.ema)
     weights = "the averaged (EMA) of the file's two" if averages else "the file's only ones"
     if total and not averages:
@@ -295,7 +293,7 @@ def _found(
         prediction_why=prediction.why,
         zero_snr=prediction.zero_snr,
         picture_size=unet["sample_size"] * vae_factor(checkpoint),
-        unet=f"widths {widths}, layers_per_block {unet['layers_per_block']}, text of width {states}",
+        unet=_unet(unet),
         text_encoder=f"{'OpenCLIP' if checkpoint.open_clip else 'CLIP'}, {text['num_hidden_layers']} layers of "
         f"{text['hidden_size']}, {text['max_position_embeddings']} tokens",
         vae=vae,
@@ -305,6 +303,13 @@ def _found(
         unused_count=len(unused),
         notes=list(notes),
     )
+
+
+def _unet(config: Mapping[str, Any]) -> str:
+    """A UNet's config in a line."""
+    widths = "/".join(map(str, config.get("block_out_channels", [])))
+    layers, width = config.get("layers_per_block"), config.get("cross_attention_dim")
+    return f"widths {widths}, layers_per_block {layers}, text of width {width}"
 
 
 def _types(folder: Path) -> str:

@@ -20,6 +20,7 @@ from pocketfusion.models.bring.recognise import recognise_vae
 from pocketfusion.models.learnt_tokens import learn
 from pocketfusion.models.slim_autoencoder import load_vae
 
+_FACTOR = 8  #: pixels of a latent's side in Stable Diffusion
 _SAME = 0.5  #: correlation of two encoders' latents of one picture, from which on they are taken for the same space
 _PICTURE = 64  #: px of that picture
 
@@ -70,6 +71,8 @@ def put_vae(folder: Path, given: Path) -> str:
                 )
             said += f", its latents of a picture correlate {likeness:.2f} with the model's own"
         shutil.rmtree(own)
+    elif factor != _FACTOR:
+        raise PocketfusionError(f"{given} is of other latents: 1/{factor}, and Stable Diffusion's are 1/{_FACTOR}")
     new.rename(own)
     kind = type(network)
     library = "diffusers" if kind.__module__.startswith("diffusers.") else kind.__module__

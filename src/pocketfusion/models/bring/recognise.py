@@ -53,6 +53,8 @@ _PARTS = (
     (r"^(first_stage_model\.)?(encoder|decoder)\.", "an autoencoder (VAE) alone, not a model", "give it to import "
      "with --vae"),
     (r"^(down_blocks|up_blocks|mid_block)\.", "a UNet alone, out of a model folder", "give the whole folder"),
+    (r"^\d+\.(conv\.\d+\.)?(weight|bias)$", "a tiny autoencoder (TAESD) alone, not a model", "give it to export with "
+     "--vae"),
     (r"^(text_model|encoder\.layers|transformer\.resblocks)\.", "a text encoder alone, not a model", "give a whole "
      "checkpoint"),
 )  # fmt: skip
