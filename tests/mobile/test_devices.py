@@ -54,6 +54,7 @@ def test_full_size_on_a_phone_is_in_tiles_and_two_calls_and_a_small_model_is_not
     large = chosen(full_size, "android")
     assert (large["for"], large["target"], large["gpu_fp32"]) == ("android", "litert-gpu", ["text_encoder"])
     assert (large["decoder_tile"], large["two_calls"]) == (32, True)
+    assert not chosen(full_size, "android", scheduler_step=True)["two_calls"]  # which guides in one call
     assert set(large["weights"].values()) == {"int8"}
     small = chosen(tiny_folder, "android")
     assert "decoder_tile" not in small and not small["two_calls"]
@@ -88,6 +89,11 @@ def test_a_recipe_takes_the_place_of_the_devices_weights(tiny_folder: Path, tmp_
         ("android", {"target": "litert-cpu"}, "--for android is the target litert-gpu and --target is litert-cpu"),
         ("desktop", {"gpu_fp32": ("unet",)}, "--gpu-fp32 is 'unet' and the target litert-cpu"),
         ("browser", {"weights": {"unet": "float32"}}, "unet.tflite would have 3.5 GB, and --for browser loads files"),
+        (
+            "android",
+            {"scheduler_step": True, "two_calls": True},
+            "--scheduler-step guides in the UNet's graph",
+        ),
         ("fridge", {}, "--for is 'fridge': choose android, iphone, browser, desktop"),
         ("android", {"decoder_tile": 65}, "the decoder's tile is 65 latents"),
     ],

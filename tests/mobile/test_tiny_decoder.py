@@ -117,10 +117,19 @@ def test_a_bundle_draws_what_the_stock_pipeline_draws_with_it(
     settings = {"num_inference_steps": 6, "guidance_scale": 4.0}
     expected = np.asarray(stock("a red apple", latents=latents.clone(), **settings).images[0], np.float64)
     nhwc = np.ascontiguousarray(latents.permute(0, 2, 3, 1).numpy())
-    drawn = Pipeline(bundle, 1).generate("a red apple", latents=nhwc, **settings).images[0]
+    pipeline, previews, seen = Pipeline(bundle, 1), [], []
+
+    def keep(step: int, timestep: float, latents: np.ndarray) -> None:  # as `generate --preview` has it
+        seen.append(torch.from_numpy(latents).permute(0, 3, 1, 2))
+        previews.append(np.asarray(pipeline.decode(latents), np.float64))
+
+    drawn = pipeline.generate("a red apple", latents=nhwc, **settings, callback=keep).images[0]
     error = np.mean((np.asarray(drawn, np.float64) - expected) ** 2)
     assert expected.std() > 20  # there is something in it
     assert 10 * np.log10(255**2 / max(error, 1e-9)) > 60
+    assert np.array_equal(previews[-1], drawn) and not np.array_equal(previews[0], drawn)
+    decoded = stock.vae.decode(seen[0] / stock.vae.config.scaling_factor).sample[0] / 2 + 0.5  # the first step's
+    assert np.abs(decoded.permute(1, 2, 0).clamp(0, 1).detach().numpy() * 255 - previews[0]).max() < 1
 
 
 @pytest.mark.parametrize(("form", "least"), [("float16", 45), ("int8", 25), ("int8-dynamic", 20)])

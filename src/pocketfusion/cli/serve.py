@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import model_folder
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _entries(paths: list[Path] | None, webgpu: Path | None, console: Console) ->
     page = page_entries(page_folder())
     bundles = [Bundle.open(path) for path in paths or [embedded_bundle()]]
     if webgpu is not None:
-        _make_sibling(webgpu, bundles, console)
+        _make_sibling(model_folder(webgpu), bundles, console)
     bundles = with_siblings(bundles)
     for bundle in bundles:
         size = sum(file.size for file in bundle.manifest.files.values())

@@ -124,7 +124,7 @@ def _of_device(name: str, pipeline: Any, said: Mapping[str, Any]) -> dict[str, A
     height, width = (side, side) if isinstance(side, int) else side
     own: dict[str, Any] = {"target": device.target, "made_for": name, "gpu_fp32": device.gpu_fp32}
     if device.two_calls_from is not None:
-        own["two_calls"] = height * width >= device.two_calls_from
+        own["two_calls"] = height * width >= device.two_calls_from and not said.get("scheduler_step")
     if device.widest_map is not None and widest_map(pipeline.vae, height, width) > device.widest_map:
         own["decoder_tile"] = min(height, width) // 2
     weights = said.get("weights", {})

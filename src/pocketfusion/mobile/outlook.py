@@ -162,7 +162,7 @@ def _outlook(folder: Path, pipeline: Any, settings: ExportSettings, options: Map
     once = (
         settings.defaults(folder, sampling).guidance_scale <= 1 and not settings.scheduler_step
     )  # as `export` has it
-    form = unet_form(guidance, settings.target, settings.two_calls or once)
+    form = unet_form(guidance, settings.target, settings.two_calls or once, settings.scheduler_step)
     gate_seconds = gate / _multiply_adds_a_second()
     return Outlook(
         options=options,

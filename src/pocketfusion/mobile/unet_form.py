@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.wrappers import TimeEmbeddingAt
 from pocketfusion.models.sampling import Guidance
 from pocketfusion.runtime.manifest import TimeEmbedding
@@ -55,8 +56,16 @@ class UNetForm:
 
 
 def unet_form(guidance: Guidance, target: str, two_calls: bool = False, scheduler_step: bool = False) -> UNetForm:
-    """The form for `target`: on GPUs the time embedding comes from outside, as fp16 sines are wrong."""
+    """The form for `target`: on GPUs the time embedding comes from outside, as fp16 sines are wrong.
+
+    Raises PocketfusionError for a step in the graph whose two predictions are two calls' outputs.
+    """
     batch = 2 if guidance == "classifier-free" and not two_calls else 1
+    if scheduler_step and two_calls and guidance == "classifier-free":
+        raise PocketfusionError(
+            "--scheduler-step guides in the UNet's graph, and --two-calls asks for the two predictions one after the "
+            "other: leave one of them out"
+        )
     return UNetForm(batch, "outside" if target == "litert-gpu" else "inside", scheduler_step)
 
 

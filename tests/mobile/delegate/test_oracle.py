@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from op_cases import CASES, apply, i32
@@ -51,6 +53,21 @@ def test_verdict_reads_the_delegates_words():
     assert verdict(Answer("Failed", None, native, 1.0)).failure == "Shape mismatch: 1 vs 2"
     assert verdict(Answer("", None, LOG, 1.0)).accepted
     assert verdict(Answer("the process crashed (signal 11)", None, "", 0.0, ended=True)).failure.endswith("11)")
+
+
+@pytest.mark.parametrize(("late", "passes"), [(2, True), (3, False)])
+def test_a_gpu_that_is_late_is_asked_again(late, passes, monkeypatch):
+    """As lavapipe on crowded cores; what it has compiled by then it keeps. Each time in a new process."""
+    stopped = []
+    words = "TensorBufferWrapper error: code=7, message=ERROR: └ Failed to lock custom tensor buffer."
+    answers = [Answer(words, None, "", 9.0)] * late + [Answer("", {"y": np.ones(1)}, "", 1.0)]
+    with Oracle(GpuStack("x", "y", (), ("fp32",))) as oracle:
+        monkeypatch.setattr(oracle._child, "ask", lambda *given, **named: answers.pop(0))
+        monkeypatch.setattr(oracle._child, "stop", lambda: stopped.append(len(answers)))
+        found, outputs = oracle.run(Path("x.tflite"), {}, "fp32", "serving_default")
+        monkeypatch.undo()
+    assert found.accepted == (outputs is not None) == passes and len(stopped) == late
+    assert passes or found.failure.startswith("the GPU was late 3 times") and len(answers) == 1
 
 
 def test_parity_by_hand():

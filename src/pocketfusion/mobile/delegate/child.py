@@ -46,7 +46,7 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._stop()
+        self.stop()
 
     def ask(
         self,
@@ -75,11 +75,11 @@ class Child:
         try:
             line = self._exchange(json.dumps(job), timeout)
         except queue.Empty:
-            self._stop()
+            self.stop()
             return Answer(f"no answer within {timeout:g} s", None, _text(log), timeout, ended=True)
         if not line:
             code = self._process.wait() if self._process else 0
-            self._stop()
+            self.stop()
             what = f"signal {-code}" if code < 0 else f"exit code {code}"
             return Answer(f"the process crashed ({what})", None, _text(log), 0.0, ended=True)
         answer = json.loads(line)
@@ -117,7 +117,8 @@ class Child:
         self._answers = queue.Queue()
         threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Ends the process, if there is one; the next job starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()

@@ -25,6 +25,8 @@ from pocketfusion.temporaries import scratch_folder
 #: Largest error, relative to the largest value, that still counts as right.
 MAX_ERROR = {"fp32": 1e-3, "fp16": 0.03}
 
+#: What LiteRT says when a GPU's results are not there in the time that it waits for them, and how often to ask then.
+_LATE, _TRIES = "Failed to lock custom tensor buffer", 3
 _REFUSED = "operations are not supported by GPU delegate:\n"
 _WHY = re.compile(r"^(?:ERROR: |E\d{4} [^\]]*\] )(.+)$", re.M)
 _PREFIX = re.compile(r"^Failed to create \S+: [A-Z_]+: ")
@@ -99,8 +101,15 @@ class Oracle:
     def run(
         self, path: Path, inputs: Mapping[str, np.ndarray], precision: str, signature: str
     ) -> tuple[Verdict, dict[str, np.ndarray] | None]:
-        """The verdict on the file and what its signature computes of `inputs` on the GPU."""
-        answer = self._child.ask(path, inputs, precision=precision, signature=signature, timeout=self.timeout)
+        """The verdict on the file and what its signature computes of `inputs` on the GPU.
+
+        Asks again where the GPU was late: a driver in software has then compiled more of its shaders.
+        """
+        for _ in range(_TRIES):
+            answer = self._child.ask(path, inputs, precision=precision, signature=signature, timeout=self.timeout)
+            if _LATE not in answer.error:
+                break
+            self._child.stop()
         return verdict(answer), answer.outputs
 
     def reference(self, path: Path, inputs: Mapping[str, np.ndarray], signature: str) -> Answer:
@@ -123,6 +132,8 @@ def verdict(answer: Answer) -> Verdict:
         return Verdict(refused, answer.error)
     if refused:
         return Verdict(refused)
+    if _LATE in answer.error:
+        return Verdict({}, f"the GPU was late {_TRIES} times ({_LATE}): run again where its cores are free")
     reasons = [line for line in _WHY.findall(answer.log) if not line.startswith(_NOISE)]
     return Verdict({}, _PREFIX.sub("", reasons[0].strip()) if reasons else " ".join(answer.error.split())[:300])
 
