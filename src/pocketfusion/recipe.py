@@ -245,10 +245,15 @@ class JudgeSettings(_Settings):
 
 
 class TextSettings(_Settings):
-    """`source`: `minilm` for the packaged all-MiniLM-L6-v2, or a folder with a transformers text encoder."""
+    """`source`: `minilm` for the packaged all-MiniLM-L6-v2, or a folder with a transformers text encoder.
+
+    `cache_states`: keep every caption's states on disk (118 kB each with CLIP), or compute them in each step. It
+    changes no result but by rounding, so it is no part of what a run or a result is known by.
+    """
 
     source: str = "minilm"
     max_length: int = Field(default=32, ge=4, le=4096)
+    cache_states: bool = Field(default=True, exclude=True)
 
 
 class Recipe(_Settings):

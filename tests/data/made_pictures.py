@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import tarfile
 import zlib
@@ -54,3 +55,27 @@ def shard(file: Path, members: dict[str, bytes]) -> Path:
         for name, data in members.items():
             add(tar, name, data)
     return file
+
+
+def photo_shards(folder: Path, shards: int, count: int, shapes: tuple = ((24, 16),)) -> Path:
+    """Numbered webdataset shards of `count` photos each, of these sizes in turn; every third may be mirrored."""
+    folder.mkdir(exist_ok=True)
+    for number in range(shards):
+        members: dict[str, bytes] = {}
+        for i in range(count):
+            picture = np.roll(np.asarray(photo(*shapes[i % len(shapes)])), number + 3 * i, axis=1)
+            key = f"{number}_{i:04d}"
+            members[f"{key}.png"] = encode(Image.fromarray(picture), compress_level=1)
+            members[f"{key}.json"] = json.dumps({"caption": f"photo {i} of {number}", "flip": i % 3 == 0}).encode()
+        shard(folder / f"{number:05d}.tar", members)
+    return folder
+
+
+def encode_means(pixels: np.ndarray, halved: bool) -> np.ndarray:
+    """An autoencoder's place-holder of factor 8 and 4 channels: block means and how their columns differ; fp16."""
+    side = 16 if halved else 8
+    count, height, width, _ = pixels.shape
+    blocks = pixels.reshape(count, height // side, side, width // side, side, 3).astype(np.float32) / 255
+    means = blocks.mean((2, 4)).transpose(0, 3, 1, 2)
+    slopes = (blocks * np.linspace(-1, 1, side)[:, None]).mean((2, 4)).transpose(0, 3, 1, 2)
+    return np.concatenate([means, slopes, means[:, :1], slopes[:, :1]], 1).astype(np.float16)

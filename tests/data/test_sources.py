@@ -10,7 +10,8 @@ import pytest
 from made_pictures import add, encode, photo, png, shard
 from PIL import Image
 
-from pocketfusion.data.sources import open_dataset, square
+from pocketfusion.data.buckets import fit
+from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 
 
@@ -37,10 +38,10 @@ def test_pictures_with_caption_files_or_a_table(tmp_path):
     assert open_dataset(tmp_path, 16).fingerprint == data.fingerprint
 
 
-def test_square_crops_the_middle():
+def test_fitting_crops_the_middle():
     wide = np.zeros((4, 12, 3), np.uint8)
     wide[:, 4:8] = 200
-    assert (square(Image.fromarray(wide), 4) == 200).all()
+    assert (fit(Image.fromarray(wide), 4, 4) == 200).all()
 
 
 def test_a_truncated_shard_is_named(tmp_path):
@@ -237,7 +238,9 @@ def test_damaged_archives(tmp_path):
 def test_keys_that_several_shards_count_anew(tmp_path):
     for name in "01":
         shard(tmp_path / f"{name}.tar", {"000.png": png(), "000.txt": b"red"})
-    assert [row["id"] for row in open_dataset(tmp_path, 8).rows] == ["000", "1/000"]
+    data = open_dataset(tmp_path, 8)
+    assert [row["id"] for row in data.rows] == ["0/000", "1/000"]
+    assert data.notes == ["1 samples have a key that another shard has too: their shards' names tell them apart."]
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])

@@ -170,7 +170,8 @@ def prepared(teacher, tiny_recipe, tiny_data, cache):
         recipe, data = load_recipe(tiny_recipe), open_dataset(tiny_data, 64)
         chosen = recipe.decoder.model_copy(update=settings)
         task = DecoderTask(chosen, recipe.data, data, vae, prune_decoder(vae, decoder_shape(vae, "half", None)))
-        task.prepare(LatentSampler(teacher), ("v", "e"), cache, CPU)
+        task.encode("e", cache, CPU)
+        task.prepare(LatentSampler(teacher), "v", cache, CPU)
         return task
 
     return make

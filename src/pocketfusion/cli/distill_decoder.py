@@ -12,11 +12,11 @@ from pocketfusion.cli import app
 from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
-    DataOpt,
     LossJudgeOpt,
     MinutesOpt,
     OutOpt,
     OverwriteOpt,
+    PicturesOpt,
     RunOpt,
     SkipBadOpt,
     begin,
@@ -37,7 +37,7 @@ class Preset(str, Enum):
 def distill_decoder_command(
     folder: Annotated[Path, typer.Argument(help="Model folder whose decoder is the teacher.", show_default=False)],
     recipe: Annotated[Path, typer.Option("--recipe", help="Recipe of that model.", show_default=False)],
-    data: DataOpt,
+    data: PicturesOpt,
     out: OutOpt,
     preset: Annotated[
         Preset | None,
@@ -60,7 +60,7 @@ def distill_decoder_command(
     """Distil a smaller decoder from captions: sampled latents, the teacher's pictures as targets (SnapFusion)."""
     if ratio is not None and not 0 < ratio < 1:
         raise PocketfusionError(f"--ratio {ratio:g} is not between 0 and 1: give the share of channels to remove")
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, pictures=True)
     settings = loaded.decoder
     if settings is None:
         raise PocketfusionError(f"the recipe {loaded.name} has no section 'decoder': see recipes/emoji64.yaml")

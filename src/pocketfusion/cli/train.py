@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 Section = TypeVar("Section", bound="BaseModel")
 
 RecipeArg = Annotated[Path, typer.Argument(help="Recipe, such as recipes/emoji64.yaml.", show_default=False)]
-DataOpt = Annotated[Path, typer.Option("--data", help="Folder of captioned pictures.", show_default=False)]
+DataOpt = Annotated[
+    Path, typer.Option("--data", help="Folder of captioned pictures, or a cache of latents.", show_default=False)
+]
+PicturesOpt = Annotated[Path, typer.Option("--data", help="Folder of captioned pictures.", show_default=False)]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
 RunOpt = Annotated[Path | None, typer.Option("--run", help="Checkpoints, log, previews. Default: OUT.run")]
 MinutesOpt = Annotated[float | None, typer.Option("--max-minutes", help="Stop after MIN; run again to go on.")]
@@ -37,19 +40,31 @@ SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave samples out 
 
 
 def begin(
-    recipe: Path, data: Path, out: Path, run: Path | None, minutes: float | None, overwrite: bool, skip_bad: bool
+    recipe: Path,
+    data: Path,
+    out: Path,
+    run: Path | None,
+    minutes: float | None,
+    overwrite: bool,
+    skip_bad: bool,
+    *,
+    pictures: bool = False,
 ) -> tuple:
-    """The quick checks of every training command: (recipe, pictures, stage)."""
+    """The quick checks of every training command: (recipe, pictures, stage).
+
+    A command that needs the `pictures` themselves takes no cache of latents.
+    """
     from pocketfusion.cli.extras import COMPRESS, quiet_libraries, require
 
     require(*COMPRESS)
-    from pocketfusion.data.sources import open_dataset
+    from pocketfusion.data.sources import open_dataset, open_training_data
     from pocketfusion.recipe import load_recipe
     from pocketfusion.train.place import StageRun
 
     loaded: Recipe = load_recipe(recipe)
     stage: StageRun = StageRun.at(out, run, minutes, overwrite)
-    images: CaptionedImages = open_dataset(data, loaded.data.size, skip_bad=skip_bad)
+    opener = open_dataset if pictures else open_training_data
+    images: CaptionedImages = opener(data, loaded.data.size, skip_bad=skip_bad)
     tell_notes(images)
     quiet_libraries()  # imports them: only after the quick checks
     return loaded, images, stage
@@ -87,7 +102,7 @@ def report(provenance: Provenance, out: Path) -> None:
 @app.command("train-autoencoder")
 def train_autoencoder_command(
     recipe: RecipeArg,
-    data: DataOpt,
+    data: PicturesOpt,
     out: OutOpt,
     run: RunOpt = None,
     max_minutes: MinutesOpt = None,
@@ -97,7 +112,7 @@ def train_autoencoder_command(
     skip_bad: SkipBadOpt = False,
 ) -> None:
     """Train the autoencoder (SD's AutoencoderKL) on the pictures."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, pictures=True)
     from pocketfusion.train.autoencoder import train_autoencoder
 
     report(train_autoencoder(loaded, images, stage, init, loss_judge), out)
@@ -128,7 +143,7 @@ def train_teacher_command(
 @app.command("train-judge")
 def train_judge_command(
     recipe: RecipeArg,
-    data: DataOpt,
+    data: PicturesOpt,
     out: OutOpt,
     run: RunOpt = None,
     max_minutes: MinutesOpt = None,
@@ -139,7 +154,7 @@ def train_judge_command(
     skip_bad: SkipBadOpt = False,
 ) -> None:
     """Train the judge: the image-text model that scores pictures."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, pictures=True)
     from pocketfusion.train.judge import train_judge
 
     report(train_judge(loaded, images, stage, for_losses=for_losses), out)

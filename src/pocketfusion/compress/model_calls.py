@@ -30,21 +30,21 @@ def base(work: Work) -> Made:
     """The base."""
     from pocketfusion.train.teacher import train_teacher
 
-    return _trained(train_teacher(work.recipe, work.pictures, work.path("autoencoder"), work.place, cache=work.cache))
+    return _trained(train_teacher(work.recipe, work.latents, work.path("autoencoder"), work.place, cache=work.cache))
 
 
 def to_v(work: Work) -> Made:
     """An ε-model becomes a v-model."""
     from pocketfusion.distill.to_v import to_v as convert
 
-    return _trained(convert(work.recipe, work.pictures, work.path("folder"), work.place, work.cache))
+    return _trained(convert(work.recipe, work.latents, work.path("folder"), work.place, work.cache))
 
 
 def elastic(work: Work) -> Made:
     """Robust training."""
     from pocketfusion.train.elastic import train_elastic
 
-    return _trained(train_elastic(work.recipe, work.pictures, work.path("folder"), work.place, work.cache))
+    return _trained(train_elastic(work.recipe, work.latents, work.path("folder"), work.place, work.cache))
 
 
 def evolve(work: Work) -> Made:
@@ -92,7 +92,7 @@ def recover(work: Work) -> Made:
     from pocketfusion.train.recovery import recover as run
 
     folder, base = work.path("folder"), work.path("base")
-    return _trained(run(work.recipe, work.pictures, folder, base, work.place, work.cache))
+    return _trained(run(work.recipe, work.latents, folder, base, work.place, work.cache))
 
 
 def distill_steps(work: Work) -> Made:
@@ -104,7 +104,7 @@ def distill_steps(work: Work) -> Made:
     assert settings is not None
     run = directly if work.options.schedule == "direct" else distill_progressively
     folder, teacher = work.path("folder"), work.path("teacher")
-    return _trained(run(work.recipe, settings, work.pictures, folder, teacher, work.place, work.cache))
+    return _trained(run(work.recipe, settings, work.latents, folder, teacher, work.place, work.cache))
 
 
 def distill_guidance(work: Work) -> Made:
@@ -115,7 +115,7 @@ def distill_guidance(work: Work) -> Made:
     return _trained(
         run(
             work.recipe,
-            work.pictures,
+            work.latents,
             work.path("folder"),
             work.place,
             work.maybe("teacher"),
@@ -134,7 +134,7 @@ def distill_consistency(work: Work) -> Made:
     settings = work.recipe.consistency
     assert settings is not None
     folder, teacher = work.path("folder"), work.path("teacher")
-    return _trained(run(work.recipe, settings, work.pictures, folder, teacher, work.place, work.cache))
+    return _trained(run(work.recipe, settings, work.latents, folder, teacher, work.place, work.cache))
 
 
 def distill_decoder(work: Work) -> Made:

@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pocketfusion.data.latents.reading import is_cache
 from pocketfusion.data.packed import CaptionedImages
-from pocketfusion.data.sources import open_dataset
+from pocketfusion.data.sources import open_dataset, open_training_data
 from pocketfusion.recipe import Recipe
 from pocketfusion.train.place import StageRun
 
@@ -40,6 +41,12 @@ class Work:
     def pictures(self) -> CaptionedImages:
         """The data at the recipe's size."""
         return _opened(self.path("data"), self.recipe.data.size, self.skip_bad)
+
+    @property
+    def latents(self) -> CaptionedImages:
+        """The same for stages that need latents alone: a cache of them will do."""
+        path, size = self.path("data"), self.recipe.data.size
+        return open_training_data(path, size) if is_cache(path) else self.pictures
 
 
 @lru_cache(maxsize=1)  # a folder of pictures is read once for all stages

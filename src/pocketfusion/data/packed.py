@@ -20,13 +20,14 @@ FORMAT, VERSION = "pocketfusion-images", 1
 class CaptionedImages:
     """Pictures and their captions.
 
-    `images`: uint8 [N, size, size, 3], RGB. `rows`: one dictionary a picture with at least `captions` (a list, the
-    plainest first), `split` and `flip` (whether the mirrored picture still fits its caption).
+    `images`: uint8 [N, size, size, 3], RGB, or what gives that by index. `rows`: one dictionary a picture with
+    `captions` (a list, the plainest first), `split`, `flip` (whether the mirrored picture still fits its caption)
+    and perhaps more.
     """
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: Any,
         rows: Sequence[dict],
         name: str,
         fingerprint: str,
@@ -44,6 +45,16 @@ class CaptionedImages:
     def size(self) -> int:
         """Width and height in pixels."""
         return self.images.shape[1]
+
+    @cached_property
+    def flips(self) -> np.ndarray:
+        """Which pictures may be mirrored, bool [N]."""
+        return np.array([row["flip"] for row in self.rows], bool)
+
+    @property
+    def buckets(self) -> np.ndarray:
+        """The number of each picture's bucket, [N]: pictures of one size are of one."""
+        return np.zeros(len(self), np.uint16)
 
     @cached_property
     def splits(self) -> dict[str, np.ndarray]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pocketfusion.data.files import read_bytes
+from pocketfusion.data.files import MAX_BYTES, open_file, read_bytes
 from pocketfusion.errors import PocketfusionError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -66,6 +67,31 @@ def open_picture(data: bytes, where: str) -> Image.Image:
 def read_picture(file: Path) -> Image.Image:
     """`open_picture` of a regular file; raises PocketfusionError naming it if it is none or cannot be decoded."""
     return open_picture(read_bytes(file), str(file))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a picture's bytes lie: in a file of its own, or at `offset` in an archive, `size` of them."""
+
+    file: Path
+    where: str  #: how a sentence names it
+    offset: int | None = None
+    size: int = 0
+
+    def open(self) -> Image.Image:
+        """`open_picture` of these bytes; raises PocketfusionError naming them if they cannot be read or decoded."""
+        if self.offset is None:
+            return read_picture(self.file)
+        if not 0 <= self.size <= MAX_BYTES:
+            raise PocketfusionError(
+                f"{self.where} is too large ({MAX_BYTES >> 20} MiB is the most that is read of it)"
+            )
+        with open_file(self.file) as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise PocketfusionError(f"{self.where} is cut short: build the shard again")
+        return open_picture(data, self.where)
 
 
 def _orientation(picture: Image.Image) -> int:

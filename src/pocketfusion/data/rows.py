@@ -6,11 +6,14 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from reprlib import repr as shorten
 from typing import Any
+
+import numpy as np
 
 from pocketfusion.data.files import json_lines, parse_json, plain_text, read_bytes
 from pocketfusion.errors import PocketfusionError
@@ -47,10 +50,11 @@ class LeftOut:
         with self.or_raise():
             raise PocketfusionError(message)
 
-    def notes(self) -> list[str]:
-        """What a reader of results must know of it."""
-        first = "; ".join(self.found[:3]) + ("; …" if len(self.found) > 3 else "")
-        return [f"{len(self.found):,} bad samples were left out ({first})."] if self.found else []
+
+def left_out_notes(found: Sequence[str]) -> list[str]:
+    """What a reader of results must know of samples that were left out."""
+    first = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
+    return [f"{len(found):,} bad samples were left out ({first})."] if found else []
 
 
 def _kind(value: Any) -> str:
@@ -115,6 +119,26 @@ def split_of_path(parts: Iterable[str]) -> str | None:
             split = _HUB_SPLITS[found[1]]
             return None if split == "train" else split
     return None
+
+
+_HELD_OUT = 0.05
+
+
+def rank(key: str) -> int:
+    """A place in an order that no one chose, of 32 bits."""
+    return int(sha256(key.encode()).hexdigest()[:8], 16)
+
+
+def hold_out(ranks: np.ndarray, free: np.ndarray, validated: bool) -> np.ndarray:
+    """Which pictures [N] become `val_combo`: of the `free` ones, which state no split, by `rank` of ids.
+
+    None if some are `validated` already; else a twentieth, and two at least if there are four.
+    """
+    held, numbers = np.zeros(len(ranks), bool), np.flatnonzero(free)
+    low = int((ranks[numbers] < _HELD_OUT * 16**8).sum())
+    count = 0 if validated else min(max(low, 2), len(numbers) // 2)
+    held[numbers[np.argsort(ranks[numbers], kind="stable")[:count]]] = True
+    return held
 
 
 def same_name(name: str) -> str:

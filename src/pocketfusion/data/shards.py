@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from PIL import Image
-
-from pocketfusion.data.files import MAX_BYTES, open_file, parse_json, plain_text
-from pocketfusion.data.pictures import PICTURES, UNREAD, open_picture
-from pocketfusion.data.rows import MAX_CAPTION, LeftOut, captions, parse_row
+from pocketfusion.data.files import open_file, parse_json, plain_text
+from pocketfusion.data.pictures import PICTURES, UNREAD, Stored
+from pocketfusion.data.rows import MAX_CAPTION, LeftOut, captions, parse_row, split_of_path
+from pocketfusion.data.samples import Sample
 from pocketfusion.errors import PocketfusionError
 
 
@@ -23,16 +22,19 @@ class _Sample:
     unread: str | None = None  #: a member that is a picture of a type that is not read
 
 
-def iter_shard(file: Path, left_out: LeftOut) -> Iterator[tuple[str, Image.Image, dict[str, Any]]]:
-    """(key, picture, row) of each sample. A key is the member's path without what follows its *last* dot.
+def iter_shard(
+    file: Path, left_out: LeftOut, shown: str | None = None
+) -> Iterator[tuple[str, Stored, dict[str, Any]]]:
+    """(key, picture, row) of each sample; pictures are not read yet. `shown`: how sentences name the file.
 
+    A key is the member's path without what follows its *last* dot.
     webdataset cuts at the first dot, which loses `photo v1.5.png`; members as `0001.seg.png` without a caption beside
     a sample `0001` are further fields and no samples, as there. Fields of other types are not read.
 
     Raises PocketfusionError for a damaged archive, links, devices, paths that lead out, and bad samples, unless
     `left_out` takes them.
     """
-    opened = None
+    opened, shown = None, shown or str(file)
     with left_out.or_raise():
         opened = open_file(file)
     if opened is None:
@@ -42,9 +44,9 @@ def iter_shard(file: Path, left_out: LeftOut) -> Iterator[tuple[str, Image.Image
             # "r:": no decompression, which could grow without end; tarfile gets our stream and never the name
             tar = tarfile.open(fileobj=opened, mode="r:")  # noqa: SIM115
         except Exception as error:
-            left_out.tell(f"the shard {file} is damaged ({_reason(error)}): fetch or build it again, uncompressed")
+            left_out.tell(f"the shard {shown} is damaged ({_reason(error)}): fetch or build it again, uncompressed")
             return
-        samples = _samples(tar, file, opened, left_out)
+        samples = _samples(tar, shown, opened, left_out)
         for key, sample in samples.items():
             head, _, tail = key.rpartition(".")
             if (
@@ -58,16 +60,26 @@ def iter_shard(file: Path, left_out: LeftOut) -> Iterator[tuple[str, Image.Image
                 continue
             made = None
             with left_out.or_raise():
-                made = _read(tar, f"{file}: sample '{key}'", sample)
+                made = _read(tar, file, f"{shown}: sample '{key}'", sample)
             if made is not None:
                 yield key, *made
+
+
+def shard_samples(
+    file: Path, name: PurePosixPath, shards: int, left_out: LeftOut, shown: str | None = None
+) -> Iterator[Sample]:
+    """The samples of one of several `shards`, which may all count from 0: `name` is a part of their ids then."""
+    for key, picture, row in iter_shard(file, left_out, shown):
+        split = split_of_path([*name.with_suffix("").parts, *PurePosixPath(key).parts[:-1]])
+        unique = key if shards == 1 else f"{name.with_suffix('')}/{key}"
+        yield Sample(key, picture, {"id": unique, "split": split, "flip": False, **row})
 
 
 def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:80]
 
 
-def _samples(tar: tarfile.TarFile, file: Path, opened: BinaryIO, left_out: LeftOut) -> dict[str, _Sample]:
+def _samples(tar: tarfile.TarFile, shown: str, opened: BinaryIO, left_out: LeftOut) -> dict[str, _Sample]:
     """The archive's members by key, in its order; nothing of them is read."""
     samples: dict[str, _Sample] = {}
     seen: set[str] = set()
@@ -78,12 +90,12 @@ def _samples(tar: tarfile.TarFile, file: Path, opened: BinaryIO, left_out: LeftO
                 raise tarfile.ReadError("a header leads back")
             end = member.offset_data
             with left_out.or_raise():
-                _sort_in(member, file, samples, seen)
+                _sort_in(member, shown, samples, seen)
         _check_end(tar, opened)
     except PocketfusionError:
         raise
     except Exception as error:  # tarfile raises many kinds on crafted headers, also RecursionError
-        left_out.tell(f"the shard {file} is damaged ({_reason(error)}): fetch or build it again")
+        left_out.tell(f"the shard {shown} is damaged ({_reason(error)}): fetch or build it again")
     return samples
 
 
@@ -98,24 +110,26 @@ def _check_end(tar: tarfile.TarFile, opened: BinaryIO) -> None:
             raise tarfile.ReadError("data follows its end, as in archives joined by cat")
 
 
-def _sort_in(member: tarfile.TarInfo, file: Path, samples: dict[str, _Sample], seen: set[str]) -> None:
+def _sort_in(member: tarfile.TarInfo, shown: str, samples: dict[str, _Sample], seen: set[str]) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
-        raise PocketfusionError(f"{file} holds the path {member.name!r}: pack it with paths below its own folder")
+        raise PocketfusionError(f"{shown} holds the path {member.name!r}: pack it with paths below its own folder")
     if member.isdir() or any(part.startswith((".", "__")) for part in path.parts):
         return  # hidden, such as the ._ files of macOS
     name = str(path)
     if not path.name:
-        raise PocketfusionError(f"{file} holds a file without a name ({member.name!r}): pack it again without it")
+        raise PocketfusionError(f"{shown} holds a file without a name ({member.name!r}): pack it again without it")
     if not member.isreg():
         kind = "link" if member.issym() or member.islnk() else "device or FIFO"
-        raise PocketfusionError(f"{file} holds the {kind} {name!r}: pack plain files (tar --dereference)")
+        raise PocketfusionError(f"{shown} holds the {kind} {name!r}: pack plain files (tar --dereference)")
+    if member.issparse():
+        raise PocketfusionError(f"{shown} holds the sparse file {name!r}: pack it again without --sparse")
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise PocketfusionError(f"{file} holds a name that is not UTF-8 ({name!r}): rename it") from None
+        raise PocketfusionError(f"{shown} holds a name that is not UTF-8 ({name!r}): rename it") from None
     if name in seen:
-        raise PocketfusionError(f"{file} holds {name!r} twice: keep one of them")
+        raise PocketfusionError(f"{shown} holds {name!r} twice: keep one of them")
     seen.add(name)
     suffix = path.suffix.lower()
     sample = samples.setdefault(str(path.with_suffix("")), _Sample())
@@ -127,7 +141,7 @@ def _sort_in(member: tarfile.TarInfo, file: Path, samples: dict[str, _Sample], s
         sample.unread = name
 
 
-def _read(tar: tarfile.TarFile, where: str, sample: _Sample) -> tuple[Image.Image, dict[str, Any]] | None:
+def _read(tar: tarfile.TarFile, file: Path, where: str, sample: _Sample) -> tuple[Stored, dict[str, Any]] | None:
     """(picture, row), or None for a `.json` that belongs to nothing."""
     if not sample.pictures and sample.unread is not None:
         raise PocketfusionError(f"{where} has a picture of a type that is not read ({sample.unread}): make it a PNG")
@@ -145,7 +159,8 @@ def _read(tar: tarfile.TarFile, where: str, sample: _Sample) -> tuple[Image.Imag
         row = parse_row(extra, where)
     else:
         raise PocketfusionError(f"{where} has no caption (.txt, or .json with 'caption')")
-    return open_picture(_bytes(tar, sample.pictures[0], where, MAX_BYTES), where), row
+    picture = sample.pictures[0]
+    return Stored(file, where, picture.offset_data, picture.size), row
 
 
 def _names(values: Any) -> list[str]:

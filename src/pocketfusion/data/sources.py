@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,17 +14,31 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pocketfusion.data.buckets import fit
+from pocketfusion.data.decoding import LazyPictures, decoded
 from pocketfusion.data.files import plain_text, read_bytes
+from pocketfusion.data.found import Found
+from pocketfusion.data.latents.reading import is_cache, open_cache
 from pocketfusion.data.packed import CaptionedImages, open_packed
-from pocketfusion.data.pictures import PICTURES, UNREAD, read_picture
-from pocketfusion.data.rows import MAX_CAPTION, TABLES, LeftOut, parse_row, read_table, same_name, split_of_path
-from pocketfusion.data.shards import iter_shard
+from pocketfusion.data.pictures import UNREAD, Stored
+from pocketfusion.data.remote import SCHEMES, RemoteSource, is_url
+from pocketfusion.data.rows import (
+    MAX_CAPTION,
+    LeftOut,
+    hold_out,
+    left_out_notes,
+    parse_row,
+    rank,
+    read_table,
+    same_name,
+    split_of_path,
+)
+from pocketfusion.data.samples import Part, Sample, Source
+from pocketfusion.data.shards import shard_samples
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.models.licences import LicenceNote
 
-_HELD_OUT = 0.05
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_TEXTS = ("readme", "license", "licence", "licenses", "notice", "copyright", "changelog")  #: .txt that are no captions
-Sample = tuple[str, str | None, Image.Image, dict[str, Any]]  #: key, split that its path states, picture, row
+_CHUNK = 1000  #: pictures of a part, where they are not in shards
 
 
 def open_dataset(path: Path, size: int, *, skip_bad: bool = False) -> CaptionedImages:
@@ -35,181 +50,230 @@ def open_dataset(path: Path, size: int, *, skip_bad: bool = False) -> CaptionedI
       (`file_name`, `text`), as in the Hub's image folders; sub-folders are read too.
 
     A row of a table or a sample's `.json` may carry `split` and `flip`; `train/`, `validation/` and `test/` in paths
-    state the split too. If no picture is of a validation split, a twentieth of those without a split (by hash of
-    their names), and two at least if there are four, become `val_combo`.
+    state the split too; `hold_out` gives the others theirs. Every picture is decoded once to see that it is sound, and
+    again whenever it is asked for: none stays in memory.
 
     Raises PocketfusionError if nothing is found or a shard, picture or caption is damaged, missing or of a wrong kind;
     with `skip_bad` single samples are left out instead and counted in the result's name and notes.
     """
-    if not path.is_dir():
-        raise PocketfusionError(f"there is no data folder at {path}: build one with 'pocketfusion data emoji {path}'")
+    if is_cache(path):
+        raise open_cache(path).no_pictures()
     if (path / "dataset.json").is_file():
         return open_packed(path, size)
     left_out = LeftOut(skip_bad)
-    found = _Found(path, left_out)
+    source = open_source(path, left_out)
+    places, rows, digest, keys = list[Any](), list[dict[str, Any]](), sha256(), Counter[str]()
+    for number in range(len(source.parts)):
+        with source.reading(number, left_out) as samples:
+            for sample, pixels in decoded(samples, lambda picture: fit(picture, size, size), left_out):
+                places.append(sample.picture)
+                rows.append(sample.row)
+                digest.update(said(sample.row, sha256(pixels.tobytes()).hexdigest()))
+                keys[sample.key] += 1
+    if not rows:
+        reason = f" ({len(left_out.found)} bad samples, first: {left_out.found[0]})" if left_out.found else ""
+        raise PocketfusionError(f"{path} holds no dataset.json, no .tar shards and no pictures with captions{reason}")
+    splits = [row["split"] for row in rows]
+    validated = any(split is not None and split.startswith("val") for split in splits)
+    ranks, free = np.array([rank(row["id"]) for row in rows]), np.array([split is None for split in splits])
+    for row, held in zip(rows, hold_out(ranks, free, validated), strict=True):
+        row["split"] = row["split"] or ("val_combo" if held else "train")
+    name, notes = told_of(source, left_out.found, sum(count - 1 for count in keys.values()))
+    return CaptionedImages(LazyPictures(places, size), rows, name, digest.hexdigest()[:32], notes=notes)
+
+
+def open_training_data(path: Path, size: int, *, skip_bad: bool = False) -> CaptionedImages:
+    """`open_dataset` for training that needs latents alone: takes a cache of latents too.
+
+    Raises PocketfusionError as `open_dataset` does, or if the cache is damaged or of another size.
+    """
+    if not is_cache(path):
+        return open_dataset(path, size, skip_bad=skip_bad)
+    cache = open_cache(path)
+    cache.check_size(size)
+    return cache
+
+
+def said(row: dict[str, Any], pixels: str) -> bytes:
+    """What a fingerprint is made of: a sample's row, before any is held out, and the SHA-256 of its pixels."""
+    return json.dumps(row, sort_keys=True).encode() + pixels.encode()
+
+
+def told_of(source: Source, left_out: Sequence[str], again: int) -> tuple[str, list[str]]:
+    """Name and notes of a data set; `again`: samples whose key another shard has too."""
+    notes = left_out_notes(left_out) + list(source.notes)
+    if again:
+        notes.append(f"{again:,} samples have a key that another shard has too: their shards' names tell them apart.")
+    return source.name + (f" ({len(left_out):,} bad samples left out)" if left_out else ""), notes
+
+
+def any_source(data: str, size: int, left_out: LeftOut, scratch: Path) -> Source:
+    """What `data cache` reads: a folder, packed at `size` or not, or a URL of shards, which come by `scratch`.
+
+    Raises PocketfusionError if it is neither.
+    """
+    if is_url(data):
+        return RemoteSource(data, left_out, scratch)
+    path = Path(data)
+    if is_cache(path):
+        raise PocketfusionError(f"{path} is a cache of latents already: give the pictures")
+    if (path / "dataset.json").is_file():
+        return PicturesSource(open_packed(path, size))
+    return open_source(path, left_out)
+
+
+def open_source(path: Path, left_out: LeftOut) -> FolderSource:
+    """A folder of shards or of picture files; raises PocketfusionError if it is neither, or both."""
+    if path.parts and path.parts[0] in {f"{scheme}:" for scheme in SCHEMES}:
+        raise PocketfusionError(f"{path} is no folder: of a URL make a cache first, with 'pocketfusion data cache'")
+    if not path.is_dir():
+        raise PocketfusionError(f"there is no data folder at {path}: build one with 'pocketfusion data emoji {path}'")
+    found = Found(path, left_out)
     if found.shards and found.pictures:
         raise PocketfusionError(
             f"{path} holds shards ({found.shards[0]}) and pictures ({min(found.pictures)}): "
             "give each a folder of its own"
         )
-    images, rows = [], []
-    for key, split, picture, row in _iter_shards(found) if found.shards else _iter_files(found):
-        images.append(square(picture, size))
-        rows.append({"id": key, "split": split, "flip": False, **row})
-    if not images:
-        reason = f" ({len(left_out.found)} bad samples, first: {left_out.found[0]})" if left_out.found else ""
-        raise PocketfusionError(f"{path} holds no dataset.json, no .tar shards and no pictures with captions{reason}")
-    _hold_out(rows)
-    digest = sha256()
-    for image, row in zip(images, rows, strict=True):
-        digest.update(json.dumps(row, sort_keys=True).encode() + image.tobytes())
-    name = path.absolute().name.encode(errors="replace").decode()
-    if left_out.found:
-        name += f" ({len(left_out.found):,} bad samples left out)"
-    notes = left_out.notes() + found.notes()
-    return CaptionedImages(np.stack(images), rows, name, digest.hexdigest()[:32], notes=notes)
+    return ShardSource(found) if found.shards else FileSource(found)
 
 
-def square(picture: Image.Image, size: int) -> np.ndarray:
-    """Centre crop and Lanczos resize of an RGB picture to uint8 [size, size, 3]."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS, box=box))
+class PicturesSource:
+    """Pictures that are open already (`CaptionedImages`), in their order."""
+
+    left_out: Sequence[str] = ()
+
+    def __init__(self, data: CaptionedImages):
+        self.data, self.name, self.fingerprint = data, data.name, data.fingerprint
+        self.licences, self.notes = data.licences, data.notes
+        starts = range(0, len(data), _CHUNK)
+        self.parts = [Part(f"pictures-{n:05d}", f"{data.fingerprint} {start}") for n, start in enumerate(starts)]
+
+    def reading(self, number: int, left_out: LeftOut) -> AbstractContextManager[Iterator[Sample]]:
+        """See `Source`."""
+        chosen = range(number * _CHUNK, min((number + 1) * _CHUNK, len(self.data)))
+        rows = self.data.rows
+        return nullcontext(Sample(rows[i]["id"], _Opened(self.data, i), rows[i]) for i in chosen)
 
 
-def _hold_out(rows: list[dict[str, Any]]) -> None:
-    """Gives the rows without a split theirs: all of them train if another row is of a validation split."""
-    free = [row for row in rows if row["split"] is None]
-    held = 0
-    if not any(str(row["split"]).startswith("val") for row in rows):
-        low = sum(_rank(row) / 16**8 < _HELD_OUT for row in free)
-        held = min(max(low, 2), len(free) // 2)
-    for number, row in enumerate(sorted(free, key=_rank)):
-        row["split"] = "val_combo" if number < held else "train"
+class _Opened:
+    def __init__(self, data: CaptionedImages, number: int):
+        self.data, self.number = data, number
+
+    def open(self) -> Image.Image:
+        return Image.fromarray(np.asarray(self.data.images[self.number]))
 
 
-def _rank(row: dict[str, Any]) -> int:
-    return int(sha256(row["id"].encode()).hexdigest()[:8], 16)
+class FolderSource:
+    """A folder that the user made."""
+
+    fingerprint: str | None = None
+    licences: Sequence[LicenceNote] = ()
+    parts: list[Part]
+
+    def __init__(self, found: Found):
+        self.found, self.root = found, found.root
+        self.name = found.root.absolute().name.encode(errors="replace").decode()
+        self.notes = found.notes()
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """See `Source`; ask before the first part is read."""
+        return list(self.found.left_out.found)
+
+    def reading(self, number: int, left_out: LeftOut) -> AbstractContextManager[Iterator[Sample]]:
+        """See `Source`."""
+        return nullcontext(self.samples(number, left_out))
+
+    def samples(self, number: int, left_out: LeftOut) -> Iterator[Sample]:
+        """The samples of a part."""
+        raise NotImplementedError
 
 
-class _Found:
-    """The files below a folder by kind; names that begin with `.` or `__` are passed over, as on the Hub."""
+class ShardSource(FolderSource):
+    """webdataset shards, each a part."""
 
-    def __init__(self, root: Path, left_out: LeftOut):
-        self.root, self.left_out = root, left_out
-        self.pictures: set[str] = set()  #: paths below the root, with /
-        self.texts: dict[str, str] = {}  #: path without suffix → the `.txt`'s path
-        self.shards: list[str] = []
-        self.tables: list[str] = []
-        self.others: set[str] = set()
-        try:
-            self._walk()
-        except OSError as error:
-            raise PocketfusionError(f"{error.filename} cannot be listed ({error.strerror})") from None
-        self.shards.sort()
-        self.tables.sort()
+    def __init__(self, found: Found):
+        super().__init__(found)
+        names = enumerate(found.shards)
+        self.parts = [Part(f"shard-{n:05d}", f"{name} {_bytes_of(found.root / name)}") for n, name in names]
 
-    def _walk(self) -> None:
-        waiting, seen = [PurePosixPath()], set[tuple[int, int]]()
-        while waiting:
-            below = waiting.pop()
-            folder = self.root / below
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:  # a link up would never end, one aside gives pictures twice
-                self.left_out.tell(f"{folder} is a link to a folder that is read already: remove it")
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if not entry.name.startswith((".", "__")):
-                    with self.left_out.or_raise():
-                        waiting += self._look_at(entry, below / entry.name)
-
-    def _look_at(self, entry: os.DirEntry[str], path: PurePosixPath) -> list[PurePosixPath]:
-        """Sorts a file in; gives a folder back."""
-        try:
-            str(path).encode()
-        except UnicodeEncodeError:
-            raise PocketfusionError(f"{self.root} holds a name that is not UTF-8 ({str(path)!r}): rename it") from None
-        if not entry.is_dir():
-            self._sort_in(str(path))
-            return []
-        if path.suffix.lower() in (*PICTURES, ".txt", ".tar"):
-            raise PocketfusionError(f"{self.root / path} is a folder with the name of a file: rename it")
-        return [path]
-
-    def _sort_in(self, name: str) -> None:
-        path, suffix = PurePosixPath(name), PurePosixPath(name).suffix.lower()
-        if path.name in TABLES:
-            self.tables.append(name)
-        elif path.name == "metadata.parquet":
-            raise PocketfusionError(f"{self.root / name} is not read: write it as metadata.jsonl or metadata.csv")
-        elif suffix in PICTURES:
-            self.pictures.add(name)
-        elif suffix == ".txt" and path.stem.lower() not in _TEXTS:
-            self.texts[str(path.with_suffix(""))] = name
-        elif suffix == ".tar":
-            self.shards.append(name)
-        elif name.lower().endswith(_COMPRESSED):
-            raise PocketfusionError(f"{self.root / name} is a compressed shard: decompress it to .tar")
-        else:
-            self.others.add(name)
-
-    def notes(self) -> list[str]:
-        """Files that are of no use to us; a README is expected."""
-        known = {PurePosixPath(name) for name in self.others}
-        others = sorted(str(p) for p in known if p.stem.lower() not in _TEXTS and p.suffix.lower() not in UNREAD)
-        first = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
-        return [f"{len(others):,} files of other types were not read ({first})."] if others else []
+    def samples(self, number: int, left_out: LeftOut) -> Iterator[Sample]:
+        """In the shard's order."""
+        name = self.found.shards[number]
+        return shard_samples(self.root / name, PurePosixPath(name), len(self.parts), left_out)
 
 
-def _iter_shards(found: _Found) -> Iterator[Sample]:
-    seen: set[str] = set()
-    for name in found.shards:
-        shard = PurePosixPath(name)
-        for key, picture, row in iter_shard(found.root / name, found.left_out):
-            split = split_of_path([*shard.with_suffix("").parts, *PurePosixPath(key).parts[:-1]])
-            unique = key if key not in seen else f"{shard.with_suffix('')}/{key}"  # some count anew in each shard
-            seen.add(unique)
-            yield unique, split, picture, row
+class FileSource(FolderSource):
+    """Picture files with their captions in `.txt` files and tables; so many a part."""
+
+    def __init__(self, found: Found):
+        super().__init__(found)
+        root, left_out = found.root, found.left_out
+        self.table: dict[str, dict[str, Any] | None] = {}
+        for name in found.tables:
+            for picture_name, entry in read_table(root / name, PurePosixPath(name).parent, left_out):
+                if picture_name in self.table:
+                    left_out.tell(
+                        f"{root / name} lists {picture_name} twice, or another table does: keep one line of it"
+                    )
+                self.table[picture_name] = entry
+        listed = {name for name in found.others if same_name(name) in self.table}  # of whatever name: bytes decide
+        self.pictures = sorted(found.pictures | listed)
+        self.stems = [str(PurePosixPath(name).with_suffix("")) for name in self.pictures]
+        self.times = Counter(self.stems)
+        self._tell_leftovers(listed)
+        starts = range(0, len(self.pictures), _CHUNK)
+        self.parts = [Part(f"pictures-{n:05d}", self._made_of(start)) for n, start in enumerate(starts)]
+
+    def _made_of(self, start: int) -> str:
+        digest = sha256()
+        for name, stem in zip(self.pictures[start : start + _CHUNK], self.stems[start : start + _CHUNK], strict=True):
+            text = self.found.texts.get(stem)
+            row, of_text = self.table.get(same_name(name)), _bytes_of(self.root / text) if text is not None else -1
+            digest.update(f"{name}\0{_bytes_of(self.root / name)}\0{of_text}\0{json.dumps(row)}\n".encode())
+        return digest.hexdigest()
+
+    def samples(self, number: int, left_out: LeftOut) -> Iterator[Sample]:
+        """In the order of their names."""
+        root, chosen = self.root, slice(number * _CHUNK, (number + 1) * _CHUNK)
+        for name, stem in zip(self.pictures[chosen], self.stems[chosen], strict=True):
+            if self.table.get(same_name(name), True) is None:
+                continue  # its line was bad, and told
+            row, text = self.table.get(same_name(name)), self.found.texts.get(stem)
+            with left_out.or_raise():
+                if row is None and text is not None:
+                    caption = plain_text(read_bytes(root / text, MAX_CAPTION), str(root / text))
+                    row = parse_row({}, str(root / text), caption)
+                if row is None:
+                    raise PocketfusionError(
+                        f"{root / name} has no caption: write {PurePosixPath(stem).name}.txt beside it "
+                        "or list it in metadata.jsonl"
+                    )
+            if row is not None:
+                key = stem if self.times[stem] == 1 else name
+                split = split_of_path(PurePosixPath(name).parts[:-1])
+                picture = Stored(root / name, str(root / name))
+                yield Sample(key, picture, {"id": key, "split": split, "flip": False, **row})
+
+    def _tell_leftovers(self, listed: set[str]) -> None:
+        """Lines of tables and captions without their pictures, and pictures of types that are not read."""
+        root, found = self.root, self.found
+        for name in sorted(set(self.table) - {same_name(name) for name in self.pictures}):
+            found.left_out.tell(
+                f"a table in {root} lists {name}, which is not there: remove the line or bring the picture"
+            )
+        others = {str(PurePosixPath(name).with_suffix("")): name for name in sorted(found.others - listed)}
+        for stem in sorted(set(found.texts) - set(self.stems)):
+            reason = f"a type that is read: save {others[stem]} as PNG" if stem in others else "its name: remove it"
+            found.left_out.tell(f"{root / found.texts[stem]} is a caption without a picture of {reason}")
+        for stem, name in others.items():
+            if PurePosixPath(name).suffix.lower() in UNREAD and stem not in found.texts:
+                found.left_out.tell(f"{root / name} is a picture of a type that is not read: save it as PNG")
 
 
-def _iter_files(found: _Found) -> Iterator[Sample]:
-    root, left_out = found.root, found.left_out
-    table: dict[str, dict[str, Any] | None] = {}
-    for name in found.tables:
-        for picture_name, entry in read_table(root / name, PurePosixPath(name).parent, left_out):
-            if picture_name in table:
-                left_out.tell(f"{root / name} lists {picture_name} twice, or another table does: keep one line of it")
-            table[picture_name] = entry
-    listed = {name for name in found.others if same_name(name) in table}  # of whatever name: the bytes decide
-    pictures = sorted(found.pictures | listed)
-    stems = [str(PurePosixPath(name).with_suffix("")) for name in pictures]
-    times = Counter(stems)
-    for name, stem in zip(pictures, stems, strict=True):
-        if table.get(same_name(name), True) is None:
-            continue  # its line was bad, and told
-        row, text = table.get(same_name(name)), found.texts.get(stem)
-        made = None
-        with left_out.or_raise():
-            if row is None and text is not None:
-                caption = plain_text(read_bytes(root / text, MAX_CAPTION), str(root / text))
-                row = parse_row({}, str(root / text), caption)
-            if row is None:
-                raise PocketfusionError(
-                    f"{root / name} has no caption: write {PurePosixPath(stem).name}.txt beside it "
-                    "or list it in metadata.jsonl"
-                )
-            made = read_picture(root / name)
-        if made is not None and row is not None:
-            key = stem if times[stem] == 1 else name
-            yield key, split_of_path(PurePosixPath(name).parts[:-1]), made, row
-    for name in sorted(set(table) - {same_name(name) for name in pictures}):
-        left_out.tell(f"a table in {root} lists {name}, which is not there: remove the line or bring the picture")
-    others = {str(PurePosixPath(name).with_suffix("")): name for name in sorted(found.others - listed)}
-    for stem in sorted(set(found.texts) - set(stems)):
-        reason = f"a type that is read: save {others[stem]} as PNG" if stem in others else "its name: remove it"
-        left_out.tell(f"{root / found.texts[stem]} is a caption without a picture of {reason}")
-    for stem, name in others.items():
-        if PurePosixPath(name).suffix.lower() in UNREAD and stem not in found.texts:
-            left_out.tell(f"{root / name} is a picture of a type that is not read: save it as PNG")
+def _bytes_of(file: Path) -> int:
+    """The size of a file; what cannot be told is when it is read."""
+    try:
+        return os.stat(file).st_size
+    except (OSError, ValueError):
+        return -1

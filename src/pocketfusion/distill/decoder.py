@@ -95,20 +95,23 @@ class DecoderTask:
         self.latents = self.held_out = np.empty(0)
         self.targets: np.ndarray | None = None
 
-    def prepare(self, sampler: LatentSampler, hashes: tuple[str, str], cache: Path, device: torch.device) -> None:
-        """Draws the latents, decodes them with the teacher, encodes pictures; later runs find all but held-out ones.
+    def encode(self, encoder_hash: str, cache: Path, device: torch.device) -> None:
+        """Encodes pictures, if they have a share; later runs find them. All processes must call it together."""
+        if self.encoded is not None:
+            self.encoded.prepare(self.teacher.to(device), encoder_hash, cache, device)
 
-        `hashes`: of the whole autoencoder and of its encoder. Raises PocketfusionError if there are no captions, the
-        sampler's guidance does not fit or the teacher gives NaN.
+    def prepare(self, sampler: LatentSampler, vae_hash: str, cache: Path, device: torch.device) -> None:
+        """Draws the latents and decodes them with the teacher; later runs find all but held-out ones.
+
+        `vae_hash`: of the whole autoencoder. Raises PocketfusionError if there are no captions, the sampler's
+        guidance does not fit or the teacher gives NaN.
         """
         settings, teacher = self.settings, self.teacher.to(device)
         how = pool_settings(settings, sampler.sampling)
         pool = Pool(sampler, how, self.data, (("train", 1 - self.scene_share), ("train_scene", self.scene_share)))
         self.latents = pool.latents(settings.samples, cache, device)
         if settings.cache_targets:
-            self.targets = decode_pool(teacher, hashes[0], pool, self.latents, cache, device)
-        if self.encoded is not None:
-            self.encoded.prepare(teacher, hashes[1], cache, device)
+            self.targets = decode_pool(teacher, vae_hash, pool, self.latents, cache, device)
         held_out = Pool(sampler, replace(how, seed=how.seed + 1), self.data, (("val_combo", 1.0),))
         self.held_out = held_out.latents(min(settings.held_out, settings.train.held_out), cache, device)
         self.wanted = torch.cat([decode(teacher, part, device).cpu() for part in _parts(self.held_out)])
@@ -296,9 +299,10 @@ def distill_decoder(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae_hash = sha256(f"{weights_hash(folder / 'vae')}{teacher.config.scaling_factor}".encode()).hexdigest()
     hold(stage.run)  # the caches lie in it
+    place = cache or stage.run / "cache"
+    task.encode(weights_hash(folder / "vae", ENCODER), place, device)
     with process_state().main_process_first():  # one process fills the caches, the others find them
-        hashes = (vae_hash, weights_hash(folder / "vae", ENCODER))
-        task.prepare(drawing, hashes, cache or stage.run / "cache", device)
+        task.prepare(drawing, vae_hash, place, device)
 
     def write(out: Path, result: TrainResult) -> dict[str, Any]:
         copy_with_vae(folder, out, slim)

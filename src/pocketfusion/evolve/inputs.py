@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.data.packed import CaptionedImages
-from pocketfusion.data.sources import open_dataset
+from pocketfusion.data.sources import open_training_data
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import ModelFolder
 from pocketfusion.evaluate.open_clip import OpenClip
@@ -74,7 +74,7 @@ class Opened:
         self.inputs = inputs
         self.unet = load_elastic(inputs.folder)
         self.latency = open_latency(inputs.latency, self.unet, inputs.force)
-        self.data: CaptionedImages = open_dataset(inputs.data, inputs.recipe.data.size, skip_bad=inputs.skip_bad)
+        self.data: CaptionedImages = open_training_data(inputs.data, inputs.recipe.data.size, skip_bad=inputs.skip_bad)
         validation = validation_set(self.data, inputs.samples, inputs.seed)
         judge, judge_hash = search_judge(inputs.judge)
         system = ModelFolder(inputs.folder)

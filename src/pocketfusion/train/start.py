@@ -26,7 +26,6 @@ from pocketfusion.models.noise_schedule import read_ddim_scheduler
 from pocketfusion.models.sampling import Sampling, write_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
-from pocketfusion.processes import process_state
 from pocketfusion.recipe import Recipe, TrainSettings
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun
@@ -86,8 +85,7 @@ def train_on(
     `sampling` and `scheduler`: how the result is sampled, if not as `start` is.
     """
     hold(stage.run)  # the caches lie in it
-    with process_state().main_process_first():  # one process fills the caches, the others find them
-        task.prepare(cache or stage.run / "cache", start.vae_hash, start.text.fingerprint, start.device)
+    task.prepare(cache or stage.run / "cache", start.vae_hash, start.text.fingerprint, start.device)
 
     def write(out: Path, result: TrainResult) -> dict[str, Any]:
         copy_with_unet(start.folder, out, start.unet)

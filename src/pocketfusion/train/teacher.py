@@ -16,16 +16,16 @@ from torch import nn
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import Provenance, folder_hash, read_provenance
+from pocketfusion.folder import ENCODER, Provenance, folder_hash, read_provenance, weights_hash
 from pocketfusion.locks import hold
 from pocketfusion.models.base import write_base_folder
 from pocketfusion.models.loading import load_part
 from pocketfusion.models.sampling import Sampling
 from pocketfusion.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
-from pocketfusion.processes import process_state
 from pocketfusion.recipe import Recipe, TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
-from pocketfusion.train.cache import CaptionTable, cache_latents, cache_prompts
+from pocketfusion.train.bucketed import in_buckets, of_one_bucket
+from pocketfusion.train.cache import CachedStates, CaptionStates, LiveStates, cache_latents
 from pocketfusion.train.held_out import shared, spread
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.objectives import DenoisingObjective
@@ -87,25 +87,27 @@ class TeacherTask:
         if "train_scene" in data.splits and recipe.data.scene_share:
             pools.append((data.indices(["train_scene"]), recipe.data.scene_share))
         train = np.concatenate([indices for indices, _ in pools])
-        self.held_out = spread(data.indices(["val_combo"]), settings.held_out)
-        self.indices = np.concatenate([train, self.held_out])  # what the caches hold, in this order
+        self.held_out = spread(of_one_bucket(data.indices(["val_combo"]), data.buckets), settings.held_out)
+        self.indices = np.concatenate([train, self.held_out])  # what a row is of
         rows = np.split(np.arange(len(train)), np.cumsum([len(indices) for indices, _ in pools])[:-1])
         plan_pools = [(part, share) for part, (_, share) in zip(rows, pools, strict=True)]
-        self.plan = BatchPlan(plan_pools, settings.batch_size, settings.seed)
-        self.flip = np.array([data.rows[i]["flip"] for i in self.indices]) & recipe.data.flip
-        self.captions = CaptionTable([data.rows[i] for i in self.indices])
+        self.plan: BatchPlan = in_buckets(plan_pools, settings.batch_size, settings.seed, data.buckets[self.indices])
+        self.flip = data.flips[self.indices] & recipe.data.flip
+        self.cache_states = recipe.text.cache_states
         self.device = torch.device("cpu")
         self.sampling = Sampling(  #: how previews are drawn
             num_inference_steps=recipe.teacher.num_inference_steps, guidance_scale=recipe.teacher.guidance_scale
         )
 
     def prepare(self, cache: Path, vae_hash: str, text_hash: str, device: torch.device) -> None:
-        """Fills the caches; later runs find them."""
-        made_of = (self.vae, vae_hash, self.data, self.indices, cache, device)
-        self.latents = cache_latents(*made_of)
-        self.half_latents = cache_latents(*made_of, halved=True) if self.half_steps else self.latents
+        """Fills the caches, all processes together; later runs find them."""
+        self.latents = cache_latents(self.vae, vae_hash, self.data, cache, device, halved=bool(self.half_steps))
         self.text.encoder.to(device)
-        self.states = cache_prompts(self.text, text_hash, self.captions.captions, cache)
+        rows = self.data.rows
+        if self.cache_states:
+            self.states: CaptionStates = CachedStates(self.text, text_hash, [rows[i] for i in self.indices], cache)
+        else:
+            self.states = LiveStates(self.text, rows, self.indices)
         self.null = self.text.encode([""])[0][0].cpu()
 
     def to(self, device: torch.device) -> None:
@@ -117,10 +119,10 @@ class TeacherTask:
     def clean(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's latents x (mirrored at random where allowed) and caption states, some dropped; on the CPU."""
         mirrored = (batch.rand() < 0.5).numpy() & self.flip[batch.indices]
-        latents = self.half_latents if batch.step < self.half_steps else self.latents
-        mean, std = torch.from_numpy(latents[batch.indices, mirrored.astype(int)]).float().chunk(2, dim=1)
+        latents = self.latents.latents(self.indices[batch.indices], mirrored, batch.step < self.half_steps)
+        mean, std = torch.from_numpy(latents).float().chunk(2, dim=1)
         x = (mean + std * batch.randn(*mean.shape[1:])) * self.vae.config.scaling_factor
-        states = torch.from_numpy(self.states[self.captions.pick(batch.indices, batch.rand().numpy())]).float()
+        states = self.states.take(batch.indices, batch.rand().numpy())
         dropped = batch.rand() < self.settings.prompt_dropout
         states[dropped] = self.null
         return x, states
@@ -143,10 +145,10 @@ class TeacherTask:
     def held_out_pairs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The held-out latents x, their fixed noise and caption states; on the CPU."""
         rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))
-        mean = torch.from_numpy(np.asarray(self.latents[rows, 0], dtype=np.float32)).chunk(2, dim=1)[0]
+        mean = torch.from_numpy(self.latents.latents(self.held_out)).float().chunk(2, dim=1)[0]
         x = mean * self.vae.config.scaling_factor
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-        states = torch.from_numpy(self.states[self.captions.pick(rows, np.zeros(len(rows)))]).float()
+        states = self.states.take(rows, np.zeros(len(rows)))
         return x, noise, states
 
     @torch.no_grad()
@@ -252,8 +254,8 @@ def train_teacher(
     fast_attention(unet, device)
     task = TeacherTask(recipe, data, unet, vae, text, half_size_until=recipe.teacher.half_size_until)
     hold(stage.run)  # the caches lie in it
-    with process_state().main_process_first():  # one process fills the caches, the others find them
-        task.prepare(cache or stage.run / "cache", vae_hash, text.fingerprint, device)
+    encoder_hash = weights_hash(autoencoder, ENCODER)
+    task.prepare(cache or stage.run / "cache", encoder_hash, text.fingerprint, device)
 
     def write(folder: Path, result: TrainResult) -> dict:
         write_base_folder(folder, unet, vae, text, task.scheduler, autoencoder, data.licences)

@@ -1,0 +1,1 @@
+"""Caches of latents: written by parts as pictures stream by, opened without the pictures."""
