@@ -128,7 +128,8 @@ def main() -> None:
         rows.append(row)
         print(
             f"{pictures:>7,} pictures: peak {row['peak_before_mb']:.0f} MB before, "
-            f"{row['peak_filled_mb']:.0f} filled, {row['peak_finished_mb']:.0f} finished, {row['peak_read_mb']:.0f} read; "
+            f"{row['peak_filled_mb']:.0f} filled, {row['peak_finished_mb']:.0f} finished, "
+            f"{row['peak_read_mb']:.0f} read; "
             f"{row['pictures_a_second']:.0f} pictures/s; cache {row['cache_mb']:.0f} MB "
             f"(pixels {row['pixels_mb']:.0f} MB)",
             flush=True,
