@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pocketfusion.bounded import parse_json
+from pocketfusion.data.latents.reading import is_cache
 from pocketfusion.errors import INSTALL_COMPRESS, PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash, read_json, read_provenance, weight_files
 from pocketfusion.models.sampling import read_sampling
@@ -46,6 +47,8 @@ def describe(path: Path, on_stage: Callable[[str], None] = lambda stage: None) -
         return describe_single_model(path)
     if (path / "unet").is_dir():
         check_folder(path)  # says what it lacks
+    if is_cache(path):
+        raise PocketfusionError(f"{path} is a cache of latents: 'pocketfusion data show-cache {path}' tells of it")
     raise PocketfusionError(
         f"{path} is neither a bundle ({MANIFEST}) nor a model folder (model_index.json) nor a single model "
         "(config.json and safetensors): check the path"

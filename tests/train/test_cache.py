@@ -1,11 +1,13 @@
 """What training reads of a cache: latents and captions' states, on pictures or in their place; the commands."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from made_pictures import photo_shards
 from safetensors.torch import load_file
 
@@ -137,3 +139,17 @@ def test_the_commands_of_a_cache(bucketed, trained, tiny_recipe, cli, tmp_path):
         said = " ".join(done.stderr.split())
         assert done.returncode == 2 and match in said and "Traceback" not in said, said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_takes_a_cache_for_its_pictures(bucketed, trained, tiny_recipe, end, cli, tmp_path):
+    """`data: {from: CACHE}`: stages in latents run; one that needs pictures says so."""
+    recipe = yaml.safe_load(tiny_recipe.read_text())
+    recipe["stages"] = {"data": {"from": str(bucketed)}, "base": {"from": str(trained / "base")}, "elastic": {}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    end("compress", tmp_path / "recipe.yaml", tmp_path / "out")
+    recorded = json.loads((tmp_path / "out/elastic/provenance.json").read_text())["data"]
+    assert recorded["fingerprint"] == open_training_data(bucketed, 64).fingerprint
+    recipe["stages"] |= {"judge": {}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    done = cli("compress", tmp_path / "recipe.yaml", tmp_path / "out")
+    assert done.returncode == 2 and "without pictures, and this needs them" in " ".join(done.stderr.split())

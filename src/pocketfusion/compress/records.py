@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pocketfusion.artefact import sha256_file, write_json
 from pocketfusion.bounded import read_yaml
+from pocketfusion.data.latents.reading import is_cache, open_cache
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import PROVENANCE
 
@@ -57,6 +58,8 @@ def content_hash(path: Path) -> str:
     """SHA-256 of what a result holds: its files but provenance, cards and pictures, so that times do not count."""
     if path.is_file():
         return sha256_file(path)
+    if is_cache(path):
+        return open_cache(path).key
     digest = sha256()
     for file in _files(path):
         name = file.relative_to(path).as_posix()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class LatentCache(CaptionedImages):
         return self.encoding.size
 
     @property
+    def key(self) -> str:
+        """SHA-256 of what it is made of, known without reading the latents."""
+        return sha256(f"{self.fingerprint} {self.name} {self.encoding}".encode()).hexdigest()
+
+    @cached_property
     def splits(self) -> dict[str, np.ndarray]:
         """See `CaptionedImages`."""
         numbers = np.asarray(self.index["split"])
