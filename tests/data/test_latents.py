@@ -213,6 +213,22 @@ def test_what_is_missing_or_altered_is_named_and_made_again(shards, cache, tmp_p
         with pytest.raises(PocketfusionError, match=match):
             open_cache(out)
         (out / name).write_bytes(before)
+    part = out / "parts" / "shard-00000" / "part.json"
+    values = json.loads(part.read_text())
+    for changes in ({"files": None}, {"files": {"rows.jsonl": 1}}, {"plan": "x"}):
+        part.write_text(json.dumps(values | changes))
+        with pytest.raises(PocketfusionError, match="part.json is damaged|is of another cache"):
+            open_cache(out)
+    assert content(make(shards, out).path) == content(cache.path)
+    index = np.load(out / "index.npy")
+    for name, value, match in (("part", 9, "names a part that there is not"), ("record", 999, "do not fit")):
+        wrong = index.copy()
+        wrong[name][0] = value
+        np.save(out / "index.npy", wrong)
+        with pytest.raises(PocketfusionError, match=match):
+            open_cache(out).latents(np.array([0]))
+    with pytest.raises(PocketfusionError, match="index.npy was altered"):
+        open_cache(out, verify=True)
 
 
 def test_another_plan_is_refused(shards, cache, tmp_path):

@@ -300,7 +300,8 @@ def _disk(chain: Chain, stage: Stage, networks: Networks) -> float:
     first = next((one for one in chain.stages if one.is_a.makes == "model" and one.given is None and one.train), None)
     if first is stage:  # the latents of both mirrorings, means and deviations, and the captions' states; fp16
         latents = 8 * networks.channels * side**2
-        total += count * (latents + 2 * _CAPTIONS * recipe.text.max_length * networks.width)
+        captions = _CAPTIONS if recipe.text.cache_states else 0
+        total += count * (latents + 2 * captions * recipe.text.max_length * networks.width)
     return total
 
 

@@ -37,9 +37,10 @@ class PartsBar:
 
     def add(self, count: int, part: str) -> None:
         """So many more pictures of a part."""
+        new = part not in self.parts
         self.parts[part] = self.parts.get(part, 0) + count
         self.pictures += count
-        if self.pictures % 64 < count:
+        if new or self.pictures % 64 < count:
             rate = self.pictures / (time.monotonic() - self.began)
             said = f"{self.pictures:,} pictures, {rate:,.0f} a second"
             self.bar.update(self.task, completed=len(self.parts) - 1, rate=said)

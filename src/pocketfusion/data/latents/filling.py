@@ -66,7 +66,7 @@ def fill(
         name = plan.parts[number].name
         folder = out / PARTS / name
         if is_whole(folder, plan.key):
-            progress(json.loads((folder / PART).read_text())["count"], name)
+            progress(0, name)
             continue
         try:
             with atomic_folder(folder, overwrite=True) as partial:

@@ -159,9 +159,12 @@ def check_part(folder: Path, plan_key: str) -> dict[str, Any]:
     about = read_json(folder / PART)
     if about.get("plan") != plan_key:
         raise PocketfusionError(f"{folder} is of another cache: delete it and run the same 'data cache' again")
-    for name, entry in about["files"].items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file() or file.stat().st_size != entry["size"]:
+    try:
+        sizes = {folder / name: entry["size"] for name, entry in about["files"].items() if Path(name).name == name}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PocketfusionError(f"{folder / PART} is damaged ({error}): run the same 'data cache' again") from None
+    for file, size in sizes.items():
+        if not file.is_file() or file.stat().st_size != size:
             raise PocketfusionError(f"{file} is missing or truncated: run the same 'data cache' again")
     return about
 

@@ -45,6 +45,9 @@ class LatentCache(CaptionedImages):
         self.index: np.ndarray = np.load(path / TABLE, mmap_mode="r", allow_pickle=False)
         if self.index.dtype != INDEX or self.index.shape != (manifest["count"],):
             raise PocketfusionError(f"{path / TABLE} does not fit {MANIFEST}: run the same 'data cache' again")
+        for name, known in (("part", plan.parts), ("bucket", plan.encoding.buckets), ("split", manifest["splits"])):
+            if len(self.index) and self.index[name].max() >= len(known):
+                raise ValueError(f"{TABLE} names a {name} that there is not")
         licences = [LicenceNote(**entry) for entry in manifest["licences"]]
         notes, name, fingerprint = manifest["notes"], manifest["name"], manifest["fingerprint"]
         super().__init__(np.empty(0), (), name, fingerprint, licences, notes)
@@ -114,7 +117,11 @@ class LatentCache(CaptionedImages):
         found = np.empty((len(entries), *self.encoding.shape(bucket, halved)), np.float16)
         for part in np.unique(entries["part"]):
             chosen = entries["part"] == part
-            found[chosen] = self._map(int(part), bucket, halved)[records[chosen]]
+            try:
+                found[chosen] = self._map(int(part), bucket, halved)[records[chosen]]
+            except IndexError:
+                name = self.plan.parts[int(part)].name
+                raise PocketfusionError(f"{self.path}: {TABLE} and {name} do not fit: make the cache again") from None
         return found
 
     def row(self, number: int) -> dict[str, Any]:
