@@ -79,9 +79,9 @@ def fill_cache(data: Path, out: Path, size: int, answer: Any) -> None:
     before = _peak()
     source = open_source(data, LeftOut(False))
     plan = Plan.of(source, encoding_of(vae, "0" * 64, size), False, str(data))
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     count = fill(out, source, plan, encode)
-    filled, seconds = _peak(), time.perf_counter() - began
+    filled, seconds, busy = _peak(), time.perf_counter() - began, time.process_time() - busy
     finish(out)
     finished = _peak()
     cache, began = open_cache(out), time.perf_counter()
@@ -96,6 +96,7 @@ def fill_cache(data: Path, out: Path, size: int, answer: Any) -> None:
             "peak_finished_mb": finished,
             "peak_read_mb": _peak(),
             "pictures_a_second": count / seconds,
+            "processor_ms_a_picture": 1000 * busy / count,
             "open_s": opened,
             "batch_256_ms": 1000 * (time.perf_counter() - began),
             "cache_mb": sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6,
@@ -130,7 +131,8 @@ def main() -> None:
             f"{pictures:>7,} pictures: peak {row['peak_before_mb']:.0f} MB before, "
             f"{row['peak_filled_mb']:.0f} filled, {row['peak_finished_mb']:.0f} finished, "
             f"{row['peak_read_mb']:.0f} read; "
-            f"{row['pictures_a_second']:.0f} pictures/s; cache {row['cache_mb']:.0f} MB "
+            f"{row['pictures_a_second']:.0f} pictures/s, {row['processor_ms_a_picture']:.1f} ms of the processor each; "
+            f"cache {row['cache_mb']:.0f} MB "
             f"(pixels {row['pixels_mb']:.0f} MB)",
             flush=True,
         )
