@@ -131,7 +131,7 @@ def main() -> None:
             f"{pictures:>7,} pictures: peak {row['peak_before_mb']:.0f} MB before, "
             f"{row['peak_filled_mb']:.0f} filled, {row['peak_finished_mb']:.0f} finished, "
             f"{row['peak_read_mb']:.0f} read; "
-            f"{row['pictures_a_second']:.0f} pictures/s, {row['processor_ms_a_picture']:.1f} ms of the processor each; "
+            f"{row['pictures_a_second']:.0f} pictures/s, {row['processor_ms_a_picture']:.1f} ms CPU each; "
             f"cache {row['cache_mb']:.0f} MB "
             f"(pixels {row['pixels_mb']:.0f} MB)",
             flush=True,
