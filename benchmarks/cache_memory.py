@@ -84,7 +84,8 @@ def fill_cache(data: Path, out: Path, size: int, answer: Any) -> None:
     filled, seconds, busy = _peak(), time.perf_counter() - began, time.process_time() - busy
     finish(out)
     finished = _peak()
-    cache, began = open_cache(out), time.perf_counter()
+    began = time.perf_counter()
+    cache = open_cache(out)
     opened = time.perf_counter() - began
     began = time.perf_counter()
     cache.latents(np.random.default_rng(0).permutation(count)[:256])
