@@ -91,6 +91,15 @@ def tiny_bundle(tiny_folder: Path, once: Callable) -> Path:
 
 
 @pytest.fixture(scope="session")
+def forms(tiny_bundle: Path, once: Callable) -> dict[str, Path]:
+    """Small bundles of every form of UNet (`small_unet.make_bundles`). Read only."""
+    from small_unet import make_bundles
+
+    root = once("forms", lambda root: make_bundles(tiny_bundle, root))
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
 def tiny_data(once: Callable) -> Path:
     """A packed data set of 72 captioned 64-px squares and discs in all splits. Read only."""
     from pocketfusion.data.shapes import make_shapes

@@ -53,6 +53,13 @@ class Folded(SmallUNet):
         return {"prev_sample": a * sample + b * (uncond + scale * (cond - uncond))}
 
 
+class Embedded(OutsideTime):
+    """With the guidance scale's embedding beside the time's."""
+
+    def forward(self, sample, timestep_embedding, encoder_hidden_states, timestep_cond):
+        return super().forward(sample, timestep_embedding + timestep_cond, encoder_hidden_states)
+
+
 def make_bundles(tiny: Path, folder: Path) -> dict[str, Path]:
     """Bundles `plain` (batch 2), `single` (batch 1), `outside` (embedding computed by the runtime) and `folded`."""
 
@@ -66,6 +73,16 @@ def make_bundles(tiny: Path, folder: Path) -> dict[str, Path]:
         "outside": _make(tiny, folder / "outside", OutsideTime(), tensors(2, True), "noise_pred", TIME),
         "folded": make_folded(tiny, folder / "folded"),
     }
+
+
+def make_embedded(tiny: Path, path: Path) -> Path:
+    """A bundle whose guidance is embedded, of batch 1."""
+    inputs = {"sample": [1, 8, 8, 4], "timestep_embedding": [1, DIM], "encoder_hidden_states": [1, 32, 32]}
+    _make(tiny, path, Embedded(), {**inputs, "timestep_cond": [1, DIM]}, "noise_pred", TIME)
+    manifest = json.loads((path / "bundle.json").read_text())
+    del manifest["files"]["empty_prompt_embeds"]
+    (path / "bundle.json").write_text(json.dumps(manifest | {"guidance": "embedded"}))
+    return path
 
 
 def make_folded(tiny: Path, path: Path) -> Path:

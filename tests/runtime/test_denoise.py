@@ -20,13 +20,6 @@ from pocketfusion.runtime.time_embedding import timestep_embedding
 STEPS = 5
 
 
-@pytest.fixture(scope="module")
-def forms(tiny_bundle, tmp_path_factory):
-    from small_unet import make_bundles
-
-    return make_bundles(tiny_bundle, tmp_path_factory.mktemp("forms"))
-
-
 @pytest.mark.parametrize("dim", [16, 17, 320])
 @pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize("shift", [0.0, 1.0])

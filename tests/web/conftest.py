@@ -80,8 +80,8 @@ def vectors(once: Callable, packages: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def drawn(once: Callable, tiny_bundle: Path, packages: Path) -> Path:
+def drawn(once: Callable, forms: dict[str, Path], packages: Path) -> Path:
     """A folder of small bundles, and the pictures that Python draws with them and with the embedded one."""
     from drawn import make
 
-    return once("drawn", lambda folder: make(folder, tiny_bundle))
+    return once("drawn", lambda folder: make(folder, forms))

@@ -25,11 +25,10 @@ SMALL = {"prompt": "a red cat", "negativePrompt": "blue", "seed": 11, "steps": 3
 FORMS = ("plain", "single", "outside", "folded")
 
 
-def make(folder: Path, tiny_bundle: Path) -> None:
+def make(folder: Path, forms: dict[str, Path]) -> None:
     """Fills `folder` with the bundles' folders and drawn.json: each request, where, and its pictures' pixels."""
-    from small_unet import make_bundles
-
-    paths = {"emoji": embedded_bundle(), **make_bundles(tiny_bundle, folder)}
+    paths = {"emoji": embedded_bundle()}
+    paths |= {name: Path(shutil.copytree(path, folder / name)) for name, path in forms.items()}
     for_gpu(paths["outside"], folder / "gpu")
     paths["gpu"] = folder / "gpu"
     cases = [{"bundle": "emoji", "request": request} for request in REQUESTS]

@@ -13,6 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.port.odd_prompts import odd_prompts
+from pocketfusion.port.vectors import sampler_table, token_rows
 from pocketfusion.runtime.guidance import guidance_embedding
 from pocketfusion.runtime.manifest import TokenizerSpec, embedded_bundle
 from pocketfusion.runtime.samplers.sampler import Sampler
@@ -21,44 +23,6 @@ from pocketfusion.runtime.tiles import starts
 from pocketfusion.runtime.time_embedding import timestep_embedding
 from pocketfusion.runtime.tokenizer import PromptTokenizer
 
-_WORDS = "a red apple, noto style|two happy cats!|THE sun's 42nd don't|smiling-face #7|<toy>|[MASK] in text|x" * 2
-_SCRIPTS = (
-    (0x20, 0x7F), (0xA0, 0x17F), (0x300, 0x370), (0x370, 0x400), (0x400, 0x530), (0x5D0, 0x5EB), (0x600, 0x700),
-    (0x900, 0x980), (0xE00, 0xE60), (0x1100, 0x1200), (0x1E00, 0x2000), (0x2000, 0x2070), (0x2190, 0x2200),
-    (0x2C00, 0x2C60), (0x3040, 0x3100), (0x4E00, 0x4F00), (0xA640, 0xA6A0), (0xAC00, 0xAD00), (0xE000, 0xE010),
-    (0xF900, 0xFB00), (0xFB00, 0xFB50), (0xFE00, 0xFE30), (0xFF00, 0xFF70), (0x10400, 0x10450), (0x11380, 0x113D0),
-    (0x16D40, 0x16D80), (0x17000, 0x17040), (0x1D400, 0x1D440), (0x1E900, 0x1E944), (0x1F300, 0x1F650),
-    (0x1F900, 0x1F9FF), (0x20000, 0x20040), (0x2A6F0, 0x2A740), (0x2F800, 0x2F840), (0xE0000, 0xE0080), (0, 0x20),
-)  # fmt: skip
-_TELLING = [
-    "", " ", "\n", "ΣΊΣΥΦΟΣ ΟΔΥΣΣΕΎΣ", "ΑΣ. ΑΣ", "İstanbul ISPARTA ıI", "ẞtraße", "ﬁﬂ ﬃ",
-    "𠀀𪜀你好x你", "Ǆǅǆ Ωmega K Å",
-    "👩🏽‍🚀 family 👨‍👩‍👧‍👦 🇩🇪",
-    "e\u0301 é e\u0323\u0301 e\u0301\u0323 ệ", "각 각 \u1100\u1161\u11a8", "क्षि हिन्दी", "\u0344\u0390",
-    "\x00a\x01b\u200bc\u200dd\ufeff", "a\u0085b\u00a0c\u3000d\u2028e\u2029f", "it's WE'RE i'd've 'S 'tis o'clock''s",
-    "[CLS] [SEP] [PAD] [MASK][mask] [UNK]", "<|endoftext|> <|startoftext|> <|ENDOFTEXT|>a<|startoftext|>", "q" * 101,
-    "q" * 100, "word " * 500, "苹果" * 300, "a\ud83cb \udf4e c", "😀" * 60, "١٢٣ ⅷ ½ ² 10,000.5", "foo_bar-baz/qux\\x",
-    "<toy> and <other>", "a<toy>b<toy><toy>", "<TOY>", "ZAL\u0316\u0300\u0334GO" * 9, "\u0301\u0301", "\t\ttabs\tin\t",
-]  # fmt: skip
-
-
-def prompts(count: int = 2000) -> list[str]:
-    """Odd prompts: those that tell implementations apart, words, and random text of every script and of any."""
-    chance = random.Random(14)
-    made = [*_TELLING, *_WORDS.split("|")]
-    while len(made) < count:
-        kind = chance.randrange(4)
-        parts: list[str] = []
-        for _ in range(chance.randrange(1, 40)):
-            first, last = chance.choice(_SCRIPTS) if kind else (0, 0x110000)
-            if kind == 3:
-                first, last = 0x20, 0x7F
-            code = chance.randrange(first, last)
-            parts.append(chance.choice(["", " ", ""]) + ("" if 0xD800 <= code < 0xE000 else chr(code)))
-        made.append("".join(parts))
-    return made
-
-
 def tokenizers(folder: Path) -> list[dict[str, Any]]:
     """The embedded bundle's tokenizer, CLIP's and ones with learnt tokens; ids, masks and warnings of odd prompts."""
     cases = []
@@ -66,10 +30,7 @@ def tokenizers(folder: Path) -> list[dict[str, Any]]:
     files = [(embedded, TokenizerSpec(max_length=32, pad_token="[PAD]", pad_token_id=0))]
     files += _clip(folder)
     for file, spec in files:
-        tokenizer, expected = PromptTokenizer(file, spec), []
-        for prompt in prompts():
-            tokens = tokenizer.encode(prompt)
-            expected.append([tokens.input_ids[0].tolist(), int(tokens.attention_mask.sum()), tokens.warning])
+        expected = token_rows(PromptTokenizer(file, spec), odd_prompts(2000))
         cases.append({"file": str(file), "spec": spec.model_dump(), "expected": expected})
     return cases
 
@@ -133,11 +94,12 @@ def noise() -> dict[str, list[int]]:
     return bits
 
 
-def _specs() -> list[SchedulerSpec]:
-    specs = []
+def specs() -> list[SchedulerSpec]:
+    """A schedule of every spacing, prediction and end, one of few timesteps, and other etas."""
+    made = []
     for spacing, prediction in itertools.product(("leading", "trailing", "linspace"), ("epsilon", "v_prediction")):
         for final, one in (("zero", True), ("sigma_min", False)):
-            specs.append(
+            made.append(
                 SchedulerSpec(
                     num_train_timesteps=1000,
                     beta_start=0.00085,
@@ -150,16 +112,16 @@ def _specs() -> list[SchedulerSpec]:
                     final_sigmas_type=final,  # type: ignore[arg-type]
                 )
             )
-    small = specs[0].model_copy(
+    small = made[0].model_copy(
         update={"num_train_timesteps": 37, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
     )
-    return [*specs, small, specs[0].model_copy(update={"eta": 0.0}), specs[1].model_copy(update={"eta": 0.85})]
+    return [*made, small, made[0].model_copy(update={"eta": 0.0}), made[1].model_copy(update={"eta": 0.85})]
 
 
 def samplers() -> list[dict[str, Any]]:
     """Every sampler and schedule: timesteps of all counts of steps (one spec a spacing), and whole runs of some."""
     cases = []
-    for number, spec in enumerate(_specs()):
+    for number, spec in enumerate(specs()):
         ends = {"final_sigmas_type": spec.final_sigmas_type, "eta": spec.eta}  # defaults are not dumped
         for name in SAMPLERS:
             sampler, most = Sampler(name, spec), most_steps(name, spec)
@@ -173,7 +135,7 @@ def samplers() -> list[dict[str, Any]]:
 
 def _run(sampler: Sampler, steps: int) -> dict[str, Any]:
     """Latents after each step for outputs that depend on them, as a network's do, in float32."""
-    sampler.set_timesteps(steps)
+    table = sampler_table(sampler, steps)
     chance = np.random.Generator(np.random.PCG64(steps))
     first, fresh = chance.standard_normal((2, 24), np.float32)
     latents, after = sampler.start(first), []
@@ -181,8 +143,7 @@ def _run(sampler: Sampler, steps: int) -> dict[str, Any]:
         output = (latents * np.float32(0.5) + np.float32(0.25)).astype(np.float32)
         latents = sampler.step(output, k, latents, lambda: fresh)
         after.append(latents.tolist())
-    coefficients = [sampler.coefficients(k) for k in range(steps)]
-    return {"steps": steps, "first": first.tolist(), "fresh": fresh.tolist(), "after": after, "ab": coefficients}
+    return {**table, "first": first.tolist(), "fresh": fresh.tolist(), "after": after}
 
 
 def embeddings() -> dict[str, Any]:
@@ -362,7 +323,7 @@ def manifests() -> list[dict[str, Any]]:
 
 def write(folder: Path) -> None:
     """Everything, as one JSON file a kind."""
-    (folder / "prompts.json").write_text(json.dumps(prompts()))
+    (folder / "prompts.json").write_text(json.dumps(odd_prompts(2000)))
     for kind, values in (
         ("tokenizers", tokenizers(folder)),
         ("noise", noise()),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -313,6 +313,11 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
         raise PocketfusionError(
             f"{file} is of version {version}, made by a newer pocketfusion (this one reads {VERSION}): "
             "upgrade pocketfusion"
+        )
+    if isinstance(target := raw.get("target"), str) and target not in get_args(Target):
+        raise PocketfusionError(
+            f"{path} is a bundle for {target[:40]!r}, and this command runs those for LiteRT: "
+            "export its model with --target litert-cpu or litert-gpu"
         )
     try:
         return Manifest.model_validate(raw), hashlib.sha256(content).hexdigest()
