@@ -92,10 +92,14 @@ def tiny_bundle(tiny_folder: Path, once: Callable) -> Path:
 
 @pytest.fixture(scope="session")
 def forms(tiny_bundle: Path, once: Callable) -> dict[str, Path]:
-    """Small bundles of every form of UNet (`small_unet.make_bundles`). Read only."""
-    from small_unet import make_bundles
+    """Small bundles of every form of UNet (`small_unet`), by its name. Read only."""
+    from small_unet import make_bundles, make_embedded
 
-    root = once("forms", lambda root: make_bundles(tiny_bundle, root))
+    def make(root: Path) -> None:
+        make_bundles(tiny_bundle, root)
+        make_embedded(tiny_bundle, root / "embedded")
+
+    root = once("forms", make)
     return {path.name: path for path in root.iterdir()}
 
 
@@ -160,6 +164,25 @@ def cli():
         return run_command([str(argument) for argument in arguments], timeout, environment, die)
 
     return run
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a `pocketfusion` command in this process: exit code, stdout, stderr."""
+
+    from pocketfusion.cli import main
+
+    def apply(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["pocketfusion", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return apply
 
 
 @pytest.fixture

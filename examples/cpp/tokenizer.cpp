@@ -228,7 +228,7 @@ std::vector<Text> Tokenizer::words(const Text& text) const {
             }
         } else {
             size_t taken = 0;
-            for (const char* word : {"<|startoftext|>", "<|endoftext|>", "'s", "'t", "'re", "'ve", "'m", "'ll", "'d"}) {
+            for (const char* word : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"}) {
                 Text name = code_points(word);
                 bool here = i + name.size() <= text.size() && std::equal(name.begin(), name.end(), text.begin() + i);
                 if (!taken && here) taken = name.size();

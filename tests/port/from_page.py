@@ -173,7 +173,7 @@ class Tokenizer:
                     words.append(text[i:end])
                 i = end
             return words
-        fixed = ["<|startoftext|>", "<|endoftext|>", "'s", "'t", "'re", "'ve", "'m", "'ll", "'d"]
+        fixed = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d"]
         while i < len(text):
             word = next((w for w in fixed if text[i : i + len(w)] == [ord(c) for c in w]), None)
             end = i + 1

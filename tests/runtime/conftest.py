@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from pocketfusion.artefact import sha256_file
-from pocketfusion.cli import main
 
 Edit = Callable[[Callable[[dict[str, Any]], None]], None]
 
@@ -46,22 +45,5 @@ def sign(bundle: Path, edit: Edit) -> Callable[[str], None]:
             entry.update(sha256=sha256_file(file), size=file.stat().st_size)
 
         edit(change)
-
-    return apply
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a `pocketfusion` command in this process: exit code, stdout, stderr."""
-
-    def apply(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["pocketfusion", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        output = capsys.readouterr()
-        return code, output.out, output.err
 
     return apply

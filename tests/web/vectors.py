@@ -23,16 +23,22 @@ from pocketfusion.runtime.tiles import starts
 from pocketfusion.runtime.time_embedding import timestep_embedding
 from pocketfusion.runtime.tokenizer import PromptTokenizer
 
-def tokenizers(folder: Path) -> list[dict[str, Any]]:
-    """The embedded bundle's tokenizer, CLIP's and ones with learnt tokens; ids, masks and warnings of odd prompts."""
-    cases = []
+def tokenizer_files(folder: Path) -> list[tuple[Path, TokenizerSpec]]:
+    """The embedded bundle's tokenizer, CLIP's and ones with learnt tokens."""
     embedded = embedded_bundle() / "tokenizer.json"
-    files = [(embedded, TokenizerSpec(max_length=32, pad_token="[PAD]", pad_token_id=0))]
-    files += _clip(folder)
-    for file, spec in files:
-        expected = token_rows(PromptTokenizer(file, spec), odd_prompts(2000))
-        cases.append({"file": str(file), "spec": spec.model_dump(), "expected": expected})
-    return cases
+    return [(embedded, TokenizerSpec(max_length=32, pad_token="[PAD]", pad_token_id=0)), *_clip(folder)]
+
+
+def tokenizers(folder: Path) -> list[dict[str, Any]]:
+    """Of each of them, ids, masks and warnings of odd prompts."""
+    return [
+        {
+            "file": str(file),
+            "spec": spec.model_dump(),
+            "expected": token_rows(PromptTokenizer(file, spec), odd_prompts(2000)),
+        }
+        for file, spec in tokenizer_files(folder)
+    ]
 
 
 def _clip(folder: Path) -> list[tuple[Path, TokenizerSpec]]:
