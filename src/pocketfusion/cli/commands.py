@@ -7,5 +7,5 @@ from pocketfusion.cli import data, data_cache, train
 from pocketfusion.cli import profile, elastic, evolve, remove, prune, architecture
 from pocketfusion.cli import distill, distill_decoder, distill_guidance, distill_consistency
 from pocketfusion.cli import score, evaluate, compare
-from pocketfusion.cli import quantize, export, check, bench, vectors
+from pocketfusion.cli import quantize, export, check, bench, vectors, device
 from pocketfusion.cli import serve

@@ -1,8 +1,4 @@
 """Measuring on a phone: the parts as `.tflite` files beside a script around LiteRT's own `benchmark_model`, and back.
-
-The tool (https://ai.google.dev/edge/litert/next/benchmark) prints statistics of warm-up and timed runs, in
-microseconds (`count=50 first=… curr=… min=… max=… avg=… std=… p5=… median=… p95=…`; older ones end at `std`), then
-`Inference timings in us: Init: …, First inference: …, Warmup (avg): …, Inference (avg): …`.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pocketfusion.artefact import atomic_folder, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.latency.backends import Backend, Job
+from pocketfusion.latency.benchmark_log import statistics
 from pocketfusion.latency.measure import (
     BARE,
     EMPTY,
@@ -190,28 +187,5 @@ def _read_settings(path: Path, weights: str) -> Settings:
 
 
 def read_log(path: Path) -> Timing:
-    """The timed runs of one `benchmark_model` log, in milliseconds; the average stands in where it prints no median.
-
-    Raises PocketfusionError if there is no log, or the tool did not finish.
-    """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        raise PocketfusionError(f"{path} is missing: run the pack's {SCRIPT} again") from None
-    before, found, _ = text.partition("Inference timings in us:")
-    statistics = re.findall(r"\bcount=\d.*", before)
-    values = (
-        {key: float(value) for key, value in re.findall(r"(\w+)=([\d.]+(?:e[+-]?\d+)?)", statistics[-1])}
-        if statistics
-        else {}
-    )
-    middle = values.get("median", values.get("avg", values.get("curr")))
-    if not found or middle is None:
-        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it is empty")
-        raise PocketfusionError(
-            f"{path} holds no result of benchmark_model (its last line: {last[:120]!r}): run the pack's {SCRIPT} again"
-        )
-    low, high = values.get("min", middle), values.get("max", middle)
-    return Timing(
-        median=round(middle / 1000, 4), min=round(low / 1000, 4), max=round(high / 1000, 4), runs=int(values["count"])
-    )
+    """The timed runs of one log; raises PocketfusionError as `statistics` does."""
+    return Timing(**statistics(path))

@@ -89,7 +89,7 @@ final class Tokenizer {
             }
         }
         let length = spec["max_length"].int
-        let kept = before + ids.prefix(length - before.count - after.count) + after
+        let kept = before + Array(ids.prefix(length - before.count - after.count)) + after
         let padding = [Int32](repeating: Int32(spec["pad_token_id"].int), count: length - kept.count)
         return Tokens(ids: kept + padding, mask: (0..<length).map { $0 < kept.count ? 1 : 0 }, count: kept.count)
     }
