@@ -1,11 +1,16 @@
 """The embedded bundle drawn by emulated aarch64 Python and LiteRT, compared with this machine's picture.
 
-Usage: python benchmarks/arm64_check.py WORK [--bundle DIR] [--prompt TEXT] [--steps N] [--json FILE]
+Usage: python benchmarks/arm64_check.py WORK [--bundle DIR] [--prompt TEXT] [--steps N] [--draw PROGRAM] [--json FILE]
 
 Puts Debian's arm64 Python and the runtime's aarch64 wheels into WORK/arm64 (a folder: nothing is installed), runs the
 very same `pocketfusion generate` there under qemu-user and compares the pictures. qemu is taken from
 bookworm-backports (10.0): bookworm's own 7.2 dies in LiteRT's constructor. Needs Debian with apt, the registry,
 about 400 MB, and minutes: emulation is many times slower than the machine.
+
+With --draw, an aarch64 build of examples/cpp draws the same there, and is compared with the emulated Python:
+
+    pip install ziglang && python -m ziglang c++ -target aarch64-linux-gnu.2.31 -std=c++17 -O2 -ffp-contract=off \\
+        examples/cpp/*.cpp WORK/site/ai_edge_litert/libLiteRt.so -o draw
 """
 
 from __future__ import annotations
@@ -53,6 +58,7 @@ PACKAGES = [
     "libpython3.11-stdlib",
     "python3.11",
 ]
+LIBRARIES = "usr/lib/aarch64-linux-gnu"
 RUNTIME = ["ai-edge-litert", "numpy", "pillow", "pydantic", "rich", "tokenizers", "typer"]
 
 
@@ -101,9 +107,11 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--prompt", default="a red apple, noto style")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--draw", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    from pocketfusion.runtime.manifest import embedded_bundle
+    import pocketfusion
+    from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 
     bundle = (args.bundle or embedded_bundle()).absolute()
     root, site = args.work / "arm64", args.work / "site"
@@ -139,6 +147,16 @@ def main() -> None:
         "seconds": seconds,
         "litert": _version("ai-edge-litert"),
     }
+    if args.draw:
+        libraries = ":".join(str(path.absolute()) for path in (site / "ai_edge_litert", root / LIBRARIES))
+        command = [str(qemu.absolute()), "-L", str(root.absolute()), "-E", f"LD_LIBRARY_PATH={libraries}"]
+        tables = Path(pocketfusion.__file__).parent / "port" / "unicode.json"
+        more = [] if args.steps is None else ["cpu", Bundle.open(bundle).manifest.sampler, str(args.steps)]
+        out = args.work / "cpp.png"
+        arguments = [str(args.draw.absolute()), str(bundle), str(tables), args.prompt, "0", str(out), *more]
+        subprocess.run([*command, *arguments], check=True, env={**os.environ, "LD_LIBRARY_PATH": ""})
+        drawn = np.asarray(Image.open(out).convert("RGB"), np.float64)
+        result["cpp_values_that_differ"] = int((drawn != pictures["aarch64"]).sum())
     print(json.dumps(result, indent=2))
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

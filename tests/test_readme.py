@@ -161,6 +161,9 @@ def test_the_commands_of_a_page_have_its_options(page):
         "quantize",
         "check",
         "bench",
+        "vectors",
+        "device-pack",
+        "device-report",
     ],
 )
 def test_the_readme_names_every_command(command):

@@ -13,6 +13,14 @@ from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import NETWORKS, Bundle, embedded_bundle
 
 DOCS = Path(__file__).parents[2] / "docs"
+KOTLIN = DOCS.parent / "examples" / "android" / "app" / "src" / "main" / "kotlin" / "pocketfusion"
+SWIFT = DOCS.parent / "examples" / "ios" / "Sources" / "Pocketfusion"
+#: Of LiteRT's classes; `writeInt8` and others are there that the examples do not call.
+MEMBERS = {
+    "close", "createInputBuffer", "createInputBuffers", "createOutputBuffer", "createOutputBuffers", "cpuOptions",
+    "getAvailableAccelerators", "getInputBufferRequirements", "gpuOptions", "readBoolean", "readFloat", "readInt",
+    "readInt8", "run", "writeBoolean", "writeFloat", "writeInt", "writeInt8",
+}  # fmt: skip
 ANDROID = (DOCS / "running-on-android.md").read_text(encoding="utf-8")
 IOS = (DOCS / "running-on-ios.md").read_text(encoding="utf-8")
 
@@ -49,6 +57,51 @@ def test_tensors_in_the_order_of_the_files(bundle: Bundle) -> None:
                 spec = specs[tensor]
                 expected.append([f"{name}.tflite", f"{kind} {index}", tensor, spec.dtype, str(spec.shape)])
     assert _table(ANDROID, "tensors") == expected
+
+
+@pytest.mark.parametrize(("page", "file"), [(ANDROID, KOTLIN / "Drawing.kt"), (IOS, SWIFT / "Drawing.swift")])
+def test_the_code_is_the_examples(page: str, file: Path) -> None:
+    """What is shown is what tests/port compiles and runs; every file that it needs is named beside it."""
+    shown = page.split(f"<!-- {file.name} -->\n", 1)[1].split("\n", 1)[1].split("```", 1)[0]
+    assert shown == file.read_text(encoding="utf-8")
+    assert {other.name for other in file.parent.iterdir()} - {file.name} <= set(re.findall(r"\w+\.(?:kt|swift)", page))
+
+
+#: LiteRT's public names that the examples call, as its documentation and its source at 2.3.0 spell them:
+#: https://developers.google.com/edge/litert/next/android_kotlin with litert/kotlin/…/{Model,TensorBuffer}.kt,
+#: litert/swift/README.md with litert/swift/Sources/LiteRT/*.swift. A name that is not here was not looked up.
+KOTLIN_API = {
+    "Accelerator", "Accelerator.CPU", "Accelerator.GPU", "CompiledModel", "CompiledModel.GpuOptions",
+    "CompiledModel.GpuOptions.Precision.FP32", "CompiledModel.Options", "CompiledModel.create", "Environment",
+    "Environment.create", "TensorBuffer", "close", "createInputBuffer", "createOutputBuffer", "gpuOptions",
+    "readFloat", "run", "writeFloat", "writeInt",
+}  # fmt: skip
+SWIFT_API = {
+    "CompiledModel", "CompiledModel(filePath:environment:options:)", "Environment", "Environment()", "Options",
+    "Options()", "TensorBuffer", "createInputBuffers", "createOutputBuffers", "inputName(inputIndex:)", "read",
+    "run(inputs:outputs:)", "setHardwareAccelerators", "write",
+}  # fmt: skip
+
+
+def test_calls_of_litert_on_android() -> None:
+    code = (KOTLIN / "Drawing.kt").read_text(encoding="utf-8")
+    types = set(re.findall(r"import com\.google\.ai\.edge\.litert\.(\w+)", code))
+    found = types | set(re.findall(rf"\b(?:{'|'.join(types)})(?:\.\w+)+", code))
+    # members of models, environments and buffers: calls on what `Network` and `Drawing` hold
+    found |= set(re.findall(r"(?:model|environment|it|getValue\(input\)|first\(\)|options)\.(\w+)", code)) & MEMBERS
+    assert found == KOTLIN_API
+
+
+def test_calls_of_litert_on_ios() -> None:
+    code = (SWIFT / "Drawing.swift").read_text(encoding="utf-8")
+    found = {
+        name for name in ("CompiledModel", "TensorBuffer", "Environment", "Options") if re.search(rf"\b{name}\b", code)
+    }
+    calls = re.findall(r"try (CompiledModel|Environment|Options)\(([^)]*)\)", code)
+    for name, arguments in calls + re.findall(r"(?:model|options|buffer|outputs\[0\])\.(\w+)\(([^)]*)\)", code):
+        labels = "".join(f"{label}:" for label in re.findall(r"(\w+):", arguments))
+        found.add(f"{name}({labels})" if labels or name[0].isupper() else name)
+    assert found == SWIFT_API
 
 
 def test_order_on_ios(bundle: Bundle) -> None:
@@ -90,7 +143,7 @@ def test_the_formulas_give_the_runtimes_steps(bundle: Bundle) -> None:
 def test_defaults_and_tokenizer(bundle: Bundle) -> None:
     manifest = bundle.manifest
     entry = manifest.files["empty_prompt_embeds"]
-    assert f"<!-- empty -->{entry.size}<" in ANDROID and f'open("{entry.path}")' in ANDROID
+    assert f"<!-- empty -->{entry.size}<" in ANDROID and f"`{entry.path}` (`files.empty_prompt_embeds`" in ANDROID
     assert f"<!-- guidance -->{manifest.defaults.guidance_scale}<" in ANDROID
     assert f"<!-- steps -->{manifest.defaults.num_inference_steps}<" in ANDROID
     said = re.sub(r"\s+", " ", ANDROID.split("<!-- tokenizer -->", 1)[1])

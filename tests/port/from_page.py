@@ -78,9 +78,7 @@ class Tokenizer:
         self.normalizers = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
         added = sorted(data["added_tokens"], key=lambda token: -len(token["content"]))
         self.raw = [([ord(c) for c in t["content"]], t["id"]) for t in added if not t["normalized"]]
-        self.normalized = [
-            (self.normalize([ord(c) for c in t["content"]]), t["id"]) for t in added if t["normalized"]
-        ]
+        self.normalized = [(self.normalize([ord(c) for c in t["content"]]), t["id"]) for t in added if t["normalized"]]
         post = data["post_processor"]
         if post["type"] == "TemplateProcessing":
             ids = [
@@ -142,9 +140,7 @@ class Tokenizer:
                 text = [d for c in text for d in u.lower.get(c, [c])]
             elif "Regex" in step["pattern"]:  # \s+
                 space = [c in sets["spaces"] for c in text]
-                text = [
-                    0x20 if space[i] else c for i, c in enumerate(text) if not (space[i] and i and space[i - 1])
-                ]
+                text = [0x20 if space[i] else c for i, c in enumerate(text) if not (space[i] and i and space[i - 1])]
             else:  # a learnt token's name
                 name = [ord(c) for c in step["pattern"]["String"]]
                 content, made, i = [ord(c) for c in step["content"]], [], 0
@@ -252,7 +248,9 @@ class Schedule:
     def _at(self, t: int) -> tuple[float, float]:
         return math.sqrt(self.bars[t]), math.sqrt(1 - self.bars[t])
 
-    def _row(self, alpha: float, sigma: float, x_0: float, epsilon: float, noise: float = 0, before: float = 0) -> None:
+    def _row(
+        self, alpha: float, sigma: float, x_0: float, epsilon: float, noise: float = 0, before: float = 0
+    ) -> None:
         if self.spec["prediction_type"] == "epsilon":
             a, b = x_0 / alpha, epsilon - x_0 * sigma / alpha
         else:
@@ -416,7 +414,7 @@ def draw(folder: Path, unicode: Unicode, prompt: str, seed: int, sampler: str | 
     noise = np.random.Generator(np.random.PCG64(seed))
     sample = noise.standard_normal(shape, real) * real(schedule.scale)
     previous = None
-    for k, (t, row) in enumerate(zip(schedule.timesteps, schedule.rows, strict=True)):
+    for t, row in zip(schedule.timesteps, schedule.rows, strict=True):
         inputs: dict[str, np.ndarray] = {"timestep": np.full(batch, t, real)}
         if "timestep_embedding" in unet.shapes:
             inputs["timestep_embedding"] = np.tile(time_embedding(t, manifest["time_embedding"]), (batch, 1))

@@ -1,4 +1,4 @@
-"""Bundles of every form with their port kits, and tokenizers with token ids: what ports in other languages are run on."""
+"""Bundles of every form with their kits, and tokenizers with token ids: what ports in other languages are run on."""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ def drawn(program: Path, out: Path, bundle: Path, prompt: str, seed: int, *asked
         ("a cat", 12, ("tcd", 3)),
     ],
 )
-def test_the_embedded_bundle(draw: Path, embedded: Pipeline, prompt: str, seed: int, asked: tuple, tmp_path: Path) -> None:
+def test_the_embedded_bundle(
+    draw: Path, embedded: Pipeline, prompt: str, seed: int, asked: tuple, tmp_path: Path
+) -> None:
     sampler, steps = asked or (None, None)
     pixels, said = drawn(draw, tmp_path / "a.png", embedded_bundle(), prompt, seed, *asked)
     result = embedded.generate(prompt, seed=seed, sampler=sampler, num_inference_steps=steps)

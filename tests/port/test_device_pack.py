@@ -1,4 +1,4 @@
-"""A pack goes to a phone and its report comes back. No phone here: a fake `adb` stands for one, with our own program."""
+"""A pack goes to a phone and its report comes back. No phone here: a fake `adb` stands for one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pocketfusion.port.device_report import device_report, markdown, row
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 
 ROOT = Path(__file__).parents[2]
-LOG = """INFO: Replacing 12 out of 634 node(s) with delegate (TfLiteXNNPackDelegate) node, yielding 5 partitions for subgraph 0.
+LOG = """INFO: Replacing 12 out of 634 node(s) with delegate (XNNPack) node, yielding 5 partitions for subgraph 0.
 INFO: Replacing 630 out of 634 node(s) with delegate (LITERT_CL) node, yielding 3 partitions for subgraph 0.
 INFO: count=3 first=9000 curr=9000 min=9000 max=9000 avg=9000 std=0 median=9000
 INFO: count=20 first=2600 curr=2500 min=2100 max=3300 avg=2490 std=13 p5=2100 median=2500 p95=3300
 INFO: Inference timings in us: Init: 92318, First inference: 2600, Warmup (avg): 9000, Inference (avg): 2490
 """
-#: The phone's own files lie in $PHONE; its commands are answered, and `draw` answers with the reference and a last line.
+#: The phone's own files lie in $PHONE; its commands are answered, and `draw` with a picture and its last line.
 ADB = r"""#!/bin/sh
 set -eu
 echo "$@" >>"$PHONE/calls"
@@ -79,7 +79,13 @@ def on_phone(pack: Path, tmp_path: Path) -> Callable[..., Path]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         calls = (phone / "calls").read_text().splitlines()
-        assert all("/data/local/tmp/pocketfusion-device" in call or "getprop" in call or "dumpsys" in call or "meminfo" in call for call in calls)
+        assert all(
+            "/data/local/tmp/pocketfusion-device" in call
+            or "getprop" in call
+            or "dumpsys" in call
+            or "meminfo" in call
+            for call in calls
+        )
         assert calls[-1] == "shell rm -rf /data/local/tmp/pocketfusion-device"
         return here
 
@@ -108,7 +114,10 @@ def test_there_and_back(on_phone, run, tmp_path: Path) -> None:
     decoder = report["networks"]["decoder"]["gpu"]
     assert decoder["ms"] == {"median": 2.5, "min": 2.1, "max": 3.3, "runs": 20}
     assert decoder["nodes"] == {"delegated": 630, "all": 634, "partitions": 3}
-    assert report["networks"]["unet"]["gpu"]["ms"] is None and "no GPU here" in report["networks"]["unet"]["gpu"]["failure"]
+    assert (
+        report["networks"]["unet"]["gpu"]["ms"] is None
+        and "no GPU here" in report["networks"]["unet"]["gpu"]["failure"]
+    )
     pixels = 64 * 64 * 3
     assert report["pictures"]["cpu"]["psnr_db"] == pytest.approx(10 * np.log10(255**2 / (4 / pixels)), abs=0.01)
     assert report["pictures"]["cpu"]["networks"]["unet"]["run_ms"] == [9.0]

@@ -51,11 +51,11 @@ def pixels(pipeline: Pipeline, prompt: str, seed: int, *asked: object) -> np.nda
     ("prompt", "seed", "asked"),
     [("a red apple, noto style", 3, ()), ("ΣΊΣΥΦΟΣ 苹果 🍎 crème", 2**32 - 1, ("euler-ancestral", 3))],
 )
-def test_the_embedded_bundle_from_the_page(embedded: Pipeline, prompt: str, seed: int, asked: tuple, tmp_path: Path) -> None:
+def test_the_embedded_bundle_from_the_page(
+    embedded: Pipeline, prompt: str, seed: int, asked: tuple, tmp_path: Path
+) -> None:
     from_page(embedded_bundle(), UNICODE, tmp_path / "a.npy", prompt, seed, *asked)
-    np.testing.assert_array_equal(
-        np.load(tmp_path / "a.npy"), pixels(embedded, prompt, seed, *asked)
-    )
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), pixels(embedded, prompt, seed, *asked))
 
 
 @pytest.mark.parametrize("form", ["outside", "single", "folded", "embedded"])
@@ -87,7 +87,6 @@ def test_tokens_from_the_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_from_the_page(name: str) -> None:
     from from_page import Schedule
-
     from vectors import specs
 
     for spec in specs():
@@ -97,9 +96,18 @@ def test_samplers_from_the_page(name: str) -> None:
             if steps > most_steps(name, spec):
                 continue
             wanted = sampler_table(sampler, steps)
-            ours = Schedule({**spec.model_dump(), "eta": spec.eta, "final_sigmas_type": spec.final_sigmas_type}, name, steps)
-            assert ours.timesteps == wanted["timesteps"] and ours.scale == pytest.approx(wanted["initial_scale"], rel=1e-14)
-            for key, theirs in (("noise", "noise"), ("before", "previous_x_0"), ("alpha", "alpha"), ("sigma", "sigma")):
+            ours = Schedule(
+                {**spec.model_dump(), "eta": spec.eta, "final_sigmas_type": spec.final_sigmas_type}, name, steps
+            )
+            assert ours.timesteps == wanted["timesteps"] and ours.scale == pytest.approx(
+                wanted["initial_scale"], rel=1e-14
+            )
+            for key, theirs in (
+                ("noise", "noise"),
+                ("before", "previous_x_0"),
+                ("alpha", "alpha"),
+                ("sigma", "sigma"),
+            ):
                 assert [row[key] for row in ours.rows] == pytest.approx(wanted[theirs], rel=1e-10, abs=1e-13)
             assert [[row["a"], row["b"]] for row in ours.rows] == [pytest.approx(ab, rel=1e-10) for ab in wanted["ab"]]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import normalizers
 
 sys.path.append(str(Path(__file__).parents[1] / "web"))
-from unicode_tables import CODES, tables  # noqa: E402
+from unicode_tables import CODES, tables
 
 FILE = Path(__file__).parents[2] / "src" / "pocketfusion" / "port" / "unicode.json"
 _SETS = {

@@ -23,6 +23,7 @@ from pocketfusion.runtime.tiles import starts
 from pocketfusion.runtime.time_embedding import timestep_embedding
 from pocketfusion.runtime.tokenizer import PromptTokenizer
 
+
 def tokenizer_files(folder: Path) -> list[tuple[Path, TokenizerSpec]]:
     """The embedded bundle's tokenizer, CLIP's and ones with learnt tokens."""
     embedded = embedded_bundle() / "tokenizer.json"

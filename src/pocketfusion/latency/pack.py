@@ -1,5 +1,4 @@
-"""Measuring on a phone: the parts as `.tflite` files beside a script around LiteRT's own `benchmark_model`, and back.
-"""
+"""Measuring on a phone: the parts as `.tflite` files beside a script around LiteRT's `benchmark_model`, and back."""
 
 from __future__ import annotations
 

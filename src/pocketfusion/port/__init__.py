@@ -1,1 +1,1 @@
-"""What a port of the runtime needs: reference values to compare with, and what carries a bundle to a stranger's phone."""
+"""What a port of the runtime needs: reference values to compare with, and a way to a stranger's phone and back."""

@@ -1,5 +1,5 @@
-"""A folder for one run on a stranger's Android phone over `adb`: the bundle, a script around LiteRT's own benchmark and
-the C++ example's source. What the phone says is read by `device_report`.
+"""A folder for one run on a stranger's Android phone over `adb`: the bundle, a script around LiteRT's own benchmark
+and the C++ example's source. What the phone says is read by `device_report`.
 
 No binary of others is in it: `benchmark_model` (https://ai.google.dev/edge/litert/next/benchmark) and libLiteRt.so (of
 LiteRT's Android package) are fetched by whoever runs it.
@@ -82,8 +82,8 @@ _README = """# {name} on your phone
 You need: an Android phone with USB debugging, `adb`, and a Linux or macOS shell.
 
 1. Fetch `benchmark_model` for android_arm64 from <https://ai.google.dev/edge/litert/next/benchmark>.
-2. For pictures, too (optional): fetch LiteRT's Android package (`com.google.ai.edge.litert:litert:2.3.0`, an .aar, which
-   is a zip), take `jni/arm64-v8a/*.so` out of it into a folder `libraries/`, and build `draw` with the Android NDK:
+2. For pictures, too (optional): fetch LiteRT's Android package (`com.google.ai.edge.litert:litert:2.3.0`, an .aar,
+   which is a zip), take `jni/arm64-v8a/*.so` out of it into a folder `libraries/`, and build `draw` with the NDK:
 
    ```
    "$NDK"/toolchains/llvm/prebuilt/*/bin/aarch64-linux-android31-clang++ -std=c++17 -O2 -ffp-contract=off \\
@@ -91,10 +91,11 @@ You need: an Android phone with USB debugging, `adb`, and a Linux or macOS shell
    ```
 
 3. `./run.sh BENCHMARK_MODEL libraries` (or without `libraries`): a few minutes. Leave the phone to cool before.
-4. `pocketfusion device-report . report.md` writes report.md and report.json: no account, no upload. Send them if you like.
+4. `pocketfusion device-report . report.md` writes report.md and report.json: no account, no upload. Send them if you
+   like.
 
-Everything is written to `/data/local/tmp/pocketfusion-device` and removed at the end. The script reads the phone's maker,
-model, chip, Android version, GPU driver and memory size, and nothing else.
+Everything is written to `/data/local/tmp/pocketfusion-device` and removed at the end. The script reads the phone's
+maker, model, chip, Android version, GPU driver and memory size, and nothing else.
 """
 
 

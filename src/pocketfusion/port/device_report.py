@@ -1,4 +1,4 @@
-"""What a phone said of a device pack: its form, its logs and its pictures as one report. Nothing else makes a figure."""
+"""What a phone said of a device pack: form, logs and pictures as one report. Nothing else makes a figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.latency.benchmark_log import partitions, statistics
-from pocketfusion.port.device_pack import FORM, FORMAT, INDEX, RESULTS, SCRIPT
+from pocketfusion.port.device_pack import FORM, INDEX, RESULTS, SCRIPT
 
 PLACES = ("cpu", "gpu")
 
@@ -22,7 +22,7 @@ class _Pack(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal["pocketfusion-device-pack"] = FORMAT
+    format: Literal["pocketfusion-device-pack"]
     version: Literal[1]
     bundle: dict[str, str]
     weights: dict[str, str]
@@ -117,7 +117,9 @@ def _picture(results: Path, place: str, reference: Path) -> dict[str, Any] | Non
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     try:
         said = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
-        times = {name: {key: said[name][key] for key in ("load_ms", "run_ms", "where")} for name in said if name != "format"}
+        times = {
+            name: {key: said[name][key] for key in ("load_ms", "run_ms", "where")} for name in said if name != "format"
+        }
         with Image.open(results / f"{place}.png") as picture, Image.open(reference) as wanted:
             ours, theirs = (np.asarray(image.convert("RGB"), np.float64) for image in (picture, wanted))
         if ours.shape != theirs.shape:
@@ -125,10 +127,10 @@ def _picture(results: Path, place: str, reference: Path) -> dict[str, Any] | Non
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         last = lines[-1] if lines else str(error)
         return {"failure": f"{log.name}: {last[:200]}", "psnr_db": None, "largest_difference": None, "networks": None}
-    error = float(np.mean((ours - theirs) ** 2))
+    mse = float(np.mean((ours - theirs) ** 2))
     return {
         "failure": None,
-        "psnr_db": None if error == 0 else round(10 * np.log10(255**2 / error), 2),
+        "psnr_db": None if mse == 0 else round(10 * float(np.log10(255**2 / mse)), 2),
         "largest_difference": int(np.abs(ours - theirs).max()),
         "networks": times,
     }
@@ -162,7 +164,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 TABLE_HEAD = (
-    "| device | Android | bundle | text encoder, UNet, decoder: CPU ms | GPU ms | GPU partitions | picture to the desktop's |",
+    "| device | Android | bundle | text encoder, UNet, decoder: CPU ms | GPU ms | GPU partitions | picture |",
     "|---|---|---|---|---|---|---|",
 )
 
@@ -198,7 +200,9 @@ def _time(one: dict[str, Any]) -> str:
 
 def _nodes(one: dict[str, Any]) -> str:
     nodes = one["nodes"]
-    return "not told | not told" if nodes is None else f"{nodes['delegated']} of {nodes['all']} | {nodes['partitions']}"
+    return (
+        "not told | not told" if nodes is None else f"{nodes['delegated']} of {nodes['all']} | {nodes['partitions']}"
+    )
 
 
 def _likeness(picture: dict[str, Any]) -> str:

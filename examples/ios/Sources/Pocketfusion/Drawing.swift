@@ -92,7 +92,8 @@ public final class Drawing {
             return try encoder.run()
         }
         var texts: [[Float]] = []
-        if manifest["guidance"].isNull {  // else embedded or folded: one prediction a step
+        let guidance = manifest["guidance"]
+        if guidance.isNull || guidance.string == "classifier-free" {  // else embedded or folded: one prediction a step
             let kept = manifest["files"]["empty_prompt_embeds"]["path"]
             texts.append(kept.isNull ? try encode("") : try floats(folder.appendingPathComponent(kept.string)))
         }

@@ -85,7 +85,7 @@ class Drawing(private val folder: File, unicode: Unicode) : AutoCloseable {
             encoder.write("attention_mask", tokens.mask)
             return encoder.run()
         }
-        val alone = manifest["guidance"] != null // embedded or folded: one prediction a step
+        val alone = (manifest["guidance"] ?: "classifier-free") != "classifier-free" // one prediction a step
         val kept = manifest["files"]["empty_prompt_embeds"] != null
         val empty = if (alone) emptyList() else listOf(if (kept) floats(file("empty_prompt_embeds")) else encode(""))
         empty + encode(prompt)
