@@ -40,12 +40,14 @@ def site(page: Path) -> list[Entry]:
 
 @pytest.fixture(scope="session")
 def serving() -> Callable:
-    """`with serving(entries) as port`: a server of them."""
+    """`with serving(entries) as port`: a server of them, of HTTPS with a certificate and its key."""
 
     @contextmanager
-    def start(entries: list[Entry], hosts: tuple[str, ...] = ("localhost", "127.0.0.1")) -> Iterator[int]:
+    def start(
+        entries: list[Entry], hosts: tuple[str, ...] = ("localhost", "127.0.0.1"), pem: tuple[Path, ...] = ()
+    ) -> Iterator[int]:
         with bind("127.0.0.1", 0) as listening:
-            running = server(application(entries, list(hosts)))
+            running = server(application(entries, list(hosts)), *pem)
             thread = threading.Thread(target=running.run, args=([listening],), daemon=True)
             thread.start()
             try:

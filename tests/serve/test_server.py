@@ -6,8 +6,11 @@ import gzip
 import http.client
 import os
 import shutil
+import ssl
+import subprocess
 import time
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from serving import SECRET, ask
@@ -16,6 +19,22 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.serve import listen
 from pocketfusion.serve.site import bundle_entries
+
+
+def run(*command) -> None:
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory) -> tuple[Path, Path]:
+    """A certificate for localhost, signed by itself, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("pem")
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    about = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2")
+    run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *about)
+    return certificate, key
 
 
 def get(port: int, path: str, method: str = "GET", **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
@@ -145,6 +164,35 @@ def test_commands_say_what_is_wrong_in_a_sentence(cli, tmp_path):
     ):
         done = cli("serve", "--port", 0, *arguments)
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_https_serves_the_same(serving, site, pem):
+    with serving(site[:3], pem=pem) as port:
+        trusted = ssl.create_default_context(cafile=pem[0])
+        connection = http.client.HTTPSConnection("localhost", port, timeout=10, context=trusted)
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        assert response.status == 200 and b"page" in response.read()
+        assert response.getheader("cross-origin-embedder-policy") == "require-corp"
+        connection.close()
+
+
+def test_certificates_that_cannot_be_used(pem, tmp_path):
+    certificate, key = pem
+    other, junk, locked = (tmp_path / name for name in ("other.pem", "junk.pem", "locked.pem"))
+    run("openssl", "genrsa", "-out", other)
+    run("openssl", "pkey", "-in", other, "-aes256", "-passout", "pass:x", "-out", locked)
+    junk.write_text("junk")
+    for files, told in (
+        ((certificate, other), "the key is another certificate's"),
+        ((junk, key), "not both in PEM form"),
+        ((certificate, junk), "not both in PEM form"),
+        ((certificate, locked), "locked.pem has a pass phrase"),
+        ((tmp_path / "no", key), "No such file"),
+        ((certificate, tmp_path), "Is a directory"),
+    ):
+        with pytest.raises(PocketfusionError, match=told):
+            listen.server(None, *files)
 
 
 def test_places_that_cannot_be_listened_on():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -84,3 +85,7 @@ def test_a_sibling_in_the_cache_is_served_beside_its_bundle(tmp_path, monkeypatc
     assert [each.path for each in found] == [bundle.path, place, bundle.path]
     with pytest.raises(PocketfusionError, match="not the model folder of any bundle given"):
         make_sibling(Path(__file__).parents[2] / "models" / "emoji" / "base", [bundle], lambda *_: None)
+    before = set(sys.modules)
+    with pytest.raises(PocketfusionError, match="not a model folder"):
+        make_sibling(tmp_path, [bundle], lambda *_: None)
+    assert set(sys.modules) == before  # told at once, not after the converter is loaded

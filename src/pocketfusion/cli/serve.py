@@ -106,10 +106,6 @@ def _make_sibling(folder: Path, bundles: list, console: Console) -> None:
 
     require_compress()
     require("litert_torch")
-    from pocketfusion.quiet import quiet
-
-    with quiet():
-        import pocketfusion.mobile.export  # noqa: F401  (the libraries' import messages)
     from pocketfusion.serve.webgpu import make_sibling
 
     with console.status("making the WebGPU form") as status:

@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import logging
 import socket
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,15 @@ def server(app: Any, certificate: Path | None = None, key: Path | None = None) -
         ssl_keyfile=key,
     )
     try:
+        if key is not None and b"ENCRYPTED" in key.read_bytes():  # the terminal would be asked for its pass phrase
+            raise PocketfusionError(f"the key {key} has a pass phrase: give one without (openssl pkey -in {key})")
         config.load()
-    except OSError as error:  # ssl's errors are
+    except OSError as error:
+        reason = error.strerror
+        if isinstance(error, ssl.SSLError):  # whose own words name a line of OpenSSL's source
+            other = error.reason == "KEY_VALUES_MISMATCH"
+            reason = "the key is another certificate's" if other else "they are not both in PEM form"
         raise PocketfusionError(
-            f"the certificate {certificate} and its key cannot be used ({error.strerror or error}): check both files"
+            f"the certificate {certificate} and its key {key} cannot be used ({reason}): check both files"
         ) from None
     return uvicorn.Server(config)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import MANIFEST, Bundle
 from pocketfusion.serve.site import model_of
 
@@ -45,8 +46,6 @@ def make_sibling(folder: Path, bundles: Iterable[Bundle], progress: Callable[[st
     Raises PocketfusionError if there is none, or as `export`.
     """
     from pocketfusion.folder import check_folder, folder_hash
-    from pocketfusion.mobile.export import export
-    from pocketfusion.mobile.outlook import prepare
 
     check_folder(folder)
     made = folder_hash(folder)
@@ -58,6 +57,9 @@ def make_sibling(folder: Path, bundles: Iterable[Bundle], progress: Callable[[st
         )
     out, manifest = cached(model), bundle.manifest
     if not (out / MANIFEST).is_file():
+        with quiet():  # the libraries' import messages
+            from pocketfusion.mobile.export import export
+            from pocketfusion.mobile.outlook import prepare
         out.parent.mkdir(parents=True, exist_ok=True)
         given = {**manifest.defaults.model_dump(), "size": (manifest.image.height, manifest.image.width)}
         options = prepare(folder, out, given, "browser", overwrite=True).options

@@ -14,7 +14,7 @@ export { Engine } from "./engine";
 export { BundleError, type BundleFault, EngineError, type EngineFault } from "./errors";
 export type { Manifest, SamplerName } from "./manifest";
 export { encodePng, readPngSettings } from "./png";
-export { type BundleSource, directorySource, filesSource, urlSource } from "./source";
+export { type BundleSource, filesSource, urlSource } from "./source";
 
 /** Where networks run. */
 export type Backend = "webgpu" | "wasm";

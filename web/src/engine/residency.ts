@@ -51,10 +51,12 @@ export class InTurns implements Residency {
 }
 
 /** If the networks fit into memory together; throws BundleError "too-large" if not even the largest does alone. */
-export function fitTogether({ networks, files }: Manifest, backend: Backend): boolean {
+export function fitTogether({ networks, files, target }: Manifest, backend: Backend): boolean {
   const needs = Object.entries(networks).map(([name, spec]) => {
+    // kernels take 8-bit weights as they are, but for those behind a DEQUANTIZE, which bundles for GPUs do not have
+    const whole = spec.weights.endsWith("dynamic") || (spec.weights === "int8" && target === "litert-gpu");
     // on a GPU the kernels' weights are in its memory
-    const unpacked = backend === "wasm" ? spec.parameters * (spec.weights.endsWith("dynamic") ? 1 : 4) : 0;
+    const unpacked = backend === "wasm" ? spec.parameters * (whole ? 1 : 4) : 0;
     return files[name].size + unpacked;
   });
   const largest = HEAP_BASE + Math.max(...needs);

@@ -1,4 +1,4 @@
-/** Where a bundle's files come from: a folder of a web server, picked or dropped files, a folder on disk. */
+/** Where a bundle's files come from: a folder of a web server, or files that were picked or dropped. */
 
 import { BundleError } from "./errors";
 
@@ -23,13 +23,10 @@ export interface BundleSource {
 /** A source as it travels to a worker. */
 export type SourceDescriptor =
   | { kind: "url"; base: string }
-  | { kind: "files"; name: string; files: Map<string, File> }
-  | { kind: "directory"; handle: FileSystemDirectoryHandle };
+  | { kind: "files"; name: string; files: Map<string, File> };
 
 export function sourceOf(descriptor: SourceDescriptor): BundleSource {
-  if (descriptor.kind === "url") return urlSource(descriptor.base);
-  if (descriptor.kind === "files") return filesSource(descriptor.files, descriptor.name);
-  return directorySource(descriptor.handle);
+  return descriptor.kind === "url" ? urlSource(descriptor.base) : filesSource(descriptor.files, descriptor.name);
 }
 
 /** The folder `base` of a web server, relative to the page. */
@@ -72,26 +69,6 @@ export function filesSource(files: Iterable<File> | Map<string, File>, name?: st
     read: async (path, options = {}) => {
       const file = inside.get(path);
       if (!file) throw new BundleError("missing", `${called} has no file ${path}: choose the bundle's whole folder`);
-      return await readFile(file, path, options);
-    },
-  };
-}
-
-/** A folder on disk that the page was given (`showDirectoryPicker`, a drop). */
-export function directorySource(handle: FileSystemDirectoryHandle): BundleSource {
-  return {
-    name: handle.name,
-    descriptor: { kind: "directory", handle },
-    read: async (path, options = {}) => {
-      const parts = path.split("/");
-      let file: File;
-      try {
-        let folder = handle;
-        for (const part of parts.slice(0, -1)) folder = await folder.getDirectoryHandle(part);
-        file = await (await folder.getFileHandle(parts.at(-1) as string)).getFile();
-      } catch {
-        throw new BundleError("missing", `${handle.name} has no file ${path}: choose the bundle's whole folder`);
-      }
       return await readFile(file, path, options);
     },
   };

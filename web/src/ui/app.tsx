@@ -6,6 +6,7 @@ import { dropped, type Given, picked } from "./files";
 import { Gallery } from "./gallery";
 import { Icon } from "./icon";
 import type { Kept } from "./pictures";
+import { forget } from "./share";
 import { EXAMPLES, Stage } from "./stage";
 import { EMPTY_WISH, type EngineLike, type State, Studio, type Wish } from "./studio";
 import { Viewer } from "./viewer";
@@ -28,7 +29,10 @@ export function App({ engine, probe, ready }: Props) {
   const studio = useMemo(() => new Studio(engine, probe, setState, ready), []);
   useEffect(() => void studio.start().catch((error) => studio.complain(error)), []);
 
-  const draw = (which: Wish) => void studio.draw(which);
+  const draw = (which: Wish) => {
+    document.querySelector(".stage")?.scrollIntoView({ block: "nearest" }); // from settings far below it
+    void studio.draw(which);
+  };
   const again = (settings: Settings) => {
     const same = wishOf(settings);
     setWish(same);
@@ -116,7 +120,7 @@ export function App({ engine, probe, ready }: Props) {
           busy={work.kind !== "idle" || !bundle}
           onAgain={() => again(viewed.settings)}
           onDelete={() => {
-            void studio.delete(viewed);
+            void studio.delete(viewed).then(() => forget(viewed));
             setViewed(null);
           }}
           onClose={() => setViewed(null)}

@@ -182,7 +182,7 @@ function Slider({ label, value, onValue, ...range }: SliderProps) {
   return (
     <label class="field">
       <span>{label}</span>
-      <input type="range" {...range} value={value} onInput={({ currentTarget }) => onValue(currentTarget.valueAsNumber)} />
+      <input type="range" {...range} aria-label={label} value={value} onInput={({ currentTarget }) => onValue(currentTarget.valueAsNumber)} />
       <output>{value}</output>
     </label>
   );

@@ -21,7 +21,7 @@ export function forget(kept: Kept): void {
   addresses.delete(kept.id);
 }
 
-export function fileOf(kept: Kept): File {
+function fileOf(kept: Kept): File {
   return new File([kept.png], fileName(kept.settings), { type: "image/png" });
 }
 

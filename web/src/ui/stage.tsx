@@ -7,7 +7,7 @@ import type { State, Work } from "./studio";
 import { duration, fileName, megabytes } from "./words";
 
 /** What may be drawn by somebody who has no wish yet. */
-export const EXAMPLES = ["a red apple", "a smiling face", "a sailing boat", "a yellow flower"];
+export const EXAMPLES = ["a red heart", "a smiling face", "a cat face", "a green tree"];
 
 interface Props {
   state: State;
@@ -109,7 +109,7 @@ function Under({ state }: { state: State }) {
     );
   }
   const took = facts?.milliseconds ? ` · ${duration(facts.milliseconds.total)}` : "";
-  const seeds = places.length > 1 ? `seeds ${first.kept.settings.seed} to ${first.kept.settings.seed + places.length - 1}` : `seed ${first.kept.settings.seed}`;
+  const seeds = places.length > 1 ? `from seed ${first.kept.settings.seed}` : `seed ${first.kept.settings.seed}`;
   return (
     <div class="under">
       <p class="first">

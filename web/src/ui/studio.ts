@@ -215,7 +215,8 @@ export class Studio {
       });
       await Promise.all(keeping);
       const { heapBytes } = await this.engine.memory();
-      const milliseconds = pictures.at(-1)?.milliseconds ?? null;
+      const last = pictures.at(-1)?.milliseconds;
+      const milliseconds = last ? { ...last, text: pictures[0].milliseconds.text } : null; // encoded once for all
       if (this.report) this.set({ facts: { report: this.report, milliseconds, heapBytes } });
       this.set({ work: { kind: "idle" } });
     } catch (error) {

@@ -5,6 +5,8 @@ import { expect, test, vi } from "vitest";
 import { type BundleCache, openBundle } from "../../src/engine/bundle";
 import { BundleError } from "../../src/engine/errors";
 import { parseManifest } from "../../src/engine/manifest";
+import { fitTogether } from "../../src/engine/residency";
+import type { Backend } from "../../src/engine/api";
 import { type BundleSource, filesSource } from "../../src/engine/source";
 import { vectors } from "./vectors";
 
@@ -41,6 +43,26 @@ function memoryCache(full = false): BundleCache & { kept: Map<string, Uint8Array
     clear: async () => kept.clear(),
   };
 }
+
+test("what networks need of the heap is their files, and their weights as the kernels take them", () => {
+  const manifest = parseManifest(encode(good), "here");
+  const fits = (weights: string, target: "litert-cpu" | "litert-gpu", backend: Backend = "wasm", parameters = 650e6) => {
+    const changed = structuredClone({ ...manifest, target });
+    Object.assign(changed.networks.unet, { parameters, weights });
+    changed.files.unet.size = parameters;
+    try {
+      return fitTogether(changed, backend) ? "together" : "in turns";
+    } catch (error) {
+      return fault(error);
+    }
+  };
+  expect(fits("int8-dynamic", "litert-cpu")).toBe("together");
+  expect(fits("int8-dynamic", "litert-cpu", "wasm", 1e9)).toBe("in turns");
+  expect(fits("int8", "litert-cpu")).toBe("too-large"); // float kernels
+  expect(fits("int8", "litert-gpu")).toBe("together"); // straight into the operation
+  expect(fits("float16", "litert-gpu")).toBe("too-large");
+  expect(fits("float16", "litert-gpu", "webgpu")).toBe("together");
+});
 
 const fault = (error: unknown) => (error as BundleError).fault;
 

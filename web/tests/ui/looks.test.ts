@@ -82,7 +82,7 @@ test("the keyboard alone draws, looks and goes back", async () => {
 test("who asks for nothing is shown an example", async () => {
   const { page, context } = await opened();
   await page.locator(".draw").click();
-  expect(await page.getByLabel("Prompt").inputValue()).toBe("a red apple");
+  expect(await page.getByLabel("Prompt").inputValue()).toBe("a red heart");
   await ready(page);
   expect(await page.locator(".gallery li").count()).toBe(1);
   await context.close();

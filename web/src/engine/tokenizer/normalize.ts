@@ -101,15 +101,12 @@ const decompose: Normalizer = (text) =>
 /** Canonical composition, of each run that begins with a letter and goes on with marks. */
 const compose: Normalizer = (text) => {
   const made: Text = { chars: [], at: [] };
-  for (let from = 0; from < text.chars.length; ) {
-    let to = from + 1;
-    while (to < text.chars.length && joins(text.chars[to])) to++;
+  for (const [from, to] of clusters(text)) {
     const composed = [...text.chars.slice(from, to).join("").normalize("NFC")];
     composed.forEach((c, i) => {
       made.chars.push(c);
       made.at.push(text.at[Math.min(from + i, to - 1)]);
     });
-    from = to;
   }
   return made;
 };
@@ -119,18 +116,24 @@ function joins(c: string): boolean {
   return MARKS.has(c) || /^[\p{M}\u1161-\u1175\u11a8-\u11c2]$/u.test(c);
 }
 
+/** From where to where each code point goes with those that join it. */
+function* clusters({ chars }: Text): Generator<[number, number]> {
+  for (let from = 0; from < chars.length; ) {
+    let to = from + 1;
+    while (to < chars.length && joins(chars[to])) to++;
+    yield [from, to];
+    from = to;
+  }
+}
+
 /** Marks in canonical order, as decomposing a whole string leaves them. */
 function inOrder(text: Text): Text {
   const made: Text = { chars: [...text.chars], at: [...text.at] };
-  for (let from = 0; from < made.chars.length; ) {
-    let to = from + 1;
-    while (to < made.chars.length && joins(made.chars[to])) to++;
-    if (to - from > 2) {
-      const run = made.chars.slice(from, to);
-      const wanted = run.some((c) => UNDECOMPOSED.has(c)) ? run : [...run.join("").normalize("NFD")];
-      if (wanted.length === run.length) wanted.forEach((c, i) => (made.chars[from + i] = c));
-    }
-    from = to;
+  for (const [from, to] of clusters(text)) {
+    const run = text.chars.slice(from, to);
+    if (run.length < 3 || run.some((c) => UNDECOMPOSED.has(c))) continue;
+    const wanted = [...run.join("").normalize("NFD")];
+    if (wanted.length === run.length) made.chars.splice(from, run.length, ...wanted);
   }
   return made;
 }

@@ -5,8 +5,8 @@ import { BundleError } from "../errors";
 import type { Manifest } from "../manifest";
 import { makeModel, modelSchema, type Token } from "./models";
 import { makeNormalizer, normalizerSchema, slice, type Text, textOf } from "./normalize";
-import { makeSplitter, splitSchema } from "./split";
-import { LETTERS, NUMBERS, OTHER_WORD, SPACES } from "./unicode";
+import { isWord, makeSplitter, splitSchema } from "./split";
+import { SPACES } from "./unicode";
 
 /** A prompt as the text encoder takes it. */
 export interface Tokens {
@@ -161,7 +161,7 @@ function splitOff(text: Text, tokens: AddedToken[]): (Text | Token)[] {
   for (let i = 0; tokens.length && i < text.chars.length; ) {
     const found = tokens.find((token) => token.chars.length && token.chars.every((c, k) => text.chars[i + k] === c));
     const end = i + (found?.chars.length ?? 1);
-    if (!found || (found.single_word && (isWord(text.chars[i - 1]) || isWord(text.chars[end])))) {
+    if (!found || (found.single_word && [text.chars[i - 1], text.chars[end]].some((c) => c !== undefined && isWord(c)))) {
       i = found ? end : i + 1;
       continue;
     }
@@ -174,10 +174,6 @@ function splitOff(text: Text, tokens: AddedToken[]): (Text | Token)[] {
   }
   push(text.chars.length);
   return parts;
-}
-
-function isWord(c: string | undefined): boolean {
-  return c !== undefined && (LETTERS.has(c) || NUMBERS.has(c) || OTHER_WORD.has(c));
 }
 
 /** What Python's `str.split` splits at. */

@@ -51,7 +51,7 @@ function makeOne(settings: v.InferOutput<typeof SPLITS>): Splitter {
   }
 }
 
-function isWord(c: string): boolean {
+export function isWord(c: string): boolean {
   return LETTERS.has(c) || NUMBERS.has(c) || OTHER_WORD.has(c);
 }
 
@@ -60,8 +60,7 @@ function runs(text: Text, kind: (c: string) => string | null): Text[] {
   const words: Text[] = [];
   for (let from = 0; from < text.chars.length; ) {
     const first = kind(text.chars[from]);
-    let to = from + 1;
-    while (first !== "one" && to < text.chars.length && kind(text.chars[to]) === first) to++;
+    const to = first === "one" ? from + 1 : runOf(text, from, (c) => kind(c) === first);
     if (first !== null) words.push(slice(text, from, to));
     from = to;
   }
