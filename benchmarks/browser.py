@@ -80,13 +80,13 @@ def main() -> None:
         result[key] = {"browser": spread(ours), "native": spread(theirs), "ratio": spread(ratios)}
         for side, figures in result[key].items():
             print(f"{key:6} {side:8}" + "".join(f" {name} {value:.4g}" for name, value in figures.items()))
-    for key, starts in (("cold", [result["cold"]]), ("warm", result["warm"])):
+    for key, starts in {"cold": [result["cold"]], **({"warm": result["warm"]} if result["warm"] else {})}.items():
         figures = spread([start["first"] for start in starts])
         print(
             f"{key} start to the first picture, ms: {figures}; of the last one {starts[-1]['load']}, its picture "
             f"{starts[-1]['picture']}"
         )
-    last = result["warm"][-1]
+    last = [result["cold"], *result["warm"]][-1]
     result["heap"] = {"first": last["heaps"][-1], "last": browser[-1]["heap"], "pictures": settings.rounds + 1}
     print(f"heap {result['heap']}, threads {last['threads']}, Chromium {result['browser']}")
     if settings.json:

@@ -74,11 +74,11 @@ export async function stylesOf(bundle: Bundle): Promise<string[]> {
   return styles.filter((style): style is string => typeof style === "string" && style.length <= 60).slice(0, 24);
 }
 
-/** If all that drawing needs was kept at an earlier visit. */
+/** If all that drawing needs was kept at an earlier visit; not where the browser refuses storage. */
 export async function isKept(bundle: Bundle): Promise<boolean> {
   const cache = cacheStorage();
   if (!cache) return false;
   const needed = ["text_encoder", "unet", "decoder", "tokenizer"];
   const found = needed.map((name) => cache.has(`sha256-${bundle.manifest.files[name].sha256}`));
-  return (await Promise.all(found)).every(Boolean);
+  return (await Promise.all(found).catch(() => [false])).every(Boolean);
 }

@@ -7,9 +7,9 @@ const REFRESHED = "pocketfusion-isolating";
  * resolves where there is none. On a host that does not isolate the page, it is reloaded once to come through the worker.
  */
 export async function startOffline(): Promise<void> {
-  const workers = navigator.serviceWorker as ServiceWorkerContainer | undefined; // none without https or localhost
-  if (!workers) return;
+  let workers: ServiceWorkerContainer;
   try {
+    workers = navigator.serviceWorker; // none without https or localhost
     await workers.register("sw.js", { type: "module" });
   } catch {
     return;

@@ -88,6 +88,17 @@ test("who asks for nothing is shown an example", async () => {
   await context.close();
 });
 
+test("who draws from far below the stage sees it", async () => {
+  const { page, context } = await opened();
+  for (const summary of await page.locator("summary").all()) await summary.click();
+  await page.evaluate(() => scrollTo(0, document.body.scrollHeight));
+  const top = () => page.locator(".stage").evaluate((stage) => stage.getBoundingClientRect().top);
+  expect(await top()).toBeLessThan(0);
+  await page.locator(".draw").click();
+  expect(await top()).toBeGreaterThanOrEqual(0);
+  await context.close();
+});
+
 test("a style chip is the prompt's end, and only one is", async () => {
   const { page, context } = await opened();
   const prompt = page.getByLabel("Prompt");
@@ -139,13 +150,13 @@ test("a lost GPU is told and keeps the prompt", async () => {
 
 test("a browser that keeps nothing draws all the same, and says so", async () => {
   const refuse = () => {
-    Object.defineProperty(globalThis, "indexedDB", {
-      value: {
-        open: () => {
-          throw new DOMException("refused", "SecurityError");
-        },
-      },
-    });
+    const refused = () => new DOMException("refused", "SecurityError");
+    const thrown = () => {
+      throw refused();
+    };
+    Object.defineProperty(globalThis, "indexedDB", { value: { open: thrown } });
+    Object.defineProperty(globalThis, "localStorage", { get: thrown });
+    CacheStorage.prototype.open = () => Promise.reject(refused());
   };
   const { page, context } = await opened({}, { before: refuse });
   await page.getByText("This browser keeps no pictures for this page: save those that you want.").waitFor();
