@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,11 @@ def built(packages: Path) -> Path:
     return page
 
 
-@pytest.fixture(scope="module")
-def address(built: Path) -> Iterator[str]:
-    """Of the command itself, on a free port."""
+@contextmanager
+def served(built: Path, *bundles: Path) -> Iterator[str]:
+    """The address of the command itself, on a free port."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(built / "none")}  # no WebGPU form of an earlier run
-    command = [sys.executable, "-m", "pocketfusion", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "pocketfusion", "serve", "--port", "0", *map(str, bundles)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as serving:
         assert serving.stdout is not None
         try:
@@ -45,6 +46,12 @@ def address(built: Path) -> Iterator[str]:
         finally:
             serving.terminate()
             serving.wait(30)
+
+
+@pytest.fixture(scope="module")
+def address(built: Path) -> Iterator[str]:
+    with served(built) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +94,17 @@ def check(file: Path, picture: Image.Image, text: dict) -> None:
     found = Image.open(file)
     assert {**found.text, "Software": ""} == {key: str(value) for key, value in text.items()} | {"Software": ""}
     assert np.abs(np.asarray(found, int) - np.asarray(picture, int)).max() <= CLOSE
+
+
+@pytest.mark.slow  # shaders on a CPU; what it adds to the engine's own test is the page's choice
+def test_it_takes_a_gpu_and_the_form_for_it(
+    vitest: Callable, chromium: str, built: Path, drawn: Path, tmp_path: Path
+) -> None:
+    with served(built, drawn / "outside", drawn / "gpu") as address:
+        vitest("tests/ui/webgpu.test.ts", POCKETFUSION_VECTORS=str(tmp_path), POCKETFUSION_PAGE=address)
+    pipeline = pocketfusion.load(drawn / "gpu")
+    result = pipeline.generate("a red cat", negative_prompt="blue", seed=11)
+    check(tmp_path / "from-gpu.png", result.images[0], png_text(pipeline, result, 0))
 
 
 @pytest.mark.slow  # half a minute: another first visit
