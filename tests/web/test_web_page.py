@@ -103,7 +103,7 @@ def test_it_takes_a_gpu_and_the_form_for_it(
     with served(built, drawn / "outside", drawn / "gpu") as address:
         vitest("tests/ui/webgpu.test.ts", POCKETFUSION_VECTORS=str(tmp_path), POCKETFUSION_PAGE=address)
     pipeline = pocketfusion.load(drawn / "gpu")
-    result = pipeline.generate("a red cat", negative_prompt="blue", seed=11)
+    result = pipeline.generate("a red cat", negative_prompt="blue", seed=11, num_inference_steps=2)
     check(tmp_path / "from-gpu.png", result.images[0], png_text(pipeline, result, 0))
 
 

@@ -17,6 +17,7 @@ test("it takes the form for WebGPU, checks the GPU, and draws on it", async () =
   await page.goto(ADDRESS);
   await ready(page);
   await page.locator(".settings summary").click();
+  await page.getByLabel("Steps").fill("2");
   await page.getByLabel("Seed", { exact: true }).fill("11");
   await page.getByLabel("Not in the picture").fill("blue");
   await draw(page, "a red cat");
