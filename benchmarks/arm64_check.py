@@ -7,10 +7,10 @@ very same `pocketfusion generate` there under qemu-user and compares the picture
 bookworm-backports (10.0): bookworm's own 7.2 dies in LiteRT's constructor. Needs Debian with apt, the registry,
 about 400 MB, and minutes: emulation is many times slower than the machine.
 
-With --draw, an aarch64 build of examples/cpp draws the same there, and is compared with the emulated Python:
+With --draw, an aarch64 build of the C++ example draws the same there, and is compared with the emulated Python:
 
     pip install ziglang && python -m ziglang c++ -target aarch64-linux-gnu.2.31 -std=c++17 -O2 -ffp-contract=off \\
-        examples/cpp/*.cpp WORK/site/ai_edge_litert/libLiteRt.so -o draw
+        src/pocketfusion/port/cpp/*.cpp WORK/site/ai_edge_litert/libLiteRt.so -o draw
 """
 
 from __future__ import annotations

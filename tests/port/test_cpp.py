@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pocketfusion.port.device_pack import SOURCES
 from pocketfusion.port.vectors import UNICODE
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.pipeline import Pipeline
-
-SOURCES = Path(__file__).parents[2] / "examples" / "cpp"
 
 
 @pytest.fixture(scope="session")
