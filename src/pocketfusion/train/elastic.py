@@ -28,8 +28,17 @@ def draw_skipped(architecture: Architecture, settings: ElasticSettings, u: np.nd
     SnapFusion section 3.1: ε_θ = Π {p(CA, I), p(ResNet, I)}. Its probabilities and schedule are not published.
     """
     ramp = min(1.0, (step + 1) / settings.ramp_steps) if settings.ramp_steps else 1.0
-    chance = {"attentions": settings.attention_drop * ramp, "resnets": settings.resnet_drop * ramp}
-    return frozenset(str(name) for (name, _), x in zip(architecture.blocks(), u, strict=True) if x < chance[name.kind])
+    return random_blocks(architecture, settings.attention_drop * ramp, settings.resnet_drop * ramp, u)
+
+
+def random_blocks(
+    architecture: Architecture, attention_drop: float, resnet_drop: float, u: np.ndarray | None = None
+) -> frozenset[str]:
+    """Names of blocks, each with its kind's probability; `u` [blocks] uniform in [0, 1), drawn by numpy if None."""
+    blocks = [name for name, _ in architecture.blocks()]
+    chance = {"attentions": attention_drop, "resnets": resnet_drop}
+    drawn = np.random.default_rng().random(len(blocks)) if u is None else u
+    return frozenset(str(name) for name, x in zip(blocks, drawn, strict=True) if x < chance[name.kind])
 
 
 class ElasticTask(TeacherTask):
