@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -35,6 +36,20 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """The mean of `values` over all processes of the run, on each of them."""
     return sum_over_processes(values) / process_state().num_processes
+
+
+def gathered_rows(values: torch.Tensor) -> torch.Tensor:
+    """The rows [B, ...] of all processes in their order, on each of them; gradients go back to where they come from.
+
+    A gradient is the sum of what the processes' losses ask: right for the mean of losses, which accelerate takes.
+    """
+    count = process_state().num_processes
+    if count == 1:
+        return values
+    from torch.distributed import _functional_collectives as collectives
+
+    world: Any = torch.distributed.group.WORLD
+    return collectives.all_gather_tensor_autograd(values.contiguous(), 0, world)
 
 
 @contextmanager

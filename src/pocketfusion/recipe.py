@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer
 
 from pocketfusion.bounded import check_numbers, read_yaml
 from pocketfusion.errors import PocketfusionError
@@ -27,8 +27,12 @@ class _Settings(BaseModel):
 class TrainSettings(_Settings):
     """The training loop's settings; a step is one optimiser update of `batch_size` samples over all processes.
 
-    `held_out`: at most so many held-out samples are looked at every `preview_every` steps and at the end. It changes
-    no weight, so it is no part of what a run or a result is known by.
+    `optimizer` `adamw-8bit`: AdamW's moments in 8 bits (torchao). `teacher_weights`: of frozen UNets, learnt from.
+
+    What changes no weight is no part of what a run or a result is known by. `held_out`: at most so many held-out
+    samples are looked at every `preview_every` steps and at the end. `micro_batch`: at most so many samples at once in
+    place of `gradient_accumulation`'s parts, or `auto`, found by trial. `gradient_checkpointing`: compute activations
+    twice rather than keep them. `offload`: what waits in the CPU's memory. `log_with`: trackers of accelerate.
     """
 
     steps: int = Field(gt=0)
@@ -47,6 +51,21 @@ class TrainSettings(_Settings):
     preview_every: int = Field(default=500, gt=0)
     held_out: int = Field(default=512, gt=0, exclude=True)
     seed: int = 0
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    teacher_weights: Literal["fp32", "bf16"] = "fp32"
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = Field(default=None, exclude=True)
+    gradient_checkpointing: bool = Field(default=False, exclude=True)
+    offload: tuple[Literal["ema", "teacher"], ...] = Field(default=(), exclude=True)
+    log_with: tuple[str, ...] = Field(default=(), exclude=True)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: Any) -> dict[str, Any]:
+        """Without what came later and is at its default: older runs and results are known by settings without it."""
+        values = handler(self)
+        for name in ("optimizer", "teacher_weights"):
+            if values.get(name) == type(self).model_fields[name].default:
+                del values[name]
+        return values
 
 
 class DataSettings(_Settings):
@@ -277,6 +296,12 @@ class Recipe(_Settings):
     step_distillation: StepDistillSettings | None = None
     consistency: ConsistencySettings | None = None
     stages: dict[str, dict[str, Any] | None] = {}  #: of `compress`, in their order; `compress.chain` reads them
+
+
+def field_values(settings: BaseModel) -> dict[str, Any]:
+    """Every field's value, also of those that `model_dump` leaves out; a section's in a dictionary of its own."""
+    values = {name: getattr(settings, name) for name in type(settings).model_fields}
+    return {name: field_values(one) if isinstance(one, BaseModel) else one for name, one in values.items()}
 
 
 #: What a model is trained by.

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.train import held_out
+from pocketfusion.train.average import update_ema
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.divergence import DivergenceWatch
 from pocketfusion.train.log import read_log
-from pocketfusion.train.loop import learning_rate_at, train, update_ema
+from pocketfusion.train.loop import learning_rate_at, train
 from pocketfusion.train.place import Goal
 from processes import launch_two, run_two
 

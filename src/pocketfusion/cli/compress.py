@@ -44,8 +44,11 @@ def compress_command(
     from pocketfusion.compress.chain import chain_of
     from pocketfusion.compress.runner import Span, open_out, run_chain
     from pocketfusion.recipe import load_recipe
+    from pocketfusion.train.place import check_trackers
 
     chain = chain_of(load_recipe(recipe, whole=False))
+    for stage in chain.stages:
+        check_trackers(stage.train.log_with if stage.train else ())
     span = Span.of(chain, start, until, only)
     open_out(chain, out)
     console = Console(highlight=False, markup=False, soft_wrap=True)

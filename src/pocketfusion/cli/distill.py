@@ -104,7 +104,7 @@ def distill_steps_command(
         "guidance_range": parse_range(guidance_range) if guidance_range else None,
         "original_weight": original_weight,
         "guidance_scale": guidance,
-        "train": settings.train.model_dump() | {"steps": train_steps} if train_steps is not None else None,
+        "train": replaced(settings.train, {"steps": train_steps}),
     }
     settings = replaced(settings, given)
     folder, teacher = model_folder(folder), model_folder(teacher)

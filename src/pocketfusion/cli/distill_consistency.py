@@ -92,7 +92,7 @@ def distill_consistency_command(
         "guidance": mode.value if mode else None,
         "guidance_scale": fold if fold is not None else guidance,
         "guidance_range": scales,
-        "train": settings.train.model_dump() | {"steps": train_steps} if train_steps is not None else None,
+        "train": replaced(settings.train, {"steps": train_steps}),
     }
     settings = replaced(settings, given)
     folder, teacher = model_folder(folder), model_folder(teacher)

@@ -59,9 +59,11 @@ def begin(
     require(*COMPRESS)
     from pocketfusion.data.sources import open_dataset, open_training_data
     from pocketfusion.recipe import load_recipe
-    from pocketfusion.train.place import StageRun
+    from pocketfusion.train.place import StageRun, check_trackers
 
     loaded: Recipe = load_recipe(recipe)
+    for _, section in loaded:
+        check_trackers(getattr(getattr(section, "train", None), "log_with", ()))
     stage: StageRun = StageRun.at(out, run, minutes, overwrite)
     opener = open_dataset if pictures else open_training_data
     images: CaptionedImages = opener(data, loaded.data.size, skip_bad=skip_bad)
@@ -81,9 +83,11 @@ def replaced(settings: Section, given: dict[str, Any]) -> Section:
     """A recipe section with the options that were given in place of its own; PocketfusionError if one is not valid."""
     from pydantic import ValidationError
 
+    from pocketfusion.recipe import field_values
+
     try:
         return type(settings).model_validate(
-            settings.model_dump() | {name: value for name, value in given.items() if value is not None}
+            field_values(settings) | {name: value for name, value in given.items() if value is not None}
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -91,7 +95,9 @@ def replaced(settings: Section, given: dict[str, Any]) -> Section:
 
 
 def report(provenance: Provenance, out: Path) -> None:
-    """Prints what a stage made."""
+    """Prints what a stage made, once where several processes work."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     state = "finished" if provenance.finished else "stopped by --max-minutes; run the same command to go on"
     console = Console(highlight=False)
     console.print(f"{out}: {provenance.samples_seen:,} samples, {provenance.hours:.2f} h, {state}")

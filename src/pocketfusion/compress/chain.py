@@ -15,7 +15,7 @@ from pocketfusion.artefact import sha256_folder
 from pocketfusion.compress.kinds import KINDS, Kind, Takes
 from pocketfusion.compress.options import Options
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.recipe import SECTIONS, Recipe, TrainSettings, described, nearest
+from pocketfusion.recipe import SECTIONS, Recipe, TrainSettings, described, field_values, nearest
 from pocketfusion.train.place import Goal
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -264,7 +264,7 @@ def _settings(recipe: Recipe, name: str, kind: Kind, entry: dict[str, Any]) -> t
         options = kind.options.model_validate(own)
         if section is not None and entry:
             model = type(section)
-            section = model.model_validate(_merged(section.model_dump(), entry))
+            section = model.model_validate(_merged(field_values(section), entry))
     except ValidationError as error:
         raise PocketfusionError(f"the stage {name}: {described(error, model)}") from None
     return options, section

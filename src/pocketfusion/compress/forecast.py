@@ -26,6 +26,7 @@ from pocketfusion.compress.runner import Span, planned
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.outlook import Outlook, prepare
 from pocketfusion.recipe import SECTIONS, Recipe
+from pocketfusion.train.micro_batch import parts_of
 
 _MEASURABLE = 60e6  #: parameters up to which a network is timed as it is
 _MOMENT = 2.0  #: seconds that a network is timed for
@@ -190,7 +191,7 @@ def _forecast(chain: Chain, stage: Stage, action: str, networks: Networks | None
     samples = train.steps * train.batch_size if train else 0
     memory = _PROCESS
     if train is not None:
-        micro = train.batch_size // train.gradient_accumulation
+        micro = train.batch_size // parts_of(train, 1)
         memory += _TRAINED * network.parameters + micro * network.activations
     seconds = _time(chain, stage, networks)
     return Forecast(

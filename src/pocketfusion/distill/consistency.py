@@ -33,6 +33,7 @@ from pocketfusion.models.sampling import Guidance, Sampling
 from pocketfusion.recipe import ConsistencySettings, Recipe
 from pocketfusion.train.batch import Batch
 from pocketfusion.train.held_out import shared
+from pocketfusion.train.sharded import is_sharded
 from pocketfusion.train.start import Start
 from pocketfusion.train.teacher import TeacherTask
 
@@ -123,6 +124,7 @@ class ConsistencyTask(TeacherTask):
         super().__init__(recipe, data, student.unet, student.vae, student.text, settings.train)
         self.consistency, self.sampling = settings, sampling
         self.teacher, self.teacher_guidance = teacher.eval().requires_grad_(False), teacher_guidance
+        self.teachers = (self.teacher,)
         # few steps must begin at the last timestep: the result's folder gets this scheduler
         self.scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
         self.schedule = NoiseSchedule(self.scheduler)
@@ -174,6 +176,9 @@ class ConsistencyTask(TeacherTask):
         itself = self.predictor(self.model, self.sampling.guidance, made)  # not the wrapper: no gradient is shared
         with self._precision():
             target = consistency_target(teacher, itself, made.z_t, made.times, self.schedule)
+            if is_sharded(self.model) and not (made.times[2] != made.times[3]).any():
+                with torch.no_grad():  # all processes call the network, whatever their samples need
+                    itself(made.z_t[:1], made.times[2][:1], torch.arange(1))
         v = self.predictor(model, self.sampling.guidance, made)(made.z_t, made.times[0])
         at = self.schedule.at(made.times[0], made.z_t)
         squared = consistency_loss(v.detach(), target, at).item()

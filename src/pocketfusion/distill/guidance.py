@@ -74,6 +74,7 @@ class GuidanceTask(TeacherTask):
         """`timesteps` [N] are those that are trained; all of them if None."""
         super().__init__(recipe, data, start.unet, start.vae, start.text, settings.train)
         self.teacher, self.teacher_guidance = teacher.eval().requires_grad_(False), teacher_guidance
+        self.teachers = (self.teacher,)
         self.sampling, self.range = sampling, settings.scale_range
         table = self.scheduler.config.num_train_timesteps
         self.timesteps = torch.arange(table) if timesteps is None else timesteps

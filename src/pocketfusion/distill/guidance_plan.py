@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.sampling import Sampling
-from pocketfusion.recipe import GuidanceDistillSettings, Recipe
+from pocketfusion.recipe import GuidanceDistillSettings, Recipe, field_values
 
 
 def guidance_settings(recipe: Recipe, scale_range: tuple[float, float] | None = None) -> GuidanceDistillSettings:
@@ -18,7 +18,7 @@ def guidance_settings(recipe: Recipe, scale_range: tuple[float, float] | None = 
     if scale_range is None:
         return recipe.guidance
     try:
-        return GuidanceDistillSettings(**{**recipe.guidance.model_dump(), "scale_range": scale_range})
+        return GuidanceDistillSettings(**{**field_values(recipe.guidance), "scale_range": scale_range})
     except ValidationError:
         raise PocketfusionError(
             f"the guidance range is {scale_range[0]:g} to {scale_range[1]:g}: give two ascending scales from 1 up, "

@@ -80,7 +80,11 @@ def distill_steps(
     if targets is not None:
         table = DDIMScheduler(**recipe.teacher.scheduler).config.num_train_timesteps
         depends = {"teacher": parents["teacher"], "data": made_by["data"], "seed": settings.train.seed}
-        depends |= {"batch": settings.train.batch_size, "settings": targets_depend_on(settings, table)}
+        depends |= {
+            "draws": "by sample",
+            "batch": settings.train.batch_size,
+            "settings": targets_depend_on(settings, table),
+        }
         depends |= {key: made_by["settings"][key] for key in ("data", "text", "objective")}
         shared = TargetCache(targets, {"of": depends})
     task = StepTask(recipe, settings, data, student, taught_by.unet, (guided_by, sampling), shared)

@@ -63,6 +63,7 @@ class StepTask(TeacherTask):
         """`sampling`: the teacher's and the student's. Raises PocketfusionError if the steps do not divide."""
         super().__init__(recipe, data, student.unet, student.vae, student.text, settings.train)
         self.distill, self.teacher, self.targets = settings, teacher.eval().requires_grad_(False), targets
+        self.teachers = (self.teacher,)
         # few steps must begin at the last timestep: the result's folder gets this scheduler
         self.scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
         self.schedule = NoiseSchedule(self.scheduler)

@@ -81,6 +81,7 @@ class ElasticUNet(UNet2DConditionModel):
     not SD-family or the architecture cannot run on it.
     """
 
+    skip_list: Any = list  #: what holds the skips on their way; `train.sharded` needs another type
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]
 
     def __init__(self, architecture: dict[str, Any] | None = None, **config: Any):
@@ -103,6 +104,11 @@ class ElasticUNet(UNet2DConditionModel):
         self.down_blocks: Any = nn.ModuleList(stages("down", self.down_blocks))
         self.mid_block: Any = stages(MID, [self.mid_block])[0]
         self.up_blocks: Any = nn.ModuleList(stages("up", self.up_blocks))
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel) -> ElasticUNet:
+        """A copy of a stock UNet, as `as_elastic` makes it."""
+        return as_elastic(unet)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
@@ -135,7 +141,7 @@ class ElasticUNet(UNet2DConditionModel):
         }
         temb = self.time_embedding(self.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
         x = self.conv_in(sample)
-        skips = [x]
+        skips = self.skip_list([x])
         for stage in self.down_blocks:
             x = stage(x, temb, skips, self.skipped, **attention)
         x = self.mid_block(x, temb, skips, self.skipped, **attention)

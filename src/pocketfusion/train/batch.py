@@ -1,18 +1,24 @@
-"""Which samples and which random numbers belong to a step: a function of the seed and the step alone.
+"""Which samples and which random numbers belong to a step: a function of the seed, the step and the sample's place.
 
-So a resumed run repeats the uninterrupted one to the sample, and several processes (or accumulation parts) draw what
-one process would have drawn and take their slice of it.
+So a resumed run repeats the uninterrupted one to the sample, and several processes (or accumulation parts) draw for
+their own samples, and for those alone, what one process would have drawn.
 """
 
 from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
-_PRIME = 1_000_003
+
+def _stream(seed: int, step: int, place: int, of: int) -> np.random.Generator:
+    """One of Philox's streams, which never meet (Salmon et al. 2011): the key names the step, the counter's upper half
+    the sample."""
+    key, counter = [seed % 2**64, step], [0, 0, place, of]
+    return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64)))
 
 
 @dataclass
@@ -23,27 +29,37 @@ class Batch:
     start: int  #: where this part begins in the global batch
     total: int  #: samples in the global batch
     step: int  #: from 0
-    generator: torch.Generator = field(repr=False)
+    seed: int = field(repr=False)
     means: torch.Tensor | None = None  #: `Task.means` of the whole step, where this process does it in several parts
 
-    def _part(self, values: torch.Tensor) -> torch.Tensor:
-        return values[self.start : self.start + len(self.indices)]
+    @cached_property
+    def _own(self) -> list[np.random.Generator]:
+        """A stream of random numbers for each sample of this part."""
+        return [_stream(self.seed, self.step, self.start + i, 0) for i in range(len(self.indices))]
+
+    @cached_property
+    def _common(self) -> np.random.Generator:
+        return _stream(self.seed, self.step, 0, 1)
 
     def randn(self, *shape: int) -> torch.Tensor:
         """Standard normal numbers, [part, *shape]."""
-        return self._part(torch.randn(self.total, *shape, generator=self.generator))
+        drawn = np.empty((len(self._own), *shape), np.float32)
+        for row, own in zip(drawn, self._own, strict=True):
+            row[...] = own.standard_normal(shape, np.float32)
+        return torch.from_numpy(drawn)
 
     def rand(self, *shape: int) -> torch.Tensor:
         """Uniform numbers in [0, 1), [part, *shape]."""
-        return self._part(torch.rand(self.total, *shape, generator=self.generator))
-
-    def shared(self, count: int) -> torch.Tensor:
-        """Uniform numbers in [0, 1), [count], that all parts of the step have in common."""
-        return torch.rand(count, generator=self.generator)
+        drawn = [own.random(shape, np.float32) for own in self._own]
+        return torch.from_numpy(np.array(drawn, np.float32).reshape(len(drawn), *shape))
 
     def randint(self, high: int) -> torch.Tensor:
         """Uniform integers in [0, high), [part]."""
-        return self._part(torch.randint(high, (self.total,), generator=self.generator))
+        return torch.tensor([int(own.integers(high)) for own in self._own])
+
+    def shared(self, count: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1), [count], that all parts of the step have in common."""
+        return torch.from_numpy(self._common.random(count, np.float32))
 
 
 class BatchPlan:
@@ -90,8 +106,9 @@ class BatchPlan:
         return np.array(parts)
 
     def part(self, step: int, part: int, parts: int) -> Batch:
-        """The `part`-th of `parts` equal parts of the step's batch, with the step's random numbers."""
-        size = self.batch_size // parts
-        start = part * size
-        generator = torch.Generator().manual_seed((self.seed * _PRIME + step) % 2**63)
-        return Batch(self.indices(step)[start : start + size], start, self.batch_size, step, generator)
+        """The `part`-th of `parts` equal parts of the step's batch, with its samples' random numbers."""
+        return self.slice(step, part * (self.batch_size // parts), self.batch_size // parts)
+
+    def slice(self, step: int, start: int, size: int) -> Batch:
+        """The `size` samples from `start` on of the step's batch."""
+        return Batch(self.indices(step)[start : start + size], start, self.batch_size, step, self.seed)

@@ -16,6 +16,7 @@ from pocketfusion.folder import Provenance
 from pocketfusion.locks import hold
 from pocketfusion.models.judge import Judge, JudgeModel
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
+from pocketfusion.processes import gathered_rows, process_state
 from pocketfusion.recipe import JudgeSettings, Recipe
 from pocketfusion.train.autoencoder import to_tensor
 from pocketfusion.train.batch import Batch, BatchPlan
@@ -31,9 +32,21 @@ def contrastive_loss(
     images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, same: torch.Tensor
 ) -> torch.Tensor:
     """CLIP's symmetric cross-entropy; `same` [B, B] (symmetric) marks equal captions, which are positives too."""
-    logits = scale * images @ texts.T
+    return both_ways(images, texts, images, texts, scale, same)
+
+
+def both_ways(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    all_images: torch.Tensor,
+    all_texts: torch.Tensor,
+    scale: torch.Tensor,
+    same: torch.Tensor,
+) -> torch.Tensor:
+    """`contrastive_loss` of a part of the batch against all of it; `same` [part, all]. Its mean over parts is it."""
     positive = same / same.sum(1, keepdim=True)
-    return 0.5 * (F.cross_entropy(logits, positive) + F.cross_entropy(logits.T, positive))
+    found = F.cross_entropy(scale * images @ all_texts.T, positive)
+    return 0.5 * (found + F.cross_entropy(scale * texts @ all_images.T, positive))
 
 
 class JudgeTask:
@@ -83,10 +96,13 @@ class JudgeTask:
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         pixels = self.augment(pixels, batch).to(self.device)
         images, texts, scale = model(pixels, self.pooled[numbers].to(self.device))
-        same = (numbers[:, None] == numbers[None]).float().to(self.device)
-        loss = contrastive_loss(images, texts, scale, same)
-        top = (images @ texts.T).argmax(1).cpu()
-        return loss, {"batch_top1": (numbers[top] == numbers).float().mean().item(), "scale": scale.item()}
+        # the whole batch is the set of negatives, whatever processes it is shared by
+        all_images, all_texts = gathered_rows(images), gathered_rows(texts)
+        everyone = gathered_rows(numbers.to(self.device)).cpu()
+        same = (numbers[:, None] == everyone[None]).float().to(self.device)
+        loss = both_ways(images, texts, all_images, all_texts, scale, same)
+        top = (images @ all_texts.T).argmax(1).cpu()
+        return loss, {"batch_top1": (everyone[top] == numbers).float().mean().item(), "scale": scale.item()}
 
     def scores(self, indices: np.ndarray) -> tuple[float, float]:
         """Share of pictures that find their plainest caption first, or among five, in pools of 256."""
@@ -115,17 +131,17 @@ class JudgeTask:
 def train_judge(recipe: Recipe, data: CaptionedImages, stage: StageRun, *, for_losses: bool = False) -> Provenance:
     """Trains the recipe's `judge`, or with `for_losses` its `loss_judge`, and writes its folder.
 
-    One process only, since a batch is its own set of negatives. Raises PocketfusionError as `train` does, and if the
-    recipe has no such section.
+    A batch is its own set of negatives, which processes can share and accumulation cannot. Raises PocketfusionError as
+    `train` does, for a batch in parts, and if the recipe has no such section.
     """
-    import os
-
     settings = recipe.loss_judge if for_losses else recipe.judge
     if settings is None:
         raise PocketfusionError(f"the recipe {recipe.name} has no section 'loss_judge': see recipes/emoji128.yaml")
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PocketfusionError("train-judge runs in one process (its negatives are the batch): do not launch several")
+    if settings.train.gradient_accumulation > 1 or settings.train.micro_batch is not None:
+        raise PocketfusionError(
+            "a judge's batch is its set of negatives, so it cannot be done in parts: leave gradient_accumulation and "
+            "micro_batch out of its train"
+        )
     identity = {
         "stage": "train-loss-judge" if for_losses else "train-judge",
         "settings": settings.model_dump(mode="json") | {"data": recipe.data.model_dump(mode="json")},
@@ -146,7 +162,8 @@ def train_judge(recipe: Recipe, data: CaptionedImages, stage: StageRun, *, for_l
     )
     task = JudgeTask(recipe, settings, data, model, text)
     hold(stage.run)  # the cache lies in it
-    task.prepare(stage.run / "cache")
+    with process_state().main_process_first():  # one process fills the cache, the others find it
+        task.prepare(stage.run / "cache")
 
     def write(folder: Path, result: TrainResult) -> dict:
         model.half().save_pretrained(folder, safe_serialization=True)

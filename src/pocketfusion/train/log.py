@@ -15,21 +15,28 @@ import numpy as np
 from pocketfusion.artefact import atomic_file
 from pocketfusion.progress import titled
 from pocketfusion.recipe import TrainSettings
+from pocketfusion.train.throughput import Meter
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+_FLOP = "model_flop_per_sample"  #: of the first line that knows it
+
+
 class TrainLog:
     """Log of one run; a resumed run drops lines past its checkpoint, so the log reads as one uninterrupted run."""
 
-    def __init__(self, run: Path, step: int, settings: TrainSettings, *, enabled: bool):
-        self.run, self.settings, self.enabled = run, settings, enabled
+    def __init__(self, run: Path, step: int, settings: TrainSettings, meter: Meter, *, enabled: bool):
+        self.run, self.settings, self.meter, self.enabled = run, settings, meter, enabled
         self.path = run / "log.jsonl"
         lines = read_log(run) if self.path.is_file() else []
         self.lines = [line for line in lines if line["step"] <= step]
         self.seconds = max((line["seconds"] for line in self.lines), default=0.0)
         self.skipped = sum("skipped" in line for line in self.lines)  #: steps without finite gradients
+        # counting is no part of a step that is repeated: torch's other kernels under it round otherwise
+        meter.flops.per_sample = next((line[_FLOP] for line in self.lines if _FLOP in line), None)
+        self._flop_told = meter.flops.per_sample is not None
         self._last = time.monotonic()
         self._bar: Progress | None = None
         self._step = step
@@ -67,14 +74,18 @@ class TrainLog:
 
     def add(
         self, step: int, loss: float, learning_rate: float, gradient_norm: float, figures: dict[str, float]
-    ) -> None:
-        """One line a step; of a skipped one, whose gradient norm is not finite, how many there are by now."""
+    ) -> dict[str, float]:
+        """One line a step, which it gives; of a skipped one, whose gradient norm is not finite, how many by now."""
         now = time.monotonic()
         elapsed, self._last = now - self._last, now
         self.seconds += elapsed
         if not self.enabled or self._file is None or self._bar is None:
-            return
+            return {}
         line = {"step": step, "learning_rate": learning_rate, "seconds": round(self.seconds, 3)}
+        line |= self.meter.figures(self.settings.batch_size, elapsed)
+        if self.meter.flops.per_sample and not self._flop_told:
+            line |= {_FLOP: self.meter.flops.per_sample}
+            self._flop_told = True
         if math.isfinite(gradient_norm):
             line |= {"loss": loss, "gradient_norm": gradient_norm, **figures}
         else:
@@ -86,6 +97,7 @@ class TrainLog:
             self.flush()
         speed = f"{self.settings.batch_size / max(elapsed, 1e-9):.0f}"
         self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=speed)
+        return line
 
     def prolong(self, steps: int) -> None:
         """Training goes on to `steps`."""

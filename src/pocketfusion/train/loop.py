@@ -6,33 +6,48 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from PIL import Image
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from pocketfusion.artefact import atomic_file, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.locks import hold
 from pocketfusion.processes import lost_processes_are_told, mean_over_processes
 from pocketfusion.recipe import TrainSettings
+from pocketfusion.train.average import Average
 from pocketfusion.train.batch import Batch, BatchPlan
-from pocketfusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from pocketfusion.train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from pocketfusion.train.divergence import DivergenceWatch
+from pocketfusion.train.lean import (
+    checkpoint_activations,
+    make_optimizer,
+    offload_teachers,
+    set_learning_rate,
+    slim_teachers,
+)
 from pocketfusion.train.log import TrainLog
-from pocketfusion.train.place import Goal
+from pocketfusion.train.micro_batch import parts_by_trial, parts_of
+from pocketfusion.train.place import Goal, check_trackers
+from pocketfusion.train.sharded import can_be_sharded, check_sharded, fsdp_asked, gathered, make_whole, shard
+from pocketfusion.train.throughput import Meter
+from pocketfusion.train.trackers import Trackers
 
 
 class Task(Protocol):
     """What a stage gives to the loop.
 
-    A task whose loss leaves some parameters without a gradient also has `unused_parameters = True`. One whose loss is
-    no mean over samples, but depends on means over the whole step (as a ratio of two losses does), also has
+    A task that learns from frozen UNets has them in `teachers`, so that the settings can say where they lie and in
+    which type. One whose loss leaves some parameters without a gradient also has `unused_parameters = True`. One whose
+    loss is no mean over samples, but depends on means over the whole step (as a ratio of two losses does), also has
     `means(model, batch)`: these means of a part, 1-d, or None if its settings need none. See `means_of_step`.
     """
 
@@ -85,12 +100,6 @@ def learning_rate_at(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-@torch.no_grad()
-def update_ema(average: list[torch.Tensor], parameters: Sequence[torch.Tensor], decay: float, step: int) -> None:
-    """Exponential moving average with warm-up: decay is at most (1 + step) / (10 + step)."""
-    torch._foreach_lerp_(average, list(parameters), 1 - min(decay, (1 + step) / (10 + step)))
-
-
 def train(
     task: Task,
     settings: TrainSettings,
@@ -111,37 +120,56 @@ def train(
     Raises PocketfusionError on a run begun with other settings, a batch that does not divide, several such steps in a
     row, or a loss that is not finite or diverges (the last good checkpoint stays).
     """
-    parallel = DistributedDataParallelKwargs(find_unused_parameters=getattr(task, "unused_parameters", False))
+    check_trackers(settings.log_with)
+    asked = fsdp_asked()
+    plugin = asked if can_be_sharded(task.model) else None
+    if plugin is not None:
+        check_sharded(settings)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        kwargs_handlers=[parallel],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=getattr(task, "unused_parameters", False),
+                gradient_as_bucket_view=True,  # else every gradient is there twice
+            )
+        ],
+        log_with=list(settings.log_with) or None,
+        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "trackers")),
     )
-    parts = accelerator.num_processes * settings.gradient_accumulation
-    if settings.batch_size % parts:
-        raise PocketfusionError(
-            f"batch_size {settings.batch_size} does not divide by {accelerator.num_processes} processes "
-            f"x {settings.gradient_accumulation} accumulation parts: choose a multiple of {parts}"
-        )
+    device = accelerator.device
+    accumulated = parts_of(settings, accelerator.num_processes)
     begin_run(run, fingerprint, accelerator)
-    raw = task.model.to(accelerator.device)
-    task.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        raw.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    ema = [p.detach().clone() for p in raw.parameters()]
+    slim_teachers(task, settings)
+    raw = task.model.to(device)
+    task.to(device)
+    offload_teachers(task, raw, settings, device)
+    meter = Meter(device, settings.mixed_precision, accelerator.num_processes)
+    if settings.gradient_checkpointing:
+        checkpoint_activations(raw, meter.flops.recomputing)
+    if settings.micro_batch == "auto":
+        accumulated = parts_by_trial(task, raw, settings, accelerator.autocast, device)
+    accelerator.gradient_accumulation_steps = accumulated
+    parts = accelerator.num_processes * accumulated
+    if plugin is not None:
+        shard(raw, plugin, device)
     parameters = list(raw.parameters())
+    optimizer = make_optimizer(parameters, settings)
+    average = Average(parameters, on_cpu="ema" in settings.offload)
     checkpoint = latest_checkpoint(run / "checkpoints")
-    step = load_checkpoint(checkpoint, raw, ema, optimizer) if checkpoint else first_step
-    model, prepared = accelerator.prepare(raw, optimizer)
+    step = load_checkpoint(checkpoint, raw, average, optimizer) if checkpoint else first_step
+    prepared = accelerator.prepare(optimizer)
+    model = raw if plugin is not None else accelerator.prepare(raw)
     if settings.compile:
         model = torch.compile(model)
-    log = TrainLog(run, step, settings, enabled=accelerator.is_main_process)
+    log = TrainLog(run, step, settings, meter, enabled=accelerator.is_main_process)
+    trackers = Trackers(accelerator, run, settings.model_dump(mode="json"), settings.log_with)
+    writer = CheckpointWriter(
+        run / "checkpoints",
+        first=accelerator.is_main_process,
+        background=device.type != "cpu" or accelerator.num_processes > 1,
+        sharded=plugin is not None,
+    )
     watch = DivergenceWatch()
     started, saved_at, figures, looked_at = time.monotonic(), step, dict[str, float](), -1
     end = settings.steps * max(1, -(-step // settings.steps))  # of the schedule that `step` is in
@@ -149,24 +177,26 @@ def train(
 
     def save() -> None:
         nonlocal saved_at
-        if accelerator.is_main_process and saved_at != step:
+        if saved_at != step:
             log.flush()  # a kill right after the checkpoint must not lose lines before it
-            save_checkpoint(run / "checkpoints", step, raw, ema, optimizer)
+            writer.save(step, raw, average, optimizer)
         saved_at = step
 
     def look() -> None:
         nonlocal figures, looked_at
         if looked_at == step:
             return
-        with swapped(parameters, ema):
+        with average.in_place(), gathered(raw):
             raw.eval()
             figures = task.validate(raw)
             if accelerator.is_main_process:
                 with atomic_file(log.preview_path(step)) as partial:
                     task.preview(raw).save(partial)
+                trackers.picture(step, log.preview_path(step))
             raw.train()
         looked_at = step
         log.held_out(step, figures)
+        trackers.log(step, figures)
 
     def goes_on() -> bool:
         nonlocal end
@@ -189,8 +219,7 @@ def train(
     raw.train()
     with lost_processes_are_told("and it goes on from the newest checkpoint"), log.progress():
         while goes_on():
-            for group in prepared.param_groups:
-                group["lr"] = learning_rate_at(step, settings)
+            set_learning_rate(optimizer, learning_rate_at(step, settings))
             loss_sum, gradient_norm = 0.0, math.nan
             logged: dict[str, float] = {}
             own = range(accelerator.process_index, parts, accelerator.num_processes)
@@ -199,18 +228,21 @@ def train(
             for part in own:
                 batch = task.plan.part(step, part, parts)
                 batch.means = means
-                with accelerator.accumulate(model):
+                with accelerator.accumulate(model), ExitStack() as counting:
+                    if meter.flops.per_sample is None:
+                        counting.enter_context(meter.flops.counting(len(batch.indices), settings.compile))
                     with accelerator.autocast():
                         loss, logged = task.loss(model, batch)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:  # they are the processes' mean from here on
-                        gradient_norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
+                        gradient_norm = clipped(parameters, settings.max_grad_norm)
                         if math.isfinite(gradient_norm):
                             prepared.step()
                     prepared.zero_grad()
-                loss_sum += accelerator.reduce(loss.detach(), "mean").item() / settings.gradient_accumulation
+                loss_sum += accelerator.reduce(loss.detach(), "mean").item() / accumulated
             step += 1
             if watch.diverged(loss_sum, gradient_norm):
+                writer.wait()
                 kept = latest_checkpoint(run / "checkpoints")
                 what = f"the loss became {loss_sum:.3g} at step {step}"
                 if watch.skipped:
@@ -221,8 +253,9 @@ def train(
                     f"{settings.learning_rate:g} or check the data"
                 )
             if not watch.skipped:
-                update_ema(ema, parameters, settings.ema_decay, step)
-            log.add(step, loss_sum, learning_rate_at(step - 1, settings), gradient_norm, logged)
+                average.update(settings.ema_decay, step)
+            line = log.add(step, loss_sum, learning_rate_at(step - 1, settings), gradient_norm, logged)
+            trackers.log(step, {name: value for name, value in line.items() if name != "step"})
             if on_step:
                 on_step(step, {"loss": loss_sum, **logged})
             if step % settings.checkpoint_every == 0 and not watch.suspect:
@@ -231,13 +264,21 @@ def train(
                 look()
         save()
         look()
-    accelerator.wait_for_everyone()
-    with torch.no_grad():
-        for parameter, average in zip(parameters, ema, strict=True):
-            parameter.copy_(average)
+        writer.wait()
+        accelerator.wait_for_everyone()
+    trackers.finish()
+    average.give()
+    if plugin is not None:
+        make_whole(raw)
     raw.eval()
     finished, samples = step >= end, step * settings.batch_size
     return TrainResult(raw, step, samples, log.seconds, finished, figures, log.skipped)
+
+
+def clipped(parameters: Sequence[nn.Parameter], most: float) -> float:
+    """Scales the gradients to a norm of at most `most`, and gives the norm from before, over all shards."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 @torch.no_grad()
@@ -270,21 +311,3 @@ def begin_run(run: Path, fingerprint: dict, accelerator: Accelerator) -> None:
     elif accelerator.is_main_process:
         write_json(state, fingerprint)
     accelerator.wait_for_everyone()
-
-
-class swapped:
-    """Context: the parameters hold the EMA weights; the live ones come back afterwards."""
-
-    def __init__(self, parameters: list[nn.Parameter], ema: list[torch.Tensor]):
-        self.parameters, self.ema = parameters, ema
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        self.live = [p.detach().clone() for p in self.parameters]
-        for parameter, average in zip(self.parameters, self.ema, strict=True):
-            parameter.copy_(average)
-
-    @torch.no_grad()
-    def __exit__(self, *exc: object) -> None:
-        for parameter, live in zip(self.parameters, self.live, strict=True):
-            parameter.copy_(live)

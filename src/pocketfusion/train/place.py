@@ -1,13 +1,38 @@
-"""Where a training stage writes; light, so that a wrong path is told before torch is imported."""
+"""Where a training stage writes and is shown; light, so that what is wrong is told before torch is imported."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from pocketfusion.artefact import check_writable_parent
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.recipe import nearest
+
+#: accelerate's names, and what brings each of them: its module and its package.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
+    "trackio": ("trackio", "trackio"),
+    "mlflow": ("mlflow", "mlflow"),
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "aim": ("aim", "aim"),
+    "clearml": ("clearml", "clearml"),
+    "dvclive": ("dvclive", "dvclive"),
+    "swanlab": ("swanlab", "swanlab"),
+}
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises PocketfusionError for a name that is none, and for a tracker that is not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise PocketfusionError(f"there is no tracker {name!r}: {nearest(name, list(TRACKERS))}")
+        module, package = TRACKERS[name]
+        if find_spec(module) is None:
+            raise PocketfusionError(f"the tracker {name} is not installed: pip install {package}")
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class RecoveryTask(TeacherTask):
         super().__init__(recipe, data, start.unet, start.vae, start.text, settings.train, settings.half_size_until)
         self.recovery, self.base = settings, base.eval().requires_grad_(False)
         self.features = (StageFeatures(start.unet), StageFeatures(base))
+        self.teachers = (self.base,)
 
     def to(self, device: torch.device) -> None:
         """Moves the base too."""
@@ -72,10 +73,10 @@ class RecoveryTask(TeacherTask):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         """Logs the three losses unweighted."""
         made = self.noised(batch)
-        self.features[0].take()
-        prediction = model(made.z_t, made.timesteps, made.states).sample
         with torch.no_grad():
             wanted = self.base(made.z_t, made.timesteps, made.states).sample
+        self.features[0].take()
+        prediction = model(made.z_t, made.timesteps, made.states).sample
         task, mse = self.objective.loss(prediction, made.x, made.noise, made.timesteps.cpu())
         output = F.mse_loss(prediction.float(), wanted.float())
         features = feature_loss(self.features[0].take(), self.features[1].take())

@@ -13,6 +13,7 @@ from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, machine, read_provenance, write_provenance
 from pocketfusion.locks import hold, release
+from pocketfusion.processes import lost_processes_are_told, process_state
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.train.checkpoint import latest_checkpoint
 from pocketfusion.train.loop import Task, TrainResult, train
@@ -91,5 +92,7 @@ def run_stage(
             if result.steps > settings.steps:  # trained on for a goal: more than its settings say
                 provenance.results["steps"] = result.steps
             write_provenance(partial, provenance)
+    with lost_processes_are_told("and the result is written again"):
+        process_state().wait_for_everyone()  # the next stage reads what the first process has written
     release(stage.run)
     return provenance

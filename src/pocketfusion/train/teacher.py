@@ -181,7 +181,8 @@ class TeacherTask:
         seeds = list(range(len(prompts)))
         unet: UNet2DConditionModel = model  # type: ignore[assignment]
         drawn = self.sampling.model_dump(exclude={"guidance_range"})
-        images = sample_images(unet, self.vae, self.text, self.scheduler, prompts, seeds, **drawn)
+        batch = max(1, 2**14 // unet.config.sample_size**2)  # 4 pictures of 512 px: looking must fit where a step does
+        images = sample_images(unet, self.vae, self.text, self.scheduler, prompts, seeds, batch=batch, **drawn)
         rows = np.concatenate([np.concatenate(list(row), axis=1) for row in images.reshape(3, 8, *images.shape[1:])])
         return Image.fromarray(rows).resize((rows.shape[1] * 2, rows.shape[0] * 2), Image.Resampling.NEAREST)
 

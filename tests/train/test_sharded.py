@@ -1,0 +1,64 @@
+"""FSDP2 on two CPU processes: one process's losses and weights, checkpoints that any number of them goes on from."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loop_task import LineTask, settings
+from safetensors import safe_open
+
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.train import sharded
+from pocketfusion.train.log import read_log
+from pocketfusion.train.loop import train
+from processes import launch_two
+
+TASK = Path(__file__).parent / "loop_task.py"
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_log(run) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run of one process."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    result = train(LineTask(infinite_at=(4, 9)), settings(), run, fingerprint={})
+    return run, torch.cat([p.detach().flatten() for p in result.model.parameters()])
+
+
+def test_shards_train_and_resume_as_one_process_does(one, tmp_path):
+    """A whole run, and one that goes on from two processes' shards on one process, and on two from one's."""
+    launch_two(TASK, tmp_path / "two", "cut", port=29583, fsdp=True)
+    assert np.allclose(losses(tmp_path / "two"), losses(one[0]), rtol=1e-5) and len(losses(one[0])) == 10
+    last = tmp_path / "two" / "checkpoints" / "step_00000012"
+    parts = sorted(last.glob("*.safetensors"))
+    assert len(parts) == 2 and sorted(p.name for p in last.iterdir())[-1] == "state.json"
+    with safe_open(parts[0], "pt") as file:
+        assert "model:weight" in file.keys() and "optimizer:exp_avg:weight" in file.keys()  # noqa: SIM118
+    cut = tmp_path / "two" / "cut"
+    assert max(p.name for p in (cut / "checkpoints").glob("step_*")) == "step_00000006"
+    shutil.copytree(cut, tmp_path / "on-one")
+    result = train(LineTask(infinite_at=(4, 9)), settings(), tmp_path / "on-one", fingerprint={})
+    assert np.allclose(losses(tmp_path / "on-one"), losses(one[0]), rtol=1e-5)
+    assert torch.allclose(torch.cat([p.detach().flatten() for p in result.model.parameters()]), one[1], atol=1e-5)
+
+
+def test_what_cannot_be_sharded_is_said(monkeypatch):
+    for change, words in (
+        ({"optimizer": "adamw-8bit"}, "optimizer adamw-8bit does not work with FSDP"),
+        ({"micro_batch": "auto"}, "micro_batch auto does not work with FSDP"),
+        ({"compile": True}, "compile does not work with FSDP"),
+    ):
+        with pytest.raises(PocketfusionError, match=words):
+            sharded.check_sharded(settings(**change))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(PocketfusionError, match="give accelerate --fsdp_version 2"):
+        sharded.fsdp_asked.__wrapped__()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(PocketfusionError, match="there is one: give accelerate --num_processes"):
+        sharded.fsdp_asked.__wrapped__()
