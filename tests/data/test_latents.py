@@ -27,6 +27,7 @@ from pocketfusion.data.rows import LeftOut
 from pocketfusion.data.sources import PicturesSource, open_dataset, open_source, open_training_data
 from pocketfusion.errors import PocketfusionError
 
+SPAWN = multiprocessing.get_context("spawn")  # a fork copies other threads' locks
 ENCODING = Encoding("a" * 64, 4, 8, 16, (Bucket(16, 16),), halved=True)
 
 
@@ -110,9 +111,14 @@ def _fill_and_die(data: Path, out: Path, calls: int) -> None:
     fill(out, source, plan, deadly, batch=4)
 
 
+def _fill_share(data: Path, out: Path, share: int) -> None:
+    source, plan = begin(data)
+    fill(out, source, plan, encode_means, batch=4, share=(share, 2))
+
+
 @pytest.mark.parametrize("calls", [1, 8, 14])
 def test_a_killed_run_goes_on_to_the_same_cache(shards, cache, tmp_path, calls):
-    process = multiprocessing.get_context("fork").Process(target=_fill_and_die, args=(shards, tmp_path / "c", calls))
+    process = SPAWN.Process(target=_fill_and_die, args=(shards, tmp_path / "c", calls))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -128,14 +134,7 @@ def test_a_killed_run_goes_on_to_the_same_cache(shards, cache, tmp_path, calls):
 
 
 def test_two_processes_fill_one_cache(shards, cache, tmp_path):
-    context = multiprocessing.get_context("fork")
-    source, plan = begin(shards)
-    workers = [
-        context.Process(
-            target=fill, args=(tmp_path / "c", source, plan, encode_means), kwargs={"batch": 4, "share": (k, 2)}
-        )
-        for k in range(2)
-    ]
+    workers = [SPAWN.Process(target=_fill_share, args=(shards, tmp_path / "c", share)) for share in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -344,9 +343,7 @@ def test_the_memory_does_not_grow_with_the_pictures(tmp_path):
     for shards in (2, 8):
         data = photo_shards(tmp_path / f"{shards}", shards, 200, shapes=((64, 64),))
         here, there = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(
-            target=_peak, args=(data, tmp_path / f"c{shards}", there)
-        )
+        process = SPAWN.Process(target=_peak, args=(data, tmp_path / f"c{shards}", there))
         process.start()
         peaks.append(here.recv())
         process.join()
