@@ -8,6 +8,7 @@ import re
 
 #: What a command says that lacks the libraries of the extra: it is on no index yet.
 INSTALL_COMPRESS = "pip install '.[compress]' in pocketfusion's clone"
+INSTALL_COREML = "pip install '.[compress,coreml]' in pocketfusion's clone"
 _CURES = {
     errno.ENOSPC: "free some space and run again",
     errno.EDQUOT: "free some space and run again",

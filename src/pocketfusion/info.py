@@ -57,10 +57,10 @@ def describe(path: Path, on_stage: Callable[[str], None] = lambda stage: None) -
 
 def describe_bundle(path: Path) -> dict[str, Any]:
     """The manifest's content, file sizes and the hash check of the bundle at `path`."""
-    bundle = Bundle.open(path, verify=False)
+    bundle = Bundle.open(path, verify=False, any_runtime=True)
     manifest = bundle.manifest
     networks = {
-        name: {"size": manifest.files[name].size, **network.model_dump()} for name, network in manifest.networks
+        name: {"size": manifest.network_size(name), **network.model_dump()} for name, network in manifest.networks
     }
     return {
         "kind": "bundle",
@@ -68,6 +68,8 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "name": manifest.name,
         "version": manifest.version,
         "created_by": manifest.created_by,
+        "target": manifest.target,
+        "coreml": manifest.coreml.model_dump() if manifest.coreml else None,
         "sha256": bundle.hash,
         "size": sum(file.size for file in manifest.files.values()),
         "problems": list(bundle.problems()),

@@ -55,6 +55,8 @@ def make(folder: Path, forms: dict[str, Path]) -> None:
 
 def for_gpu(source: Path, path: Path) -> None:
     """A copy of a small bundle as `export --target litert-gpu` marks one: with what its networks give for noise."""
+    from pocketfusion.mobile import gate
+    from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
     from pocketfusion.mobile.selfcheck import known_result
 
     shutil.copytree(source, path)
@@ -63,7 +65,12 @@ def for_gpu(source: Path, path: Path) -> None:
     for name in ("unet", "decoder"):
         spec = getattr(manifest.networks, name)
         about = (manifest.scheduler, manifest.defaults.guidance_scale, manifest.time_embedding)
-        known.append(known_result(path / f"{name}.tflite", spec.inputs, spec.outputs[0].name, *about))
+        file = path / f"{name}.tflite"
+
+        def run(inputs: list, output: str, file: Path = file) -> np.ndarray:
+            return gate.run(file, inputs, output, DEFAULT_SIGNATURE)
+
+        known.append(known_result(run, spec.inputs, spec.outputs[0].name, *about))
     write_self_check(path, np.concatenate(known))
 
 

@@ -1,4 +1,4 @@
-"""`check`: does a bundle or a `.tflite` file run on a phone's GPU, all of it and rightly."""
+"""`check`: does a bundle or a `.tflite` file run on a phone, all of it and rightly."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ def check_command(
 ) -> None:
     """Compile every network on LiteRT's GPU delegate and compare its numbers with the CPU's.
 
-    Names each refused operation, its module and the rewrite that cures it, and the layers whose numbers fp16 may not
+    A Core ML bundle is drawn with by a small executor of its operations, in fp32 and rounded to fp16. Names each
+    refused operation, its module and the rewrite that cures it, and the layers whose numbers fp16 may not
     hold. Exits with code 1 if anything falls off the GPU or comes out wrong.
     """
     from pocketfusion.artefact import check_files, write_json
+    from pocketfusion.runtime.manifest import MANIFEST, read_manifest
     from pocketfusion.runtime.networks import check_threads
     from pocketfusion.terminal import Console
 
@@ -49,6 +51,12 @@ def check_command(
     if not 0 < timeout <= 86_400:
         raise PocketfusionError(f"the timeout is {timeout:g} s: choose a number above zero, at most a day")
     check_files(json_file)
+    if path.is_dir() and (path / MANIFEST).is_file() and read_manifest(path)[0].target == "coreml":
+        if static or stack or precision:
+            raise PocketfusionError(
+                f"{path} is for Core ML, which no GPU stack runs: leave --static, --stack and --precision out"
+            )
+        return _check_coreml(path, json_file)
     from pocketfusion.mobile.delegate.check import PRECISIONS, check
 
     console, notes = (Console(stderr=error, highlight=False, markup=False, soft_wrap=True) for error in (False, True))
@@ -66,6 +74,47 @@ def check_command(
     if json_file:
         write_json(json_file, report.as_dict())
     if not report.passed:
+        raise typer.Exit(1)
+
+
+def _check_coreml(path: Path, json_file: Path | None) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from pocketfusion.artefact import write_json
+    from pocketfusion.cli.extras import require_coreml
+    from pocketfusion.quiet import quiet
+    from pocketfusion.terminal import Console
+
+    require_coreml("pocketfusion check of a Core ML bundle")
+    with quiet():  # the libraries' import messages
+        from pocketfusion.mobile.coreml.verdict import LEAST, judge
+    console, notes = (Console(stderr=error, highlight=False, markup=False, soft_wrap=True) for error in (False, True))
+    with notes.status("reading") as status:
+        verdict = judge(path, status.update)
+    console.print(
+        f"Core ML, iOS {verdict.ios} and later, layout {verdict.layout}; run here by a MIL executor in torch"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("network", "packages", "operations", "kinds", "FP16 to FP32, dB"):
+        table.add_column(title, justify="right" if title not in ("network", "packages") else "left")
+    for one in verdict.networks:
+        counts, db = one.operations, one.fp16_sqnr_db
+        cells = (f"{sum(counts.values()):,}", str(len(counts)), "computes in FP32" if db is None else f"{db:.1f}")
+        table.add_row(one.network, ", ".join(one.packages), *cells)
+    console.print(table)
+    psnr = verdict.picture_psnr_db
+    console.print(f"picture in FP16 to that in FP32: {'NaN' if psnr is None else f'{psnr:.1f} dB PSNR'}")
+    console.print(
+        "every operation runs, and FP16 keeps what it must; Apple's own kernels were not run"
+        if verdict.passed
+        else f"FP16 loses too much: at least {LEAST:.0f} dB are asked of each network; export it with "
+        "--NETWORK-weights float32",
+        style="green" if verdict.passed else "red",
+    )
+    if json_file:
+        write_json(json_file, verdict.as_dict())
+    if not verdict.passed:
         raise typer.Exit(1)
 
 

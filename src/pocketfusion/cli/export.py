@@ -1,4 +1,4 @@
-"""`export`: model folder in, LiteRT bundle out."""
+"""`export`: model folder in, bundle out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pocketfusion.terminal import Console
 if TYPE_CHECKING:
     from pocketfusion.mobile.export import ExportReport
 
-_KINDS = "float32, float16, int8, int8-dynamic or int4-dynamic"
+_KINDS = "float32, float16, int8, int8-dynamic or int4-dynamic (LiteRT), palette6, palette4 or int4-block (Core ML)"
 
 
 @app.command("export")
@@ -29,7 +29,10 @@ def export_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would make and take.")] = False,
     weights: Annotated[
-        str | None, typer.Option(help=f"Weights of all networks: {_KINDS}.", show_default="the device's, else float32")
+        str | None,
+        typer.Option(
+            help=f"Weights of all networks: {_KINDS}.", show_default="the device's, else float32, on Core ML float16"
+        ),
     ] = None,
     text_encoder_weights: Annotated[str | None, typer.Option(help="The text encoder's, if other.")] = None,
     unet_weights: Annotated[str | None, typer.Option(help="The UNet's, if other.")] = None,
@@ -39,11 +42,21 @@ def export_command(
         TargetOption | None,
         typer.Option(help="Where the bundle is to run.", show_default="the device's, else litert-cpu"),
     ] = None,
+    ios: Annotated[
+        int | None, typer.Option(help="Oldest iOS that is to load a Core ML bundle: 17 or 18.", show_default="17")
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(help="A Core ML bundle's: bundle, or apple, as Apple's Swift package StableDiffusion reads it."),
+    ] = "bundle",
     size: Annotated[
         str | None, typer.Option(help="Pictures' HEIGHTxWIDTH in pixels.", show_default="the model's")
     ] = None,
     rewrites: Annotated[
-        str, typer.Option(help="Rewrites beside the target's own: attention,serialise-conv.", show_default=False)
+        str,
+        typer.Option(
+            help="Rewrites beside the target's own: attention,serialise-conv,split-attention.", show_default=False
+        ),
     ] = "",
     lora: Annotated[
         list[str] | None,
@@ -108,12 +121,15 @@ def export_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at OUT.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
 ) -> None:
-    """Convert a model folder to a LiteRT bundle, checked against PyTorch."""
+    """Convert a model folder to a bundle for LiteRT or Core ML, checked against PyTorch."""
     from pocketfusion.cli.export_plan import show, show_next
-    from pocketfusion.cli.extras import require, require_compress
+    from pocketfusion.cli.extras import require, require_compress, require_coreml
 
-    require_compress()
-    require("litert_torch")
+    if target is TargetOption.coreml:
+        require_coreml("--target coreml")
+    else:
+        require_compress()
+        require("litert_torch")
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from pocketfusion.artefact import check_different, check_files, write_json
@@ -132,6 +148,8 @@ def export_command(
         "weights": {network: kind or weights for network, kind in chosen.items() if kind or weights},
         "recipe": recipe,
         "target": None if target is None else target.value,
+        "ios": ios,
+        "layout": layout,
         "size": None if size is None else _parse_size(size),
         "rewrites": _names(rewrites),
         "lora": tuple(_parse_lora(each) for each in lora or ()),
@@ -193,6 +211,10 @@ def _parse_lora(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def _slashed(exact: float | None, rounded: float | None, digits: int) -> str:
+    return " / ".join(f"{number:.{digits}f}" for number in (exact, rounded) if number is not None)
+
+
 def _print(report: ExportReport, console: Console) -> None:
     from rich.table import Table
 
@@ -200,10 +222,15 @@ def _print(report: ExportReport, console: Console) -> None:
     for column in table.columns[2:]:
         column.justify = "right"
     for row in report.networks:
-        delta = "" if row.guidance_delta is None else f"{row.guidance_delta:.4f}"
         cells = (f"{row.size / 1e6:.2f}", f"{row.parameters / 1e6:.2f} M", f"{row.macs / 1e6:,.0f} M")
-        table.add_row(row.name.replace("_", " "), row.weights, *cells, f"{row.sqnr_db:.1f}", delta)
+        sqnr = _slashed(row.sqnr_db, row.fp16_sqnr_db, 1)
+        delta = _slashed(row.guidance_delta, row.fp16_guidance_delta, 4)
+        table.add_row(row.name.replace("_", " "), row.weights, *cells, sqnr, delta)
     console.print(table)
+    if any(row.fp16_sqnr_db is not None for row in report.networks):
+        console.print(
+            "before the slash in FP32, after it with each operation's result rounded to FP16", soft_wrap=True
+        )
     if report.lora_layers_left_out:
         console.print(
             f"{report.lora_layers_left_out} LoRA layers are of blocks that were cut from this model and are left out"

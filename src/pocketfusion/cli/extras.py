@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from importlib.util import find_spec
 
-from pocketfusion.errors import INSTALL_COMPRESS, PocketfusionError
+from pocketfusion.errors import INSTALL_COMPRESS, INSTALL_COREML, PocketfusionError
 from pocketfusion.quiet import quiet
 
 COMPRESS = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "yaml")
@@ -21,6 +21,14 @@ def require(*modules: str) -> None:
 def require_compress() -> None:
     """Raises PocketfusionError unless the `[compress]` extra is installed; silences its libraries' chatter."""
     require(*COMPRESS)
+    quiet_libraries()
+
+
+def require_coreml(what: str) -> None:
+    """Raises PocketfusionError unless the extras that `what` needs are installed, `[compress]` and `[coreml]`."""
+    missing = [name for name in (*COMPRESS, "coremltools", "sklearn") if find_spec(name) is None]
+    if missing:
+        raise PocketfusionError(f"{what} needs {', '.join(missing)}: {INSTALL_COREML}")
     quiet_libraries()
 
 

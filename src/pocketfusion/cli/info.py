@@ -64,6 +64,10 @@ def _print(console: Console, about: dict[str, Any]) -> None:
         latents, image = about["latents"], about["image"]
         console.print(f"  pictures    {image['width']}×{image['height']} px")
         console.print(f"  latents     {latents['channels']}×{latents['height']}×{latents['width']}")
+    if about.get("target"):
+        found = about["coreml"]
+        more = f", iOS {found['ios']} and later, layout {found['layout']}" if found else ""
+        console.print(f"  target      {about['target']}{more}")
     if "scheduler" in about:
         scheduler = about["scheduler"]
         keys = ("prediction_type", "timestep_spacing", "beta_schedule")
@@ -123,9 +127,13 @@ def _print_networks(console: Console, about: dict[str, Any]) -> None:
         title = f"{name} ({network['class']})" if "class" in network else name
         cells = [title, _bytes(network["size"]), _count(network["parameters"]), network["weights"]]
         if bundle:
-            sqnr, delta = network["sqnr_db"], network["guidance_delta"]
-            cells += [_count(network["macs"]), "" if sqnr is None else f"{sqnr:.1f}"]
-            cells += ["" if delta is None else f"{delta:.4f}"]
+            cells.append(_count(network["macs"]))
+            for key, digits in (
+                ("sqnr_db", 1),
+                ("guidance_delta", 4),
+            ):  # and rounded to fp16
+                numbers = (network[key], network[f"fp16_{key}"])
+                cells.append(" / ".join(f"{number:.{digits}f}" for number in numbers if number is not None))
         table.add_row(*cells)
     console.print(table)
     if "multiply_adds" in about:

@@ -9,7 +9,7 @@ import typer
 
 from pocketfusion.cli import app
 from pocketfusion.cli.given import model_folder
-from pocketfusion.cli.targets import TargetOpt, TargetOption
+from pocketfusion.cli.targets import LiteRTTarget
 from pocketfusion.terminal import Console
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def quantize_command(
     forms: Annotated[
         str, typer.Option(help="Forms to choose from: float32, float16, int8, int8-dynamic, int4-dynamic.")
     ] = "int8-dynamic,int8,float16",
-    target: TargetOpt = TargetOption.litert_cpu,
+    target: Annotated[LiteRTTarget, typer.Option(help="Where the bundle is to run.")] = LiteRTTarget.litert_cpu,
     samples: Annotated[int, typer.Option(help="Sampling steps that each layer is judged on.")] = 4,
     analysis: Annotated[
         Path | None, typer.Option(help="Keep the layers' sensitivities here (JSON); a second run starts from them.")

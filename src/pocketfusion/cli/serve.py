@@ -90,8 +90,8 @@ def _entries(paths: list[Path] | None, webgpu: Path | None, console: Console) ->
     from pocketfusion.serve.site import bundle_entries, page_entries, page_folder
     from pocketfusion.serve.webgpu import with_siblings
 
-    page = page_entries(page_folder())
     bundles = [Bundle.open(path) for path in paths or [embedded_bundle()]]
+    page = page_entries(page_folder())
     if webgpu is not None:
         _make_sibling(model_folder(webgpu), bundles, console)
     bundles = with_siblings(bundles)

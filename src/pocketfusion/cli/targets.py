@@ -1,15 +1,20 @@
-"""The options `--target`, which several commands have, and `--for`."""
+"""The values of the options `--target` and `--for`."""
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
-
-import typer
 
 
 class TargetOption(str, Enum):
     """Where a bundle is to run (`mobile.targets`)."""
+
+    litert_cpu = "litert-cpu"
+    litert_gpu = "litert-gpu"
+    coreml = "coreml"
+
+
+class LiteRTTarget(str, Enum):
+    """Those of them whose weights this project packs, layer by layer."""
 
     litert_cpu = "litert-cpu"
     litert_gpu = "litert-gpu"
@@ -22,6 +27,3 @@ class DeviceOption(str, Enum):
     iphone = "iphone"
     browser = "browser"
     desktop = "desktop"
-
-
-TargetOpt = Annotated[TargetOption, typer.Option("--target", help="Where the bundle is to run.")]

@@ -1,4 +1,4 @@
-"""A model folder to a LiteRT bundle: convert, shrink, measure against PyTorch, write the manifest; all or nothing."""
+"""A model folder to a bundle: convert, shrink, measure against PyTorch, write the manifest; all or nothing."""
 
 from __future__ import annotations
 
@@ -22,19 +22,16 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
 from pocketfusion.locks import locked
 from pocketfusion.mobile import specs
-from pocketfusion.mobile.convert import convert
+from pocketfusion.mobile.backends import backend_of
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.inputs import reference_runs, tiled
 from pocketfusion.mobile.licences import copy_licences
 from pocketfusion.mobile.lora import merge_lora
 from pocketfusion.mobile.measure import Described, NetworkReport, describe, measure, run_file
-from pocketfusion.mobile.pack import Form, pack
 from pocketfusion.mobile.preview_fit import fit_preview
-from pocketfusion.mobile.quantize import coarsest, quantize
 from pocketfusion.mobile.selfcheck import known_result
 from pocketfusion.mobile.styles import write_styles
 from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
-from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.learnt_tokens import add_embedding
@@ -52,7 +49,6 @@ from pocketfusion.runtime.manifest import (
     Networks,
 )
 from pocketfusion.runtime.specs import SamplerName
-from pocketfusion.runtime.trust.litert_file import verify
 from pocketfusion.runtime.trust.vocabulary import check_parts
 
 #: Called with the stage's name, its number from 0 and their count.
@@ -133,6 +129,8 @@ def export(
     guidance = guidance_of(pipeline.unet, sampling.guidance)
     form = unet_form(guidance, settings.target, settings.two_calls, settings.scheduler_step)
     networks = wrap(pipeline, form.time_embedding, form.scheduler_step)
+    backend = backend_of(settings)
+    backend.check(guidance)
     inputs = specs.samples(pipeline, form.batch, form.time_embedding, form.scheduler_step)
     if settings.decoder_tile:
         side = settings.decoder_tile
@@ -153,42 +151,41 @@ def export(
         one = specs.samples(pipeline, batch=1)
         described = {n: describe(networks[n], inputs[n], plain[n], one[n]) for n in NETWORKS}
         rows: dict[str, NetworkReport] = {}
-        forms: dict[str, Form] = {}
-        embeds: np.ndarray | None = None
+        forms: dict[str, str] = {}
+        embeds: dict[str, np.ndarray] = {}
         known: list[np.ndarray] = []
         for network in NETWORKS:
             stage()
-            exact = work / f"{network}-{settings.conversion_key(folder, network)}.tflite"
-            if not exact.is_file():
+            exact = work / f"{network}-{settings.conversion_key(folder, network)}{backend.suffix}"
+            if not exact.exists():
                 _convert_network(networks[network], inputs[network], exact, settings)
-            plain[network].to("meta")  # only its file is looked at from here on: the memory is LiteRT's
+            plain[network].to("meta")  # only its file is looked at from here on: the memory is the runtime's
             stage()
-            file = partial / f"{network}.tflite"
-            chosen = quantize(exact, file, kinds[network], settings.target)
-            forms[network] = coarsest(chosen)
-            seen = _as_the_device_computes(exact, file, chosen, settings)
+            stored = backend.store(exact, partial, network, networks[network], kinds[network])
+            forms[network] = stored.form
             stage()
             call = form if network == "unet" else None
-            measured = run_file(seen, network, reference, call, pipeline.unet)
+            measured: dict[str, NetworkReport] = {}
+            for arithmetic, run in stored.runs.items():
+                found = run_file(run, network, reference, call, pipeline.unet)
+                measured[arithmetic] = measure(
+                    network, stored.label, forms, run, stored.size, described[network], pipeline.unet, found,
+                    reference, embeds.get(arithmetic), call,
+                )  # fmt: skip
+                if network == "text_encoder":
+                    embeds[arithmetic] = found
+            rows[network] = _together(measured)
             if settings.target == "litert-gpu" and network != "text_encoder":
                 tensors, output = described[network].inputs, described[network].outputs[0].name
                 time = time_embedding_spec(pipeline.unet)
-                known.append(known_result(seen, tensors, output, scheduler, defaults.guidance_scale, time))
-            rows[network] = measure(
-                network, _label(kinds[network], chosen), forms, seen, described[network], pipeline.unet, measured,
-                reference, embeds, call,
-            )  # fmt: skip
-            if seen != file:  # what was measured is not what ships
-                rows[network] = replace(rows[network], size=file.stat().st_size)
-                seen.unlink()
-            if network == "text_encoder":
-                embeds = measured
-                if guidance == "classifier-free":  # the gate's first prompt is the empty one
-                    (partial / "empty_prompt.f32").write_bytes(measured[0].astype("<f4").tobytes())
+                known.append(known_result(stored.runs[""], tensors, output, scheduler, defaults.guidance_scale, time))
+            stored.close()
+            if network == "text_encoder" and guidance == "classifier-free":  # the gate's first prompt is the empty one
+                (partial / "empty_prompt.f32").write_bytes(embeds[""][0].astype("<f4").tobytes())
         stage()
         tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
         licence_files, licences = copy_licences(folder, partial)
-        files = {n: partial / f"{n}.tflite" for n in NETWORKS} | {"tokenizer": partial / "tokenizer.json"}
+        files = backend.files(partial, tokenizer) | {"tokenizer": partial / "tokenizer.json"}
         files |= write_styles(folder, partial)
         if guidance == "classifier-free":
             files[EMPTY_PROMPT] = partial / "empty_prompt.f32"
@@ -214,10 +211,10 @@ def export(
             defaults=defaults,
             licences=licences,
             provenance=_provenance(folder, settings),
+            **backend.manifest(partial),
         )
         write_json(partial / MANIFEST, manifest.contents())
-        for network in NETWORKS:  # what the runtime would refuse is no bundle
-            verify(partial / f"{network}.tflite", getattr(manifest.networks, network))
+        backend.verify(partial, manifest)  # what the runtime would refuse is no bundle
         size = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
     drawn = (sampler, defaults.num_inference_steps, defaults.guidance_scale)
     return ExportReport(str(out), size, list(rows.values()), peak_rss(), left_out, *drawn)
@@ -254,23 +251,15 @@ def _kept_until_whole(work: Path) -> Iterator[None]:
 
 
 def _convert_network(module: nn.Module, samples: specs.Samples, file: Path, settings: ExportSettings) -> None:
-    convert(module, samples, file, settings.device)
+    backend_of(settings).convert(module, samples, file)
 
 
-def _as_the_device_computes(exact: Path, file: Path, chosen: dict[str, Form], settings: ExportSettings) -> Path:
-    """The file that the gate runs on the CPU. The GPU delegate computes dynamic forms in floating point, which a CPU
-    does with the rounded weights unpacked."""
-    if settings.target != "litert-gpu" or not any(form.endswith("dynamic") for form in chosen.values()):
-        return file
-    unpacked = exact.with_suffix(".unpacked.tflite")
-    pack(exact, unpacked, lambda weight: chosen[weight.module], unpacked=True)
-    return unpacked
-
-
-def _label(kind: str | NetworkRecipe, chosen: dict[str, Form]) -> str:
-    if isinstance(kind, str):
-        return kind
-    return next(iter(chosen.values()), "float32") if len(set(chosen.values())) < 2 else "mixed"
+def _together(measured: dict[str, NetworkReport]) -> NetworkReport:
+    """The figures of all arithmetics in one row."""
+    row, half = measured[""], measured.get("fp16")
+    if half is None:
+        return row
+    return replace(row, fp16_sqnr_db=half.sqnr_db, fp16_guidance_delta=half.guidance_delta)
 
 
 def _network(described: Described, row: NetworkReport, settings: ExportSettings) -> Network:
@@ -282,6 +271,8 @@ def _network(described: Described, row: NetworkReport, settings: ExportSettings)
         weights=row.weights,  # type: ignore[arg-type]  # one of the forms, or mixed
         sqnr_db=row.sqnr_db,
         guidance_delta=row.guidance_delta,
+        fp16_sqnr_db=row.fp16_sqnr_db,
+        fp16_guidance_delta=row.fp16_guidance_delta,
         gpu_precision="fp32" if row.name in settings.gpu_fp32 else None,
     )
 

@@ -15,11 +15,11 @@ import numpy as np
 from pocketfusion.artefact import check_new, sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash
+from pocketfusion.mobile.coreml.options import OLDEST, check_options
 from pocketfusion.mobile.devices import DeviceName
 from pocketfusion.mobile.few_steps import check_names, chosen_sampler, few_step_sampling
 from pocketfusion.mobile.inputs import STEPS
 from pocketfusion.mobile.lora_file import check_lora
-from pocketfusion.mobile.pack import FORMS
 from pocketfusion.mobile.rewrites import PASSES
 from pocketfusion.mobile.specs import sampler_of, scheduler_spec
 from pocketfusion.mobile.targets import TARGETS, Target, TargetName
@@ -51,7 +51,8 @@ class ExportSettings:
     on the GPU, for the manifest (`check` says which). `gate_steps`: sampling steps, for each of two prompts, that the
     gate compares. `made_for`: the device whose settings these are (`devices.options_for`), for the manifest.
     `few_steps`: a method's name, whose settings then are the bundle's (`mobile.few_steps`). `sampler`, and `eta` of
-    TCD: the bundle's, in place of the folder's.
+    TCD: the bundle's, in place of the folder's. `ios`: the oldest iOS that loads a Core ML bundle, 17 where None.
+    `layout`: `apple` for Core ML files as Apple's Swift package StableDiffusion reads them.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -73,14 +74,17 @@ class ExportSettings:
     gate_steps: int = STEPS
     gpu_fp32: tuple[str, ...] = ()
     made_for: DeviceName | None = None
+    ios: int | None = None
+    layout: str = "bundle"
 
     def check(self, folder: Path, out: Path | None, overwrite: bool) -> None:
         """Raises PocketfusionError for whatever can be refused before anything is loaded; of `out` if it is given."""
         for network, kind in self.weights.items():
-            if network not in NETWORKS or kind not in FORMS:
+            forms = TARGETS[self.target].forms
+            if network not in NETWORKS or kind not in forms:
                 raise PocketfusionError(
-                    f"{kind!r} weights for {network!r} are not known: "
-                    f"choose {', '.join(FORMS)} for {', '.join(NETWORKS)}"
+                    f"{kind!r} weights for {network!r} are not known to {self.target}: "
+                    f"choose {', '.join(forms)} for {', '.join(NETWORKS)}"
                 )
         if self.num_inference_steps is not None and not 1 <= self.num_inference_steps <= 1000:
             raise PocketfusionError(f"--steps is {self.num_inference_steps}: choose 1 to 1000")
@@ -100,6 +104,7 @@ class ExportSettings:
         if self.recipe is not None and any(kind != "float32" for kind in self.weights.values()):
             raise PocketfusionError("--recipe and --weights both say how weights are stored: give one of them")
         check_folder(folder)
+        check_options(self, folder)
         if out is not None:
             check_new(out, overwrite)
             if out.exists() and not (out / MANIFEST).is_file():
@@ -125,14 +130,16 @@ class ExportSettings:
             name: getattr(self, name) for name in ("target", "rewrites", "two_calls", "scheduler_step", "gpu_fp32")
         }
         said |= {name: value for name in ("decoder_tile", "size") if (value := getattr(self, name)) is not None}
-        weights = "recipe" if self.recipe else {n: self.weights.get(n, "float32") for n in NETWORKS}
+        if self.device.runtime == "coreml":
+            said |= {"ios": self.ios or OLDEST, "layout": self.layout}
+        weights = "recipe" if self.recipe else self.kinds()
         found = ({"for": self.made_for} if self.made_for else {}) | said | {"weights": weights}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
     def kinds(self) -> dict[str, str | NetworkRecipe]:
         """How the weights of each network are stored; raises PocketfusionError if the recipe is damaged."""
         if self.recipe is None:
-            return {network: self.weights.get(network, "float32") for network in NETWORKS}
+            return {network: self.weights.get(network, self.device.forms[0]) for network in NETWORKS}
         recipe = WeightRecipe.load(self.recipe)
         if recipe.target != self.target:
             raise PocketfusionError(
@@ -206,6 +213,7 @@ class ExportSettings:
         said["vae"] = vae_hash(self.vae) if self.vae else None
         said["lora"] = [(sha256_file(file), scale) for file, scale in self.lora]
         said["embedding"] = [sha256_file(file) for file in self.embedding]
-        made_by = [version(package) for package in ("litert-torch", "torch", "diffusers", "pocketfusion")]
+        converter = {"litert": "litert-torch", "coreml": "coremltools"}[self.device.runtime]
+        made_by = [version(package) for package in (converter, "torch", "diffusers", "pocketfusion")]
         parts = [folder_hash(folder), network, json.dumps(said, sort_keys=True, default=str), *made_by]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]

@@ -25,11 +25,22 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.quiet import quiet
 
 #: Least SQNR in dB, by the coarsest form among the network's weights.
-MIN_SQNR = {"float32": 60.0, "float16": 45.0, "int8": 25.0, "int8-dynamic": 20.0, "int4-dynamic": 6.0}
+MIN_SQNR = {
+    **{"float32": 60.0, "float16": 45.0, "int8": 25.0, "int8-dynamic": 20.0, "palette6": 15.0},
+    **{"palette4": 6.0, "int4-block": 6.0, "int4-dynamic": 6.0},
+}
 #: The same for the text encoder's states at padding.
-MIN_PADDING_SQNR = {"float32": 60.0, "float16": 35.0, "int8": 12.0, "int8-dynamic": 8.0, "int4-dynamic": 0.0}
+MIN_PADDING_SQNR = {
+    **{"float32": 60.0, "float16": 35.0, "int8": 12.0, "int8-dynamic": 8.0, "palette6": 6.0},
+    **{"palette4": 0.0, "int4-block": 0.0, "int4-dynamic": 0.0},
+}
 #: Largest relative error of the guidance delta, by the coarser weights of text encoder and UNet.
-MAX_GUIDANCE_ERROR = {"float32": 0.001, "float16": 0.01, "int8": 0.05, "int8-dynamic": 0.1, "int4-dynamic": 0.25}
+MAX_GUIDANCE_ERROR = {
+    **{"float32": 0.001, "float16": 0.01, "int8": 0.05, "int8-dynamic": 0.1, "palette6": 0.1},
+    **{"palette4": 0.25, "int4-block": 0.25, "int4-dynamic": 0.25},
+}
+#: All forms of all targets, finest first.
+FORMS = tuple(MIN_SQNR)
 
 
 def sqnr(reference: np.ndarray, measured: np.ndarray) -> float:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,12 @@ import torch
 from torch import nn
 
 from pocketfusion.mobile import gate, specs
-from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
 from pocketfusion.mobile.inputs import GateInputs
-from pocketfusion.mobile.pack import FORMS, Form
 from pocketfusion.mobile.unet_form import UNetForm, joined
 from pocketfusion.runtime.specs import TensorSpec
+
+#: Runs a network's file on each of some inputs; the output called so of all, stacked.
+Run = Callable[[list[dict[str, np.ndarray]], str], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class NetworkReport:
 
     `sqnr_db` is over all gate inputs together (text encoder: at the prompts' tokens), `padding_sqnr_db` the text
     encoder's at the padding; `chain_sqnr_db` and `guidance_delta` are the UNet's, fed by the exported text encoder.
+    `fp16_sqnr_db` and `fp16_guidance_delta` are of runtimes whose files compute in fp16: with each operation's result
+    rounded so, where the others are in float32 arithmetic.
     """
 
     name: str
@@ -36,6 +38,8 @@ class NetworkReport:
     padding_sqnr_db: float | None = None
     chain_sqnr_db: float | None = None
     guidance_delta: float | None = None
+    fp16_sqnr_db: float | None = None
+    fp16_guidance_delta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,34 +64,36 @@ def describe(module: nn.Module, inputs: specs.Samples, plain: nn.Module, one: sp
 
 
 def run_file(
-    file: Path,
+    run: Run,
     network: str,
     reference: GateInputs,
     form: UNetForm | None = None,
     unet: Any = None,
     embeds: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The file's outputs on the gate's inputs; with `embeds`, the UNet attends to these instead of PyTorch's.
+    """The outputs of the file that `run` runs on the gate's inputs; with `embeds`, the UNet attends to these instead
+    of PyTorch's.
 
     `form` is that of a UNet's file, `unet` the network that it was made from.
     """
     inputs = reference.inputs[network]
     output = {"text_encoder": "prompt_embeds", "unet": "noise_pred", "decoder": "image"}[network]
     if form is None:
-        return gate.run(file, inputs, output, DEFAULT_SIGNATURE)
+        return run(inputs, output)
     if embeds is not None:
         states = [np.concatenate([embeds[prompt] for prompt in prompts]) for prompts in reference.prompts]
         inputs = [one | {"encoder_hidden_states": s} for one, s in zip(inputs, states, strict=True)]
     calls = [form.calls(one, unet.time_proj) for one in inputs]
-    outputs = gate.run(file, [call for part in calls for call in part], form.output, DEFAULT_SIGNATURE)
+    outputs = run([call for part in calls for call in part], form.output)
     return joined(outputs, [len(part) for part in calls])
 
 
 def measure(
     network: str,
     label: str,
-    forms: Mapping[str, Form],
-    file: Path,
+    forms: Mapping[str, str],
+    run: Run,
+    size: int,
     described: Described,
     unet: Any,
     measured: np.ndarray,
@@ -97,11 +103,11 @@ def measure(
 ) -> NetworkReport:
     """The network's figures; raises PocketfusionError if one misses its gate.
 
-    `label` names its weights in the report; `forms` has the coarsest form of it and of the networks before it, which
-    set the gates.
+    `label` names its weights in the report, `size` is its files'; `forms` has the coarsest form of it and of the
+    networks before it, which set the gates.
     """
     expected, kind = reference.outputs[network], forms[network]
-    coarser = max((forms[name] for name in ("text_encoder", "unet") if name in forms), key=FORMS.index)
+    coarser = max((forms[name] for name in ("text_encoder", "unet") if name in forms), key=gate.FORMS.index)
     padding = chain = delta = None
     if network == "text_encoder":
         tokens = np.stack([one["attention_mask"] for one in reference.inputs[network]]).astype(bool)
@@ -113,7 +119,7 @@ def measure(
         sqnr = gate.sqnr(expected, measured)
     gate.check_sqnr(network.replace("_", " "), kind, sqnr)
     if network == "unet":
-        fed = run_file(file, network, reference, form, unet, embeds)
+        fed = run_file(run, network, reference, form, unet, embeds)
         chain = gate.sqnr(expected, fed)
         delta = gate.guidance_delta(reference.by_step(expected), reference.by_step(fed))
         if delta is not None:
@@ -122,7 +128,7 @@ def measure(
     return NetworkReport(
         name=network,
         weights=label,
-        size=file.stat().st_size,
+        size=size,
         parameters=described.parameters,
         macs=described.macs,
         sqnr_db=round(sqnr, 2),

@@ -23,7 +23,7 @@ from pocketfusion.mobile import specs
 from pocketfusion.mobile.devices import check_files, options_for
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.flatbuffer import short_path
-from pocketfusion.mobile.pack import Form, storable
+from pocketfusion.mobile.pack import storable
 from pocketfusion.mobile.quantize import KEPT, for_target
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.targets import TargetName
@@ -39,7 +39,10 @@ from pocketfusion.runtime.manifest import NETWORKS
 from pocketfusion.runtime.memory import available_memory
 
 #: Bytes of a stored weight, by form.
-_BYTES: dict[str, float] = {"float32": 4, "float16": 2, "int8": 1, "int8-dynamic": 1, "int4-dynamic": 0.5}
+_BYTES: dict[str, float] = {
+    **{"float32": 4, "float16": 2, "int8": 1, "int8-dynamic": 1, "int4-dynamic": 0.5},
+    **{"palette6": 0.75, "palette4": 0.5, "int4-block": 0.5 + 2 / 32},
+}
 _UNUSED = ("pooler.",)  # BERT's, which is in no exported network
 _SCALE = 12  #: bytes of a channel's scale and its zero point, in forms of integers
 _GRAPH = 600  #: bytes of the graph (operations, tensors, their names) for each module of a network
@@ -184,7 +187,7 @@ def _network(
     rewritten, _ = rewrite(network, settings.device)
     size = fp32 = 0.0
     seen = set[int]()
-    forms: dict[Form, int] = {}
+    forms: dict[str, int] = {}
     for path, module in rewritten.named_modules():
         layer = short_path(path)
         for key, parameter in module.named_parameters(recurse=False):
@@ -193,7 +196,7 @@ def _network(
             seen.add(id(parameter))
             fp32 += 4 * parameter.numel()
             if parameter.ndim < 2 or key != "weight":
-                size += 4 * parameter.numel()
+                size += (2 if settings.target == "coreml" and kind != "float32" else 4) * parameter.numel()
                 continue
             operation = "EMBEDDING_LOOKUP" if isinstance(module, nn.Embedding) else "CONV_2D"
             form = _form(layer, operation, kind, settings.target)
@@ -207,7 +210,7 @@ def _network(
     return NetworkOutlook(name, label, round(size + _GRAPH * modules), plain, macs, expected, modules, round(fp32))
 
 
-def _form(layer: str, operation: str, kind: str | NetworkRecipe, target: TargetName) -> Form:
+def _form(layer: str, operation: str, kind: str | NetworkRecipe, target: TargetName) -> str:
     """The form of a layer, as `quantize` chooses it, but that outliers, which the values would show, stay float16."""
     if isinstance(kind, NetworkRecipe):
         chosen = next((rule.weights for rule in kind.rules if rule.takes(layer)), kind.default)
@@ -215,6 +218,8 @@ def _form(layer: str, operation: str, kind: str | NetworkRecipe, target: TargetN
         chosen = "float16"
     else:
         chosen = kind  # type: ignore[assignment]  # one of FORMS, checked by the settings
+    if target == "coreml":  # whose converter has every form for every operation
+        return chosen
     return storable(for_target(chosen, target, operation), operation)
 
 

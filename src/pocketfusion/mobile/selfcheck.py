@@ -8,13 +8,11 @@ computes. The text encoder has its empty prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketfusion.mobile import gate
-from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
+from pocketfusion.mobile.measure import Run
 from pocketfusion.runtime.guidance import guidance_embedding
 from pocketfusion.runtime.noise import NoiseStream
 from pocketfusion.runtime.specs import SchedulerSpec, TensorSpec, TimeEmbedding
@@ -24,19 +22,19 @@ Array = npt.NDArray[np.float32]
 
 
 def known_result(
-    file: Path,
+    run: Run,
     inputs: Sequence[TensorSpec],
     output: str,
     scheduler: SchedulerSpec,
     guidance_scale: float,
     embedding: TimeEmbedding | None,
 ) -> Array:
-    """What `file`, a UNet or a decoder with these `inputs`, gives for the known ones: float32, in a row.
+    """What the file that `run` runs, a UNet's or a decoder's with these `inputs`, gives for the known ones.
 
-    Of a decoder's image the means over each latent's pixels.
+    float32, in a row. Of a decoder's image the means over each latent's pixels.
     """
     given = known_inputs(inputs, scheduler, guidance_scale, embedding)
-    values = gate.run(file, [given], output, DEFAULT_SIGNATURE)[0]
+    values = run([given], output)[0]
     if output == "image":
         _, height, width, channels = values.shape
         _, rows, columns, _ = inputs[0].shape

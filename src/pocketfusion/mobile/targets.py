@@ -1,4 +1,4 @@
-"""Where a bundle is to run: which rewrites its networks need there, and what one operation may ask of the device."""
+"""Where a bundle is to run: by which runtime, in which forms, after which rewrites, and within a device's limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-TargetName = Literal["litert-cpu", "litert-gpu"]
+TargetName = Literal["litert-cpu", "litert-gpu", "coreml"]
+RuntimeName = Literal["litert", "coreml"]
 
 
 class Limits(BaseModel):
@@ -34,11 +35,14 @@ class Limits(BaseModel):
 
 
 class Target(BaseModel):
-    """A runtime on a device: the rewrites applied by default, in `rewrites.PASSES`' names, and the device's limits."""
+    """A runtime on a device: the forms of its weights, the first where none is asked for, the rewrites applied by
+    default, in `rewrites.PASSES`' names, and the device's limits. `backends` has what its runtime's files are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: TargetName
+    runtime: RuntimeName = "litert"
+    forms: tuple[str, ...] = ("float32", "float16", "int8", "int8-dynamic", "int4-dynamic")
     rewrites: tuple[str, ...]
     limits: Limits
 
@@ -67,6 +71,14 @@ TARGETS: dict[str, Target] = {
             limits=Limits(
                 float16=True, image2d=16384, attention_score_bytes=_BUFFER, weight_bytes=_BUFFER, sum_terms=5000
             ),
+        ),
+        # coremltools lowers all of it, and group norms compute in fp32; CLIP's own mask is below fp16's range.
+        Target(
+            name="coreml",
+            runtime="coreml",
+            forms=("float16", "float32", "int8", "palette6", "palette4", "int4-block"),
+            rewrites=("masks",),
+            limits=Limits(float16=True),
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The bundle: a folder of LiteRT files beside `bundle.json`, a validated, versioned manifest of all that is in it."""
+"""The bundle: a folder of networks beside `bundle.json`, a validated, versioned manifest of all that is in it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pocketfusion.runtime.specs import (
     MULTISTEP,
     SAMPLERS,
     BundleFile,
+    CoreMLSpec,
     Defaults,
     ImageSpec,
     LatentSpec,
@@ -60,8 +61,10 @@ SELF_CHECK = "selfcheck"
 Guidance = Literal["classifier-free", "embedded", "folded"]
 
 #: What the files were made for. `litert-gpu`: every operation is one that LiteRT's GPU delegate takes; the CPU runs
-#: such files as well.
-Target = Literal["litert-cpu", "litert-gpu"]
+#: such files as well. `coreml`: packages that Apple's devices alone can run.
+Target = Literal["litert-cpu", "litert-gpu", "coreml"]
+#: What a target's files need that this runtime does not have: a device, and its runtime.
+_ELSEWHERE = {"coreml": "Core ML, on Apple's devices"}
 
 
 class Manifest(Strict):
@@ -83,6 +86,7 @@ class Manifest(Strict):
     guidance: Guidance = "classifier-free"
     guidance_range: tuple[float, float] | None = None  #: the scales that an embedded one was distilled for
     target: Target = "litert-cpu"
+    coreml: CoreMLSpec | None = None  #: given exactly where the target is coreml
     time_embedding: TimeEmbedding | None = None  #: given exactly where the UNet takes `timestep_embedding`
     preview: LinearPreview | None = None  #: colours of latents without a decoder; bundles of before it have none
     licences: list[Licence] = []
@@ -106,6 +110,26 @@ class Manifest(Strict):
         if self.defaults.num_inference_steps > self.scheduler.num_train_timesteps:
             raise ValueError("defaults.num_inference_steps is above scheduler.num_train_timesteps")
         return self
+
+    @model_validator(mode="after")
+    def _packages_are_files(self) -> Manifest:
+        if (self.target == "coreml") != (self.coreml is not None):
+            raise ValueError(
+                f"the target is {self.target}, and coreml is {'missing' if self.coreml is None else 'there'}"
+            )
+        for network, packages in self.coreml.packages.items() if self.coreml else ():
+            paths = [file.path for file in self.files.values()]
+            for package in packages:
+                if not any(path.startswith(f"{package}/") for path in paths):
+                    raise ValueError(f"coreml.packages.{network} has {package!r}, of which no file is given")
+        return self
+
+    def network_size(self, network: str) -> int:
+        """Bytes of a network's files."""
+        if self.coreml is None:
+            return self.files[network].size
+        packages = tuple(f"{package}/" for package in self.coreml.packages[network])  # type: ignore[index]
+        return sum(file.size for file in self.files.values() if file.path.startswith(packages))
 
     def _self_check_floats(self) -> int:
         """The UNet's output, and three colours for each position of the decoder's latents."""
@@ -189,14 +213,19 @@ class Bundle:
     hash: str  #: SHA-256 of bundle.json, which holds every other file's: it names the bundle's whole content
 
     @classmethod
-    def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
+    def open(cls, path: Path | str, *, verify: bool = True, any_runtime: bool = False) -> Bundle:
         """Reads the manifest of the bundle at `path`; `verify` also checks every file's size and SHA-256.
 
-        Raises PocketfusionError for a missing, damaged or newer manifest, a path that leaves the bundle and, if
-        `verify`, a missing, truncated or altered file.
+        Raises PocketfusionError for a missing, damaged or newer manifest, a path that leaves the bundle, unless
+        `any_runtime` a bundle that cannot be run here and, if `verify`, a missing, truncated or altered file.
         """
         path = Path(path)
         manifest, digest = read_manifest(path)
+        if not any_runtime and manifest.target in _ELSEWHERE:
+            raise PocketfusionError(
+                f"{path} was exported for {_ELSEWHERE[manifest.target]} and cannot be run here: export the model "
+                f"with --target litert-cpu to draw with it, or compare its numbers with pocketfusion check {path}"
+            )
         bundle = cls(path, manifest, digest)
         for name in manifest.files:
             bundle.file(name)

@@ -28,7 +28,9 @@ Text = Annotated[str, Field(max_length=2000)]
 _MAX_ELEMENTS = 2**28  #: of a network's input or output: 1 GB of float32
 #: Of a schedule's last alpha^2, and of a beta: the samplers divide by alpha and by sigma. (SD's: 0.0047 and 0.00085.)
 _LEAST = 1e-9
-Weights = Literal["float32", "float16", "int8", "int8-dynamic", "int4-dynamic", "mixed"]
+Weights = Literal[
+    "float32", "float16", "int8", "int8-dynamic", "int4-dynamic", "palette6", "palette4", "int4-block", "mixed"
+]
 SamplerName = Literal["ddim", "euler", "euler-ancestral", "dpmpp-2m", "dpmpp-2m-karras", "lcm", "tcd"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 #: Samplers that look at the UNet's own prediction again in the next step, so that a step in its graph is not theirs.
@@ -95,13 +97,15 @@ class TensorSpec(Strict):
 
 
 class Network(Strict):
-    """What one `.tflite` file computes and how near it is to the PyTorch network that it was made from.
+    """What one network's file computes and how near it is to the PyTorch network that it was made from.
 
     `macs` are the multiply-adds of one call at batch 1; `sqnr_db` is the signal-to-noise ratio against
     PyTorch; `guidance_delta` (UNet only) is std(conditional - unconditional), exported over original, and with
     embedded guidance the same of two guidance scales if that is further from 1. `weights` `int8` and `float16` are
     computed in float32, the `-dynamic` ones by integer kernels with activations rounded on the fly (CPU), `mixed` is a
-    choice for each layer. `gpu_precision` is what the GPU has to compute in: fp16, its fast one, unless it says fp32.
+    choice for each layer. Of runtimes that compute in fp16, `fp16_sqnr_db` and `fp16_guidance_delta` are the figures
+    with each operation's result rounded so. `gpu_precision` is what the GPU has to compute in: fp16, its fast one,
+    unless it says fp32.
     """
 
     inputs: list[TensorSpec] = Field(min_length=1, max_length=8)
@@ -111,6 +115,8 @@ class Network(Strict):
     weights: Weights
     sqnr_db: float | None = None
     guidance_delta: float | None = None
+    fp16_sqnr_db: float | None = None
+    fp16_guidance_delta: float | None = None
     gpu_precision: Literal["fp32"] | None = None
 
     def input(self, name: str) -> TensorSpec | None:
@@ -129,6 +135,22 @@ class Networks(Strict):
     text_encoder: Network
     unet: Network
     decoder: Network
+
+
+class CoreMLSpec(Strict):
+    """What a bundle for Core ML says besides: the oldest iOS that loads it; each network's packages, folders in the
+    bundle, in the order of their calls; their layout. In `apple`, that of Apple's Swift package StableDiffusion
+    (docs/coreml.md), the packages take other tensors than `networks` says."""
+
+    ios: Literal[17, 18]
+    layout: Literal["bundle", "apple"] = "bundle"
+    packages: dict[Literal["text_encoder", "unet", "decoder"], list[Text]]
+
+    @model_validator(mode="after")
+    def _packages_are_there(self) -> CoreMLSpec:
+        if len(self.packages) != 3 or not all(1 <= len(found) <= 2 for found in self.packages.values()):
+            raise ValueError("packages has not one or two of each network")
+        return self
 
 
 class TokenizerSpec(Strict):

@@ -20,6 +20,7 @@ from pocketfusion.mobile.rewrites.masks import MASKS
 from pocketfusion.mobile.rewrites.norms import GROUP_NORM, LAYER_NORM
 from pocketfusion.mobile.rewrites.sampling import PADDING, SUBPIXEL, UPSAMPLE
 from pocketfusion.mobile.rewrites.silu import SILU_NHWC
+from pocketfusion.mobile.rewrites.split_attention import SPLIT_ATTENTION
 from pocketfusion.mobile.targets import TARGETS, Target
 
 __all__ = ["PASSES", "Rewrite", "rewrite"]
@@ -29,6 +30,7 @@ PASSES: dict[str, Rewrite] = {
     one.name: one
     for one in (
         MASKS,
+        SPLIT_ATTENTION,
         ATTENTION,
         SUBPIXEL,
         UPSAMPLE,

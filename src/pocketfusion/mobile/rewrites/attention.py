@@ -131,7 +131,7 @@ class TextAttention(nn.Module):
         return (getattr(self, self.names[3])(y) if len(self.names) == 4 else y), None
 
 
-def _plain(attention: Attention) -> bool:
+def plain(attention: Attention) -> bool:
     """If the module has nothing but what SD's have."""
     extras = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
     return attention.to_k is not None and all(getattr(attention, name) is None for name in extras)
@@ -139,7 +139,7 @@ def _plain(attention: Attention) -> bool:
 
 def _apply(module: nn.Module, limits: Limits) -> int:
     def make(child: nn.Module) -> nn.Module | None:
-        if isinstance(child, Attention) and _plain(child):
+        if isinstance(child, Attention) and plain(child):
             return UNetAttention(child, limits)
         if isinstance(child, (CLIPAttention, BertSelfAttention)):
             return TextAttention(child, limits)
