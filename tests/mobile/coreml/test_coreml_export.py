@@ -16,6 +16,7 @@ import torch
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline
 from pocketfusion.info import describe
+from pocketfusion.mobile import gate
 from pocketfusion.mobile.coreml import packages
 from pocketfusion.mobile.coreml.executor import Executor
 from pocketfusion.mobile.coreml.verdict import judge
@@ -118,7 +119,7 @@ def only_the_unet(coreml_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_embedded_guidance_with_the_step_in_the_graph(
-    coreml_folder: Path, tmp_path: Path, only_the_unet: None
+    coreml_folder: Path, tmp_path: Path, only_the_unet: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scale is an input, the output the new latents; the gate has compared it with PyTorch's own step."""
     from guided import RANGE, SCALE, small_unet
@@ -133,8 +134,10 @@ def test_embedded_guidance_with_the_step_in_the_graph(
     (folder / "model_index.json").write_text(json.dumps(index))
     sampling = {"num_inference_steps": 4, "guidance_scale": SCALE, "guidance": "embedded", "guidance_range": RANGE}
     write_sampling(folder, Sampling(**sampling))
+    # random weights follow prompt and scale so little that fp16's rounding is some per cent of it
+    monkeypatch.setitem(gate.MAX_GUIDANCE_ERROR, "float16", 0.05)
     report = export(folder, tmp_path / "b", target="coreml", scheduler_step=True, gate_steps=1)
-    assert report.networks[1].fp16_guidance_delta == pytest.approx(1, abs=1e-2)
+    assert report.networks[1].guidance_delta == pytest.approx(1, abs=1e-2)
     manifest = Bundle.open(tmp_path / "b", any_runtime=True).manifest
     assert manifest.guidance == "embedded"
     assert set(Executor(tmp_path / "b" / "unet.mlpackage").inputs) == {
@@ -154,7 +157,7 @@ def test_check_draws_with_the_executor(coreml_bundle: Path) -> None:
 def test_check_finds_what_fp16_breaks(apple_bundle: tuple[Path, Path], tmp_path: Path, cli: Callable) -> None:
     """Weights so large that a sum leaves fp16: told by its network, with exit code 1; other forms in the JSON too."""
     bundle = shutil.copytree(apple_bundle[1], tmp_path / "b")
-    _scale_weights(bundle / "VAEDecoder.mlpackage", 3e4)
+    _enlarge_the_last_convolution(bundle / "VAEDecoder.mlpackage")
     _rehash(bundle)
     done = cli("check", bundle, "--json", tmp_path / "report.json")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -212,20 +215,18 @@ def test_the_same_network_gives_the_same_bytes(coreml_bundle: Path, tmp_path: Pa
         assert (source / name).read_bytes() == (tmp_path / "again.mlpackage" / name).read_bytes()
 
 
-def _scale_weights(package: Path, factor: float) -> None:
-    """Multiplies the first weight of a convolution in the file by `factor`."""
-    constants = packages.Constants(package)
+def _enlarge_the_last_convolution(package: Path) -> None:
+    """Its weights in the file become as large as fp16 has them: sums of them leave it, and no norm follows."""
+    constants, found = packages.Constants(package), []
     for one in packages.read_program(package)[1].operations:
         if one.type == "const" and one.attributes["val"].WhichOneof("value") == "blobFileValue":
             values = constants.value(one.attributes["val"])
-            if values.ndim == 4 and values.is_floating_point():
-                raw = values.numpy().astype("<f2").tobytes()
-                content = (package / packages.WEIGHTS).read_bytes()
-                assert content.count(raw) == 1
-                scaled = np.clip(values.numpy() * factor, -6e4, 6e4).astype("<f2").tobytes()
-                (package / packages.WEIGHTS).write_bytes(content.replace(raw, scaled))
-                return
-    raise AssertionError("no weight was found")
+            found += [values.numpy()] if values.ndim == 4 and values.is_floating_point() else []
+    raw = found[-1].astype("<f2").tobytes()
+    content = (package / packages.WEIGHTS).read_bytes()
+    assert content.count(raw) == 1
+    large = (np.sign(found[-1]) * 6e4).astype("<f2").tobytes()
+    (package / packages.WEIGHTS).write_bytes(content.replace(raw, large))
 
 
 def _rehash(bundle: Path) -> None:
