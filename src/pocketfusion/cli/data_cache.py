@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -34,7 +35,10 @@ def cache_command(
         typer.Option("--aspect", help="Width:height of a bucket, as 3:4; may be repeated. Default: 1:1."),
     ] = None,
     part: Annotated[
-        str | None, typer.Option("--part", help="K/N: make every N-th part from the K-th (1/N to N/N).")
+        str | None,
+        typer.Option(
+            "--part", help="K/N: every N-th part from the K-th. Default: all, a launch's processes share them."
+        ),
     ] = None,
     halved: Annotated[
         bool, typer.Option("--halved", help="Keep latents of half-size pictures too, for half_size_until.")
@@ -83,7 +87,7 @@ def cache_command(
     if not (folder / "config.json").is_file():
         raise PocketfusionError(f"there is no autoencoder at {vae}: give a model folder or its vae/")
     model = load_vae(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     factor = 2 ** (len(model.config.block_out_channels) - 1)
     buckets = make_buckets(sorted(size), aspect or ["1:1"], factor * (2 if halved else 1))
     encoding = encoding_of(model, weights_hash(folder, ENCODER), max(size), buckets, halved)
@@ -132,9 +136,9 @@ def show_command(
 
 
 def _share(part: str | None) -> tuple[int, int]:
-    """K/N → (K - 1, N)."""
+    """K/N → (K - 1, N); without one, what falls to this process of a launch."""
     if part is None:
-        return 0, 1
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
     if not found or int(found[1]) > int(found[2]):
         raise PocketfusionError(f"--part {part!r} is none: give K/N with K from 1 to N, such as 1/4")

@@ -12,6 +12,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.terminal import Console
 
 if TYPE_CHECKING:
+    from pocketfusion.recipe import Recipe
     from pocketfusion.train.room import Planner, Room, Work
 
 
@@ -33,9 +34,11 @@ def plan_command(
     from pocketfusion.cli.extras import COMPRESS, quiet_libraries, require
 
     require(*COMPRESS)
+    from pocketfusion.cli.train import check_trackers_of
     from pocketfusion.recipe import load_recipe, nearest
 
     loaded = load_recipe(recipe)
+    check_trackers_of(loaded)
     quiet_libraries()
     from pocketfusion.train.room import Planner, works_of
 
@@ -45,6 +48,7 @@ def plan_command(
         if stage not in names:
             raise PocketfusionError(f"the recipe {loaded.name} trains no {stage!r}: {nearest(stage, names)}")
         works = [work for work in works if work.name == stage]
+    _check_processes(loaded, {stage} if stage else {*(work.name for work in works), "decoder"}, processes)
     kind, limit = _machine() if gpu_gb is None else ("cuda", 1e9 * gpu_gb)
     planner = Planner(kind, processes, fsdp)
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -54,6 +58,18 @@ def plan_command(
     )
     for work in works:
         _show(console, planner, work, limit)
+
+
+def _check_processes(recipe: Recipe, sections: set[str], processes: int) -> None:
+    """Raises PocketfusionError for a section whose batch they cannot share: else it is told hours later."""
+    from pocketfusion.train.micro_batch import parts_of
+
+    for name, section in recipe:
+        if name in sections and section is not None:
+            try:
+                parts_of(section.train, processes)
+            except PocketfusionError as error:
+                raise PocketfusionError(f"{name}: {error}") from None
 
 
 def _machine() -> tuple[str, float]:

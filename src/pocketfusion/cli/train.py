@@ -59,17 +59,24 @@ def begin(
     require(*COMPRESS)
     from pocketfusion.data.sources import open_dataset, open_training_data
     from pocketfusion.recipe import load_recipe
-    from pocketfusion.train.place import StageRun, check_trackers
+    from pocketfusion.train.place import StageRun
 
     loaded: Recipe = load_recipe(recipe)
-    for _, section in loaded:
-        check_trackers(getattr(getattr(section, "train", None), "log_with", ()))
+    check_trackers_of(loaded)
     stage: StageRun = StageRun.at(out, run, minutes, overwrite)
     opener = open_dataset if pictures else open_training_data
     images: CaptionedImages = opener(data, loaded.data.size, skip_bad=skip_bad)
     tell_notes(images)
     quiet_libraries()  # imports them: only after the quick checks
     return loaded, images, stage
+
+
+def check_trackers_of(recipe: Recipe) -> None:
+    """Raises PocketfusionError for a tracker of any section that is none, or not installed."""
+    from pocketfusion.train.place import check_trackers
+
+    for _, section in recipe:
+        check_trackers(getattr(getattr(section, "train", None), "log_with", ()))
 
 
 def tell_notes(images: CaptionedImages) -> None:

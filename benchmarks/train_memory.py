@@ -1,0 +1,185 @@
+"""Samples/s and peak memory of distill-steps with and without each memory setting, on random weights, interleaved.
+
+    python benchmarks/train_memory.py [--width 0.2] [--size 128] [--batch 8] [--steps 4] [--rounds 2] [--json FILE]
+    python benchmarks/train_memory.py --width 1 --size 512 --batch 32 --steps 50 --rounds 1     (a GPU, SD-1.5's size)
+
+SD-1.5's UNet at that share of its channels teaches itself by the settings of recipes/sd15.yaml, through the training
+loop itself. Each measurement is a process of its own, so that peaks are its own: on CUDA what torch allocated at most
+(torch.cuda.max_memory_allocated) with the share of the device's peak FLOP/s, on a CPU the resident memory's peak less
+what was there before the networks. Offloading moves nothing on a CPU. `compile` is only measured when it is named in
+--settings: compiling takes minutes. Samples/s are of the median step after the first two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from pocketfusion.artefact import write_json
+from pocketfusion.cli.extras import quiet_libraries
+from pocketfusion.data.shapes import make_shapes
+from pocketfusion.data.sources import open_dataset
+from pocketfusion.distill.run_steps import sampling_of
+from pocketfusion.distill.steps import StepTask
+from pocketfusion.folder import machine
+from pocketfusion.models.bring.clip_words import clip_tokenizer
+from pocketfusion.recipe import Recipe
+from pocketfusion.runtime.memory import memory, peak_rss
+from pocketfusion.train.log import read_log
+from pocketfusion.train.loop import train
+from pocketfusion.train.start import open_start
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "sd15.yaml"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "micro_batch 2": {"micro_batch": 2},
+    "offload ema, teacher": {"offload": ["ema", "teacher"]},
+    "teacher_weights bf16": {"teacher_weights": "bf16"},
+    "adamw-8bit": {"optimizer": "adamw-8bit"},
+    "all of them": {
+        "gradient_checkpointing": True,
+        "micro_batch": 2,
+        "offload": ["ema", "teacher"],
+        "teacher_weights": "bf16",
+        "optimizer": "adamw-8bit",
+    },
+    "compile": {"compile": True},
+}
+
+
+def narrowed(config: dict[str, Any], share: float) -> dict[str, Any]:
+    """With that share of the channels, in groups of 32 still."""
+    return config | {"block_out_channels": [max(32, round(share * n / 32) * 32) for n in config["block_out_channels"]]}
+
+
+def adapted(given: argparse.Namespace, work: Path) -> Recipe:
+    """The recipe at this width and size, with the text encoder of the folder in `work`."""
+    values = yaml.safe_load(RECIPE.read_text())
+    values["data"]["size"] = given.size
+    values["text"] |= {"source": str(work / "model"), "cache_states": True}
+    for section, name, side in (("teacher", "unet", given.size // 8), ("autoencoder", "config", given.size)):
+        values[section][name] = narrowed(values[section][name], given.width) | {"sample_size": side}
+    return Recipe.model_validate(values)
+
+
+def make_inputs(recipe: Recipe, work: Path) -> None:
+    """A model folder of random weights and pictures."""
+    torch.manual_seed(0)
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12)
+    text.vocab_size = 49408
+    made = StableDiffusionPipeline(
+        unet=UNet2DConditionModel(**recipe.teacher.unet),
+        vae=AutoencoderKL(**recipe.autoencoder.config),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=clip_tokenizer(77, "<|endoftext|>"),
+        scheduler=DDIMScheduler(**recipe.teacher.scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.save_pretrained(work / "model")
+    make_shapes(work / "data", recipe.data.size)
+
+
+def measure(recipe: Recipe, change: dict[str, Any], given: argparse.Namespace, work: Path, out: Path) -> None:
+    """One training of a few steps; writes what was measured to `out`."""
+    torch.set_num_threads(given.threads)
+    now = memory()
+    before = now.total if now else 0
+    settings = recipe.step_distillation
+    assert settings is not None
+    values = {"batch_size": given.batch, "steps": given.steps, "gradient_accumulation": 1, "warmup_steps": 0}
+    values |= {"checkpoint_every": 10**6, "preview_every": 10**6, **change}
+    trained = type(settings.train).model_validate(settings.train.model_dump() | values)
+    settings = settings.model_copy(update={"train": trained})
+    student, teacher = open_start(work / "model", recipe), open_start(work / "model", recipe)
+    scale = recipe.teacher.guidance_scale
+    sampling = sampling_of(teacher, settings.teacher_steps, scale), sampling_of(student, settings.steps, scale)
+    task = StepTask(recipe, settings, open_dataset(work / "data", given.size), student, teacher.unet, sampling)
+    task.prepare(work / "cache", student.vae_hash, student.text.fingerprint, student.device)
+    if student.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    task.preview = lambda model: Image.new("RGB", (8, 8))  # type: ignore[method-assign]
+    task.validate = lambda model: {}  # type: ignore[method-assign]
+    peak: list[float] = []
+    run = out.with_suffix(".run")
+    train(task, settings.train, run, fingerprint={}, on_step=lambda step, figures: peak.append(float(peak_rss() or 0)))
+    lines = [line for line in read_log(run) if "loss" in line]
+    found = {"samples_per_second": statistics.median(line["samples_per_second"] for line in lines[2:])}
+    found["tflops"] = statistics.median(line["model_tflops"] for line in lines[2:])
+    if student.device.type == "cuda":
+        found["peak_gb"] = lines[-1]["memory_gb"]
+        if "peak_share" in lines[-1]:
+            found["peak_share"] = statistics.median(line["peak_share"] for line in lines[2:])
+        found["device"] = torch.cuda.get_device_name()
+    else:
+        found["peak_gb"] = (peak[-1] - before) / 1e9
+    out.write_text(json.dumps(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=float, default=0.2, help="share of SD-1.5's channels")
+    parser.add_argument("--size", type=int, default=128, help="pixels; latents are an eighth")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="3 or more")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS][:-1])
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    quiet_libraries()
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in given.settings}
+    context = multiprocessing.get_context("fork")  # the libraries are there, and neither CUDA nor autograd has begun
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        recipe = adapted(given, work)
+        maker = context.Process(target=make_inputs, args=(recipe, work))
+        maker.start()
+        maker.join()
+        for number in range(given.rounds):
+            for name in given.settings:
+                out = work / f"{number}-{len(found[name])}-{name.replace(' ', '-')}.json"
+                process = context.Process(target=measure, args=(recipe, SETTINGS[name], given, work, out))
+                process.start()
+                process.join()
+                if out.is_file():
+                    found[name].append(json.loads(out.read_text()))
+                    print(f"round {number + 1}, {name}: {found[name][-1]}", flush=True)
+    _print(found, given)
+    if given.json:
+        about = {name: value for name, value in vars(given).items() if name != "json"}
+        write_json(given.json, {"machine": machine(), **about, "rounds_measured": found})
+
+
+def _print(found: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> None:
+    width = f"{given.width:g} of SD-1.5's channels, {given.size} px, batch {given.batch}"
+    print(f"\n{machine()}, {given.threads} threads of {os.cpu_count()}; {width}; {given.rounds} interleaved rounds")
+    print("| settings | samples/s | peak, GB | TFLOP/s | of the device's peak |\n|---|---|---|---|---|")
+    for name, rounds in found.items():
+        if not rounds:
+            print(f"| {name} | did not run | | | |")
+            continue
+        rates, peaks = ([one[key] for one in rounds] for key in ("samples_per_second", "peak_gb"))
+        share = [one["peak_share"] for one in rounds if "peak_share" in one]
+        flops = statistics.median(one["tflops"] for one in rounds)
+        shown = f"{100 * statistics.median(share):.1f} %" if share else "not known"
+        spread = f"{statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})"
+        print(f"| {name} | {spread} | {statistics.median(peaks):.2f} | {flops:.3f} | {shown} |")
+
+
+if __name__ == "__main__":
+    main()
