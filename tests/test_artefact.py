@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pocketfusion import artefact, temporaries
-from pocketfusion.artefact import atomic_file, atomic_folder, check_files, write_json
+from pocketfusion.artefact import MARKS, atomic_file, atomic_folder, check_files, check_new, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.locks import LOCK, hold, locked, release
 from pocketfusion.temporaries import scratch_folder
@@ -343,3 +343,43 @@ def test_a_scratch_folder_is_private_and_goes(tmp_path):
 
 if __name__ == "__main__":
     kill_at_every_line(Path(sys.argv[1]), sys.argv[2] == "1")
+
+
+def test_only_what_was_written_here_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / MARKS[0]).write_text("{}")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("years")
+    check_new(tmp_path / "empty", overwrite=True)
+    check_new(tmp_path / "ours", overwrite=True)
+    with pytest.raises(PocketfusionError, match="work holds other things .* not replaced"):
+        check_new(tmp_path / "work", overwrite=True)
+    (tmp_path / "ours" / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "ours" / "below")
+    for path in (Path(""), Path(".."), tmp_path / "ours"):
+        with pytest.raises(PocketfusionError, match="the folder that you work in, or above it"):
+            check_new(path, overwrite=True)
+
+
+def test_no_command_replaces_a_folder_of_other_things(tmp_path, tiny_folder, tiny_recipe, tiny_data, tiny_bundle, cli):
+    file = tmp_path / "work" / "my.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"years of work")
+    commands = {
+        "import": [file, file.parent],
+        "web-build": [file.parent, tiny_bundle],
+        "export": [tiny_folder, file.parent],
+        "vectors": [tiny_bundle, file.parent],
+        "device-pack": [tiny_bundle, file.parent],
+        "prune": [tiny_folder, "--out", file.parent],
+        "architecture": [tiny_folder, "--preset", "snapfusion", "--out", file.parent],
+        "evaluate": [tiny_folder, "--data", tiny_data, "--judge", tiny_folder, "--out", file.parent],
+        "data emoji": [file.parent],
+        "train-autoencoder": [tiny_recipe, "--data", tiny_data, "--out", file.parent],
+        "train-elastic": [tiny_folder, "--recipe", tiny_recipe, "--data", tiny_data, "--out", file.parent],
+    }
+    for name, arguments in commands.items():
+        done = cli(*name.split(), *arguments, "--overwrite")
+        assert done.returncode == 2 and "not replaced" in done.stderr, (name, done.stderr)
+        assert names(tmp_path) == ["work"] and names(file.parent) == ["my.safetensors"], name

@@ -105,8 +105,32 @@ def check_space(path: Path, needed: float, what: str) -> None:
         )
 
 
+#: What tells a folder that was written here: of models and judges, bundles, data, caches, scores, curves, kits, packs
+#: and sites.
+MARKS = (
+    "provenance.json", "bundle.json", "dataset.json", "cache.json", "scores.json", "curve.json", "vectors.json",
+    "pack.json", "device-pack.json", "bundles.json",
+)  # fmt: skip
+
+
 def check_new(path: Path, overwrite: bool = False) -> None:
-    """Raises PocketfusionError unless a folder can be written at `path`, where none may be but with `overwrite`."""
+    """Raises PocketfusionError unless a user's output folder can be written at `path`.
+
+    Nothing may be there but, with `overwrite`, an empty folder or one that was written here (see `MARKS`), and the
+    process may not work in it: all of it is deleted.
+    """
+    _check_free(path, overwrite)
+    if path.is_symlink() or not path.is_dir():
+        return
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise PocketfusionError(f"{path} is the folder that you work in, or above it: choose another output path")
+    if any(path.iterdir()) and not any((path / mark).is_file() for mark in MARKS):
+        raise PocketfusionError(
+            f"{path} holds other things than what is written here: it is not replaced, choose another output path"
+        )
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
     check_writable_parent(path)
     if os.path.lexists(path) and not overwrite:
         raise PocketfusionError(f"{path} exists already: choose another output path or pass --overwrite")
@@ -124,7 +148,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = _absolute(path)
     clean(path.parent)
-    check_new(path, overwrite)
+    _check_free(path, overwrite)
     mode = _mode(path)
     with temporary(path, folder=True, mode=0o777 if mode is None else 0o700) as partial:
         yield partial
@@ -137,7 +161,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             try:
                 partial.rename(path)
             except OSError:
-                check_new(path)  # another process may have been faster
+                _check_free(path, False)  # another process may have been faster
                 raise
         _sync(path.parent, below=False)
 

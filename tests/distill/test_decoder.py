@@ -196,7 +196,7 @@ def test_the_loss_compares_with_the_teachers_pictures(prepared):
 def test_a_share_of_each_batch_are_encoded_pictures_with_themselves_as_targets(prepared):
     task = prepared(encoded_share=0.5, train=load_settings(batch_size=8))
     assert task.plan.counts == [4, 3, 1]  # a quarter of the encoded ones are scenes
-    batch, again = task.plan.part(3, 0, 1), task.plan.part(3, 0, 1)
+    batch, again = task.plan.part(4, 0, 1), task.plan.part(4, 0, 1)
     z, wanted = task.pairs(batch)
     drawn = batch.indices[:4]
     assert drawn.max() < task.settings.samples <= batch.indices[4:].min()

@@ -106,7 +106,7 @@ def test_training_on_buckets_resumes_to_the_sample(bucketed, trained, tiny_recip
     """`train-elastic` on a cache whose pictures are gone: killed and gone on with, it ends with the same weights."""
     train = ("train-elastic", trained / "base", "--recipe", tiny_recipe, "--data", bucketed, "--out")
     end(*train, tmp_path / "whole")
-    kill("pocketfusion.train.checkpoint:save_checkpoint", 2, *train, tmp_path / "again")
+    kill("pocketfusion.train.checkpoint:CheckpointWriter._write", 2, *train, tmp_path / "again")
     end(*train, tmp_path / "again")
     one, two = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -223,7 +223,7 @@ def test_the_plan_is_what_the_allocator_gives(tiny_recipe, again, precision):
 
 
 def test_the_plan_command(tiny_recipe, cli):
-    done = cli("plan", tiny_recipe, "--gpu-gb", "1", "--stage", "recovery", "--processes", "2")
+    done = cli("plan", tiny_recipe, "--gpu-gb", "2", "--stage", "recovery", "--processes", "2")
     assert done.returncode == 0, done.stderr
     assert "weights 0.00 + moments 0.00" in done.stdout and "+ optimizer adamw-8bit: micro_batch 2" in done.stdout
     done = cli("plan", tiny_recipe, "--gpu-gb", "0.61", "--stage", "recovery")

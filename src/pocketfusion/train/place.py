@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from pocketfusion.artefact import check_writable_parent
+from pocketfusion.artefact import check_new, check_writable_parent
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import nearest
 
@@ -71,6 +71,8 @@ class StageRun:
         if max_minutes is not None and not max_minutes > 0:
             raise PocketfusionError(f"--max-minutes {max_minutes} is not above 0: give the minutes to train")
         check_writable_parent(out)
+        if overwrite:
+            check_new(out, overwrite)
         place = run or out.with_name(f"{out.name}.run")
         if place.resolve().is_relative_to(out.resolve()):
             raise PocketfusionError(f"--run {place} lies in --out {out}, which is replaced whole: give another folder")

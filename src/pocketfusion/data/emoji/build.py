@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketfusion.artefact import atomic_folder, reserve, sha256_file
+from pocketfusion.artefact import atomic_folder, check_new, reserve, sha256_file
 from pocketfusion.data.emoji.captions import captions_for, may_flip
 from pocketfusion.data.emoji.concepts import Drawing, iter_drawings, load_concepts, name_index
 from pocketfusion.data.emoji.packages import DEFAULT_STYLES, STYLES, fetch_packages, lock_hash
@@ -159,6 +159,7 @@ def build_emoji(
     Raises PocketfusionError on bad settings, an unreachable registry, damaged packages or an unwritable `out`.
     """
     settings.check()
+    check_new(out, overwrite)
     with atomic_folder(out, overwrite=overwrite) as folder:
         if progress:
             progress("fetching packages", 0, 1)

@@ -68,6 +68,13 @@ class Found:
     tokens: list[str] = field(default_factory=list)  #: learnt ones that were added
 
 
+def check_apart(source: Path, out: Path, overwrite: bool) -> None:
+    """Raises PocketfusionError if `out` cannot be written, or `source` would be replaced with it."""
+    check_new(out, overwrite)
+    if source.resolve().is_relative_to(out.resolve()):
+        raise PocketfusionError(f"{source} lies in {out}, which is replaced whole: choose another output path")
+
+
 def import_file(
     file: Path,
     out: Path,
@@ -83,7 +90,7 @@ def import_file(
     SD-2, is damaged or incomplete, says too little, or the disk is too small; `out` is then as it was.
     """
     changes = changes or Changes()
-    check_new(out, overwrite)
+    check_apart(file, out, overwrite)
     checkpoint = recognise(file)
     clip_merges()  # before anything long: the package may be missing
     size = sum(one["data_offsets"][1] - one["data_offsets"][0] for one in checkpoint.tensors.values())
@@ -123,7 +130,7 @@ def import_folder(
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Found:
     """Writes the model folder `source` with `changes` at `out`; raises PocketfusionError as `import_file` does."""
-    check_new(out, overwrite)
+    check_apart(source, out, overwrite)
     check_folder(source)
     size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
     check_space(out, 1.02 * size + _SMALL, "the import")
