@@ -334,11 +334,13 @@ def test_thousands_of_patterns_are_read_once(tmp_path: Path) -> None:
 
 def test_what_is_no_adapter_is_told(tmp_path: Path) -> None:
     save_file({"unet.conv_in.weight": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    save_file({"cond_stage_model.transformer.x": torch.zeros(1)}, tmp_path / "whole.safetensors")
     save_file({}, tmp_path / "empty.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "folder.safetensors").mkdir()
     for file, message in (
-        ("plain", "holds no LoRA"), ("empty", "holds no LoRA"), ("text", "not a safetensors"),
+        ("plain", "holds no LoRA"), ("whole", "is a whole checkpoint and no LoRA"),
+        ("empty", "holds no LoRA"), ("text", "not a safetensors"),
         ("folder", "is not a file"), ("none", "is not there"), ("n" * 400, "not a safetensors|is not there"),
     ):  # fmt: skip
         with pytest.raises(PocketfusionError, match=message):

@@ -268,6 +268,11 @@ def test_a_model_of_the_hub_is_taken_from_its_cache(made: Path, tmp_path: Path, 
             fetch(name)
 
 
+def test_a_revision_is_of_the_hub(tmp_path: Path, cli: Any) -> None:
+    done = cli("import", tmp_path / "a.safetensors", tmp_path / "out", "--revision", "v2")
+    assert done.returncode == 2 and "give --from-hub with it" in done.stderr
+
+
 def test_a_hub_that_does_not_answer_is_told_in_one_sentence(monkeypatch: Any, caplog: Any) -> None:
     logger, library = logging.getLogger("huggingface_hub.utils._http"), logging.getLogger("huggingface_hub")
     before = library.level

@@ -41,7 +41,9 @@ def import_command(
             "--from-hub", metavar="ID", help="OWNER/NAME or OWNER/NAME/FILE.safetensors of the Hugging Face Hub."
         ),
     ] = None,
-    revision: Annotated[str, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = "main",
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub (main if not given).")
+    ] = None,
     prediction_type: Annotated[
         Predicts | None,
         typer.Option("--prediction-type", help="What the UNet predicts, where the file says it wrong or not at all."),
@@ -76,6 +78,8 @@ def import_command(
     if len(paths) != (1 if from_hub else 2):
         wanted = "OUT alone" if from_hub else "SOURCE and OUT"
         raise PocketfusionError(f"give {wanted}: {len(paths)} paths are given ({', '.join(map(str, paths))})")
+    if revision is not None and from_hub is None:
+        raise PocketfusionError(f"--revision {revision} is of the Hub: give --from-hub with it, or leave it out")
     from pocketfusion.artefact import check_new
     from pocketfusion.cli.extras import require_compress
 
@@ -98,8 +102,9 @@ def import_command(
             from pocketfusion.models.bring.hub import fetch
 
             on_stage(f"fetching {from_hub}")
-            fetched = fetch(from_hub, revision)
-            source, origin = fetched.path, {"repository": from_hub, "revision": revision, "commit": fetched.commit}
+            branch = revision or "main"
+            fetched = fetch(from_hub, branch)
+            source, origin = fetched.path, {"repository": from_hub, "revision": branch, "commit": fetched.commit}
         elif source.is_dir() and changes == Changes():
             raise PocketfusionError(f"{source} is a folder already: give it to the other commands as it is")
         function = import_folder if source.is_dir() else import_file

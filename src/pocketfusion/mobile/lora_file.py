@@ -108,6 +108,8 @@ def check_lora(file: Path, scale: float) -> list[LoraLayer]:
         )
     state, said = _read(file)
     settings = _Strengths(file, said)
+    if any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for key in state):
+        raise PocketfusionError(f"{file} is a whole checkpoint and no LoRA: give it as the model that is exported")
     for key, value in state.items():
         for part, what in _OTHERS.items():
             if part in key:
