@@ -21,7 +21,7 @@ def test_export_in_the_place_of_a_bundle(kill, end, cli, tiny_folder, tiny_bundl
         key = ExportSettings().conversion_key(tiny_folder, name)
         shutil.copyfile(tiny_bundle / f"{name}.tflite", work / f"{name}-{key}.tflite")
     arguments = ("export", tiny_folder, out, "--overwrite", "--name", "new")
-    kill("pocketfusion.mobile.export:quantize", 2, *arguments)
+    kill("pocketfusion.mobile.backends:quantize", 2, *arguments)
     kill("pocketfusion.mobile.export:write_json", 1, *arguments)
     assert (out / "bundle.json").read_bytes() == old and len(leftovers(tmp_path)) == 1
     drawn = cli("generate", "cat", "--bundle", out, "--steps", 1, "-o", tmp_path / "a.png")
@@ -33,7 +33,7 @@ def test_export_in_the_place_of_a_bundle(kill, end, cli, tiny_folder, tiny_bundl
 
 def test_what_was_converted_is_kept(kill, tiny_folder, fast_conversion, monkeypatch, tmp_path):
     out, converted = tmp_path / "out", []
-    kill("pocketfusion.mobile.export:quantize", 1, "export", tiny_folder, out)
+    kill("pocketfusion.mobile.backends:quantize", 1, "export", tiny_folder, out)
     assert not out.exists() and (tmp_path / ".out.work").is_dir() and len(leftovers(tmp_path)) == 1
     convert = module._convert_network
 
