@@ -18,6 +18,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline
 from pocketfusion.info import describe
 from pocketfusion.mobile import export as module
+from pocketfusion.mobile.convert import convert
 from pocketfusion.mobile import gate
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
 from pocketfusion.mobile.export import export
@@ -56,7 +57,7 @@ def converted(once: Callable) -> Path:
     """The float32 file of `tiny_vae`'s decoder at 8x8 latents. Read only."""
 
     def make(root: Path) -> None:
-        module.convert(TinyDecoder(tiny_vae()).eval(), {"latents": torch.randn(1, 8, 8, 4)}, root / "decoder.tflite")
+        convert(TinyDecoder(tiny_vae()).eval(), {"latents": torch.randn(1, 8, 8, 4)}, root / "decoder.tflite")
 
     return once("tiny-decoder", make) / "decoder.tflite"
 
