@@ -18,9 +18,8 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import load_pipeline
 from pocketfusion.info import describe
 from pocketfusion.mobile import export as module
-from pocketfusion.mobile.convert import convert
 from pocketfusion.mobile import gate
-from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
+from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.export import export
 from pocketfusion.mobile.flatbuffer import operations
 from pocketfusion.mobile.quantize import quantize
