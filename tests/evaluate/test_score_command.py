@@ -111,6 +111,9 @@ def test_an_existing_result_is_kept_unless_told(call, tmp_path):
     (out / "mine.txt").write_text("kept")
     with pytest.raises(PocketfusionError, match="exists already"):
         call(out=out)
+    with pytest.raises(PocketfusionError, match="holds other things"):
+        call(out=out, overwrite=True)
     assert (out / "mine.txt").read_text() == "kept"
+    (out / "scores.json").write_text("{}")  # an earlier result
     call(out=out, overwrite=True, sets=["test_combo"])
-    assert not (out / "mine.txt").exists() and (out / "scores.json").is_file()
+    assert not (out / "mine.txt").exists() and (out / "scores.json").read_text() != "{}"

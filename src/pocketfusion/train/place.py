@@ -71,7 +71,7 @@ class StageRun:
         if max_minutes is not None and not max_minutes > 0:
             raise PocketfusionError(f"--max-minutes {max_minutes} is not above 0: give the minutes to train")
         check_writable_parent(out)
-        if overwrite:
+        if overwrite and out.is_dir():
             check_new(out, overwrite)
         place = run or out.with_name(f"{out.name}.run")
         if place.resolve().is_relative_to(out.resolve()):
