@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +207,15 @@ def end(cli):
         assert done.returncode == 0, done.stdout + done.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def epsilon(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base, said to predict ε (it is barely trained: what it predicts is anybody's guess). Read only."""
+    out = shutil.copytree(trained / "base", tmp_path_factory.mktemp("epsilon") / "model")
+    file = out / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon"}))
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """`to-v`: the turn from ε to v starts exactly, ends exactly, and is refused where there is nothing to turn."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -12,15 +11,6 @@ from pocketfusion.distill.ddim import NoiseSchedule, add_noise, v_from_noise, v_
 from pocketfusion.distill.to_v import ToVTask, turned_target
 from pocketfusion.recipe import load_recipe
 from pocketfusion.train.start import open_start
-
-
-@pytest.fixture(scope="module")
-def epsilon(trained, tmp_path_factory):
-    """The tiny base, said to predict ε (it is barely trained: what it predicts is anybody's guess)."""
-    out = shutil.copytree(trained / "base", tmp_path_factory.mktemp("epsilon") / "model")
-    file = out / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon"}))
-    return out
 
 
 def test_the_turn_by_hand():

@@ -102,7 +102,7 @@ def test_output_parent_read_only(tiny_folder: Path) -> None:
 def test_existing_output_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    for overwrite, match in ((False, "exists already"), (True, "is not replaced")):
+    for overwrite, match in ((False, "exists already"), (True, "is not a bundle")):
         with pytest.raises(PocketfusionError, match=match):
             export(tiny_folder, tmp_path / "out", overwrite=overwrite)
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"

@@ -170,7 +170,7 @@ def test_no_pack_over_something_else(run, pack: Path, tiny_bundle: Path, tmp_pat
     other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
     for arguments, said in (
         ((tiny_bundle, pack), "exists already"),
-        ((tiny_bundle, other, "--overwrite"), "it is not replaced"),
+        ((tiny_bundle, other, "--overwrite"), "holds no device-pack: it is not replaced"),
         ((tmp_path, tmp_path / "new"), "is not a bundle"),
         ((tmp_path / "none", tmp_path / "new"), "there is no bundle"),
     ):

@@ -156,7 +156,7 @@ def test_refusals(run, kit: Path, tmp_path: Path, tiny_bundle: Path) -> None:
     assert "scheduler: Field required" in refused(other, tmp_path / "new")
     before = sha256_file(kit / INDEX)
     assert "exists already" in refused(tiny_bundle, kit)
-    assert "it is not replaced" in refused(tiny_bundle, other, "--overwrite")
+    assert "holds no vectors: it is not replaced" in refused(tiny_bundle, other, "--overwrite")
     assert "number of threads is 0" in refused(tiny_bundle, tmp_path / "new", "--threads", "0")
     assert sha256_file(kit / INDEX) == before and not (tmp_path / "new").exists()
     assert run("vectors", tiny_bundle, kit, "--overwrite")[0] == 0

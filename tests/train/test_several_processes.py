@@ -1,7 +1,5 @@
 """Every training stage in several processes, DDP and FSDP2, gives the losses and figures of one: `pytest -m slow`."""
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +15,6 @@ from pocketfusion.train.loop import train
 from processes import launch_two
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def epsilon(trained, tmp_path_factory):
-    out = shutil.copytree(trained / "base", tmp_path_factory.mktemp("epsilon") / "model")
-    file = out / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon"}))
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,13 +15,14 @@ from pocketfusion.data.pictures import Stored
 from pocketfusion.data.rows import LeftOut
 from pocketfusion.data.samples import Sample
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.runtime.networks import available_cores
 
 Made = TypeVar("Made")
 
 
 def default_workers() -> int:
     """Threads that decode: one a core, eight at most."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    return min(8, available_cores())
 
 
 def decoded(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,6 +56,19 @@ def left_out_notes(found: Sequence[str]) -> list[str]:
     """What a reader of results must know of samples that were left out."""
     first = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
     return [f"{len(found):,} bad samples were left out ({first})."] if found else []
+
+
+def told_of(name: str, notes: Sequence[str], left_out: Sequence[str], again: int) -> tuple[str, list[str]]:
+    """Name and notes of a data set from its source's; `again`: samples whose key another shard has too."""
+    told = left_out_notes(left_out) + list(notes)
+    if again:
+        told.append(f"{again:,} samples have a key that another shard has too: their shards' names tell them apart.")
+    return name + (f" ({len(left_out):,} bad samples left out)" if left_out else ""), told
+
+
+def said(row: Mapping[str, Any], pixels: str) -> bytes:
+    """What a fingerprint is made of: a sample's row, before any is held out, and the SHA-256 of its pixels."""
+    return json.dumps(row, sort_keys=True).encode() + pixels.encode()
 
 
 def _kind(value: Any) -> str:

@@ -26,12 +26,13 @@ from pocketfusion.data.rows import (
     MAX_CAPTION,
     LeftOut,
     hold_out,
-    left_out_notes,
     parse_row,
     rank,
     read_table,
+    said,
     same_name,
     split_of_path,
+    told_of,
 )
 from pocketfusion.data.samples import Part, Sample, Source
 from pocketfusion.data.shards import shard_samples
@@ -78,7 +79,7 @@ def open_dataset(path: Path, size: int, *, skip_bad: bool = False) -> CaptionedI
     ranks, free = np.array([rank(row["id"]) for row in rows]), np.array([split is None for split in splits])
     for row, held in zip(rows, hold_out(ranks, free, validated), strict=True):
         row["split"] = row["split"] or ("val_combo" if held else "train")
-    name, notes = told_of(source, left_out.found, sum(count - 1 for count in keys.values()))
+    name, notes = told_of(source.name, source.notes, left_out.found, sum(count - 1 for count in keys.values()))
     return CaptionedImages(LazyPictures(places, size), rows, name, digest.hexdigest()[:32], notes=notes)
 
 
@@ -92,19 +93,6 @@ def open_training_data(path: Path, size: int, *, skip_bad: bool = False) -> Capt
     cache = open_cache(path)
     cache.check_size(size)
     return cache
-
-
-def said(row: dict[str, Any], pixels: str) -> bytes:
-    """What a fingerprint is made of: a sample's row, before any is held out, and the SHA-256 of its pixels."""
-    return json.dumps(row, sort_keys=True).encode() + pixels.encode()
-
-
-def told_of(source: Source, left_out: Sequence[str], again: int) -> tuple[str, list[str]]:
-    """Name and notes of a data set; `again`: samples whose key another shard has too."""
-    notes = left_out_notes(left_out) + list(source.notes)
-    if again:
-        notes.append(f"{again:,} samples have a key that another shard has too: their shards' names tell them apart.")
-    return source.name + (f" ({len(left_out):,} bad samples left out)" if left_out else ""), notes
 
 
 def any_source(data: str, size: int, left_out: LeftOut, scratch: Path) -> Source:

@@ -106,11 +106,11 @@ class ExportSettings:
         check_folder(folder)
         check_options(self, folder)
         if out is not None:
-            check_new(out, overwrite)
-            if out.exists() and not (out / MANIFEST).is_file():
+            if overwrite and out.is_dir() and not (out / MANIFEST).is_file():
                 raise PocketfusionError(
                     f"{out} exists and is not a bundle: it is not replaced, choose another output path"
                 )
+            check_new(out, overwrite)
         if self.vae is not None:
             check_vae(self.vae, folder)
         for file, scale in self.lora:

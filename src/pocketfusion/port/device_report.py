@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.evaluate.likeness import psnr
 from pocketfusion.latency.benchmark_log import partitions, statistics
 from pocketfusion.port.device_pack import FORM, INDEX, RESULTS, SCRIPT
 
@@ -121,17 +122,17 @@ def _picture(results: Path, place: str, reference: Path) -> dict[str, Any] | Non
             name: {key: said[name][key] for key in ("load_ms", "run_ms", "where")} for name in said if name != "format"
         }
         with Image.open(results / f"{place}.png") as picture, Image.open(reference) as wanted:
-            ours, theirs = (np.asarray(image.convert("RGB"), np.float64) for image in (picture, wanted))
+            ours, theirs = (np.asarray(image.convert("RGB")) for image in (picture, wanted))
         if ours.shape != theirs.shape:
             raise ValueError(f"a picture of {ours.shape[1]}x{ours.shape[0]}")
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         last = lines[-1] if lines else str(error)
         return {"failure": f"{log.name}: {last[:200]}", "psnr_db": None, "largest_difference": None, "networks": None}
-    mse = float(np.mean((ours - theirs) ** 2))
+    largest = int(np.abs(ours.astype(int) - theirs).max())
     return {
         "failure": None,
-        "psnr_db": None if mse == 0 else round(10 * float(np.log10(255**2 / mse)), 2),
-        "largest_difference": int(np.abs(ours - theirs).max()),
+        "psnr_db": round(psnr(ours, theirs), 2) if largest else None,
+        "largest_difference": largest,
         "networks": times,
     }
 

@@ -200,9 +200,9 @@ def _save(folder: Path, name: str, values: Array) -> str:
 
 def check_replaced(out: Path, index: str, what: str, overwrite: bool) -> None:
     """Raises PocketfusionError unless `out` is new, or may be replaced and is such a folder, with its `index`."""
-    check_new(out, overwrite)
-    if out.exists() and not _is_ours(out / index, what):
+    if overwrite and out.is_dir() and not _is_ours(out / index, what):
         raise PocketfusionError(f"{out} exists and holds no {what}: it is not replaced, choose another folder")
+    check_new(out, overwrite)
 
 
 def _is_ours(file: Path, what: str) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 from op_cases import CASES, apply
 from op_models import ModelBuilder
 
-from pocketfusion.cli import main
 from pocketfusion.mobile.delegate import check as check_module
 from pocketfusion.mobile.delegate import cures, samples
 from pocketfusion.mobile.delegate.check import check
@@ -24,20 +24,9 @@ UNET = read_manifest(embedded_bundle())[0].networks.unet
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs `pocketfusion check` in this process: exit code, stdout, stderr."""
-
-    def apply(*arguments):
-        monkeypatch.setattr("sys.argv", ["pocketfusion", "check", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return apply
+def run(run):
+    """`pocketfusion check` in this process."""
+    return partial(run, "check")
 
 
 @pytest.fixture

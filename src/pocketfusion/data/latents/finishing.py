@@ -27,7 +27,7 @@ from pocketfusion.data.latents.layout import (
     check_part,
     missing_parts,
 )
-from pocketfusion.data.rows import hold_out, left_out_notes, rank
+from pocketfusion.data.rows import hold_out, rank, said, told_of
 from pocketfusion.errors import PocketfusionError
 
 LEFT_OUT = "left_out.txt"
@@ -58,7 +58,7 @@ def finish(out: Path, machine: str = "") -> dict[str, Any]:
         index[number] = (part, start, length, line["bucket"], split, row["flip"], record)
         free[number], validated = row["split"] is None, validated or str(row["split"]).startswith("val")
         ranks[number], keys[number] = rank(row["id"]), int(sha256(key.encode()).hexdigest()[:16], 16)
-        digest.update(json.dumps(row, sort_keys=True).encode() + line["pixels"].encode())
+        digest.update(said(row, line["pixels"]))
     index["split"][hold_out(ranks, free, validated)] = names["val_combo"]
     with atomic_file(out / TABLE) as partial, partial.open("wb") as file:
         np.save(file, index)
@@ -66,14 +66,11 @@ def finish(out: Path, machine: str = "") -> dict[str, Any]:
     if left_out:
         with atomic_file(out / LEFT_OUT) as partial:
             partial.write_text("".join(f"{one}\n" for one in left_out), encoding="utf-8")
-    again = count - len(np.unique(keys))
-    notes = left_out_notes(left_out) + list(plan.notes)
-    if again:
-        notes.append(f"{again:,} samples have a key that another shard has too: their shards' names tell them apart.")
+    name, notes = told_of(plan.name, plan.notes, left_out, count - len(np.unique(keys)))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "name": plan.name + (f" ({len(left_out):,} bad samples left out)" if left_out else ""),
+        "name": name,
         "fingerprint": _fingerprint(plan, digest.hexdigest()[:32]),
         "count": count,
         "splits": {name: int((index["split"] == number).sum()) for name, number in names.items()},

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.evaluate.likeness import EQUAL, psnr
 from pocketfusion.mobile.coreml.core_ml import called
 from pocketfusion.mobile.coreml.executor import Arithmetic, Executor
 from pocketfusion.mobile.gate import MIN_SQNR, sqnr
@@ -85,9 +86,8 @@ def judge(path: Path, progress: Callable[[str], None] = lambda stage: None) -> V
         half = _Executed(bundle, "rounded").generate(PROMPT, seed=SEED, num_inference_steps=STEPS).images[0]
     except PocketfusionError:  # NaN, which a network's figure has told already
         return Verdict(path, spec.ios, spec.layout, tuple(checks), None)
-    noise = np.mean(np.square(np.asarray(picture, np.float64) - np.asarray(half, np.float64)))
-    psnr = 100.0 if noise == 0 else min(100.0, 10 * float(np.log10(255**2 / noise)))
-    return Verdict(path, spec.ios, spec.layout, tuple(checks), round(psnr, 2))
+    alike = min(EQUAL, psnr(np.asarray(picture), np.asarray(half)))
+    return Verdict(path, spec.ios, spec.layout, tuple(checks), round(alike, 2))
 
 
 def _compared(bundle: Bundle, network: str, calls: list[_Call]) -> ProgramCheck:

@@ -66,10 +66,10 @@ def attend(
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
 
 
-class UNetAttention(nn.Module):
+class AttentionParts(nn.Module):
     """diffusers' `Attention` as SD's UNet (tokens [B, N, C]) and autoencoder (pictures [B, C, H, W]) have it."""
 
-    def __init__(self, attention: Attention, limits: Limits):
+    def __init__(self, attention: Attention):
         super().__init__()
         self.group_norm = attention.group_norm
         self.to_q, self.to_k, self.to_v, self.to_out = (
@@ -80,6 +80,13 @@ class UNetAttention(nn.Module):
         )
         self.heads, self.residual = attention.heads, attention.residual_connection
         self.rescale = attention.rescale_output_factor
+
+
+class UNetAttention(AttentionParts):
+    """Its scores a slice of queries at a time, as `limits` ask."""
+
+    def __init__(self, attention: Attention, limits: Limits):
+        super().__init__(attention)
         self.limits = limits
 
     def forward(

@@ -14,25 +14,13 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn import functional as F
 
-from pocketfusion.mobile.rewrites.attention import plain
+from pocketfusion.mobile.rewrites.attention import AttentionParts, plain
 from pocketfusion.mobile.rewrites.base import Rewrite, replace
 from pocketfusion.mobile.targets import Limits
 
 
-class SplitAttention(nn.Module):
-    """diffusers' `Attention` as SD's UNet (tokens [B, N, C]) and autoencoder (pictures [B, C, H, W]) have it."""
-
-    def __init__(self, attention: Attention):
-        super().__init__()
-        self.group_norm = attention.group_norm
-        self.to_q, self.to_k, self.to_v, self.to_out = (
-            attention.to_q,
-            attention.to_k,
-            attention.to_v,
-            attention.to_out,
-        )
-        self.heads, self.residual = attention.heads, attention.residual_connection
-        self.rescale = attention.rescale_output_factor
+class SplitAttention(AttentionParts):
+    """diffusers' `Attention`, computed head by head."""
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **ignored: Any
