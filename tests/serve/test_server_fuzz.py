@@ -112,7 +112,8 @@ def one(port: int, rng: random.Random, known: list[str]) -> bytes | None:
         if kind > 0.97:  # leaves in the middle of the answer
             connection.recv(10)
             return None
-        connection.shutdown(socket.SHUT_WR)
+        with suppress(OSError):  # reset meanwhile is "not connected", which is no ConnectionError
+            connection.shutdown(socket.SHUT_WR)
         answer = b""
         with suppress(ConnectionError):
             while part := connection.recv(1 << 18):

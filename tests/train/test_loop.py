@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,11 @@ import pytest
 import torch
 from loop_task import LineTask, RatioTask, settings
 from safetensors.torch import load_file
+from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.train import held_out
-from pocketfusion.train.average import update_ema
+from pocketfusion.train import checkpoint, held_out
+from pocketfusion.train.average import Average, update_ema
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.divergence import DivergenceWatch
 from pocketfusion.train.log import read_log
@@ -321,3 +323,15 @@ def test_training_on_for_a_goal_resumes_to_the_sample(tmp_path):
             train(LineTask(), settings(), tmp_path / "cut", fingerprint={}, goal=goal, on_step=stop)
     resumed = train(LineTask(), settings(), tmp_path / "cut", fingerprint={}, goal=goal)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and torch.equal(weights(resumed), weights(whole))
+
+
+def test_what_breaks_off_a_run_waits_for_the_checkpoint_being_written(tmp_path, monkeypatch):
+    written = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a: (time.sleep(0.1), written(*a)))
+    writer = checkpoint.CheckpointWriter(tmp_path, first=True, background=True, sharded=False)
+    model = nn.Linear(1, 1)
+    with pytest.raises(KeyboardInterrupt), writer.finishing():
+        writer.save(3, model, Average(model.parameters()), torch.optim.AdamW(model.parameters()))
+        assert checkpoint.latest_checkpoint(tmp_path) is None
+        raise KeyboardInterrupt
+    assert checkpoint.latest_checkpoint(tmp_path).name == "step_00000003"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -30,6 +31,7 @@ _CODES = ("codes", "scale")  #: of moments in 8 bits
 _KEEP = 2
 _WHOLE = ("model", "ema", "optimizer")  #: files
 _MOMENTS = "optimizer"
+_PATIENCE = 20  #: seconds that a run which breaks off waits for its checkpoint; launchers kill after 30
 _WRITING = ".writing"  #: where processes put their shards, until all are there
 
 
@@ -127,6 +129,18 @@ class CheckpointWriter:
             self._thread = None
         if self._failed:
             raise self._failed.pop()
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """What breaks off the training waits for the checkpoint being written, not for ever: one may be dead.
+
+        The thread that writes shards does not outlive the program, so without this an interrupted run lost it."""
+        try:
+            yield
+        except BaseException:
+            if self._thread is not None:
+                self._thread.join(_PATIENCE)
+            raise
 
     def _write(self, state: dict[str, dict[str, torch.Tensor]], step: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -217,7 +217,7 @@ def train(
         return bool(accelerator.reduce(over, "sum") > 0)  # clocks differ, and all must leave the loop together
 
     raw.train()
-    with lost_processes_are_told("and it goes on from the newest checkpoint"), log.progress():
+    with lost_processes_are_told("and it goes on from the newest checkpoint"), log.progress(), writer.finishing():
         while goes_on():
             set_learning_rate(optimizer, learning_rate_at(step, settings))
             loss_sum, gradient_norm = 0.0, math.nan
