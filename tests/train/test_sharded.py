@@ -1,13 +1,20 @@
 """FSDP2 on two CPU processes: one process's losses and weights, checkpoints that any number of them goes on from."""
 
+import re
 import shutil
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from loop_task import LineTask, settings
 from safetensors import safe_open
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.train import sharded
@@ -45,6 +52,31 @@ def test_shards_train_and_resume_as_one_process_does(one, tmp_path):
     result = train(LineTask(infinite_at=(4, 9)), settings(), tmp_path / "on-one", fingerprint={})
     assert np.allclose(losses(tmp_path / "on-one"), losses(one[0]), rtol=1e-5)
     assert torch.allclose(torch.cat([p.detach().flatten() for p in result.model.parameters()]), one[1], atol=1e-5)
+
+
+def test_the_inside_of_fsdp2_is_as_it_is_asked_for(monkeypatch):
+    """torch's private names: where they vanish this says so, and `shard` before any training."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        x, model, plugin = torch.randn(5, 3), deepcopy(plain), SimpleNamespace(reshard_after_forward=True)
+        try:
+            sharded.shard(model, plugin, torch.device("cpu"))
+            assert sharded.is_sharded(model) and isinstance(model[0].weight, DTensor)
+            with sharded.gathered(model):
+                assert torch.equal(model(x), plain(x))
+            sharded.make_whole(model)
+        except (AttributeError, IndexError, PocketfusionError) as error:
+            pytest.fail(f"FSDP2 of torch {torch.__version__} is built otherwise: mend train/sharded.py ({error})")
+        assert type(model) is nn.Sequential and not sharded.is_sharded(model) and type(model[0].weight) is nn.Parameter
+        assert torch.equal(model(x), plain(x)) and not (model._forward_hooks or model._forward_pre_hooks)
+        monkeypatch.setattr(FSDPModule, "_get_fsdp_state", lambda module: SimpleNamespace(_lazy_init=lambda: None))
+        with pytest.raises(
+            PocketfusionError, match=f"FSDP2 of torch {re.escape(torch.__version__)} .*_pre_forward_hook"
+        ):
+            sharded.shard(deepcopy(plain), plugin, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_cannot_be_sharded_is_said(monkeypatch):

@@ -67,13 +67,31 @@ def stages_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(model: nn.Module, plugin: Any, device: torch.device) -> None:
-    """In place: parameters become DTensors, gathered for a stage's forward and backward pass alone."""
+    """In place: parameters become DTensors, gathered for a stage's forward and backward pass alone.
+
+    Raises PocketfusionError where torch's FSDP2 has not the inside that `gathered` and `make_whole` ask for.
+    """
     if hasattr(model, "skip_list"):
         # FSDP2 hands a stage copies of lists: what it appends to one would be lost
         model.skip_list = deque  # type: ignore[assignment]
     mesh = init_device_mesh(device.type, (process_state().num_processes,))
     for module in (*stages_of(model), model):
         fully_shard(module, mesh=mesh, reshard_after_forward=bool(plugin.reshard_after_forward))
+    _check_inside(model)
+
+
+def _check_inside(model: Any) -> None:
+    """torch has no public names for what calls of one process alone, and the way back from `fully_shard`, need."""
+    try:
+        state = model._get_fsdp_state()
+        state._lazy_init()  # else the first call would: `gathered` may come before it
+        _ = state._pre_forward_hook_handle, state._post_forward_hook_handle, type(model).__bases__[1]
+        _ = state._comm_ctx.post_forward_order, [group._post_forward_indices for group in state._fsdp_param_groups]
+    except (AttributeError, IndexError) as error:
+        raise PocketfusionError(
+            f"FSDP2 of torch {torch.__version__} is built otherwise than this was written for ({error}): train "
+            "without FSDP, or install the torch that pyproject.toml names"
+        ) from None
 
 
 def _sharded(model: nn.Module) -> list[Any]:
@@ -89,8 +107,6 @@ def is_sharded(model: nn.Module) -> bool:
 def gathered(model: nn.Module) -> Iterator[None]:
     """While it lasts every process holds all weights and may call the network alone. Nothing for one not sharded."""
     parts = _sharded(model)
-    if parts:
-        model._get_fsdp_state()._lazy_init()  # type: ignore[operator]  # its first call may still be to come
     for part in parts:
         part.reshard()  # the root keeps its weights after a forward pass; they may be of before
         part.unshard()
