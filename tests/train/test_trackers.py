@@ -1,12 +1,19 @@
 """Figures and pictures of a run where people look: its log, and accelerate's trackers."""
 
+from inspect import signature
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import tracking
 from accelerate.utils import LoggerType
 from loop_task import LineTask, settings
+from typer.testing import CliRunner
 
+from pocketfusion.cli import app, commands
+from pocketfusion.cli.train import shown_in
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.recipe import load_recipe
 from pocketfusion.train import place, throughput
 from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import train
@@ -88,6 +95,28 @@ def test_a_tracker_that_is_not_there_is_told_with_its_cure(tmp_path, monkeypatch
     with pytest.raises(PocketfusionError, match="there is no tracker 'wandbb': did you mean 'wandb'?"):
         place.check_trackers(["wandbb"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_command_takes_trackers_in_place_of_the_recipes(tmp_path, monkeypatch):
+    tiny_recipe = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
+    assert commands  # registers them
+    training = {info.name: info.callback for info in app.registered_commands}
+    training = {
+        name: signature(call).parameters
+        for name, call in training.items()
+        if "max_minutes" in signature(call).parameters
+    }
+    assert [name for name, options in training.items() if "log_with" not in options] == ["evolve"]
+    recipe = shown_in(load_recipe(tiny_recipe), ["tensorboard", "wandb"])
+    kept = [section.train.log_with for _, section in recipe if hasattr(section, "train")]
+    assert len(kept) > 8 and set(kept) == {("tensorboard", "wandb")}
+    assert shown_in(load_recipe(tiny_recipe), None) == load_recipe(tiny_recipe)
+    monkeypatch.setattr(place, "find_spec", lambda name: None)
+    begun = ["to-v", "none", "--recipe", str(tiny_recipe), "--data", "none", "--out", str(tmp_path / "v")]
+    for command in (begun, ["compress", str(tiny_recipe), str(tmp_path / "all")]):
+        done = CliRunner().invoke(app, [*command, "--log-with", "tensorboard", "--log-with", "aim"])
+        assert str(done.exception) == "the tracker tensorboard is not installed: pip install tensorboard"
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_itself(tmp_path):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pocketfusion.cli import app
 from pocketfusion.cli.given import model_folder
+from pocketfusion.cli.train import LogWithOpt, shown_in
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,6 +33,7 @@ def compress_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take, measured here.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Only say how far it is, while it runs or not.")] = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Run every stage of a recipe in order: one command from pictures to the phone.
 
@@ -46,7 +48,7 @@ def compress_command(
     from pocketfusion.recipe import load_recipe
     from pocketfusion.train.place import check_trackers
 
-    chain = chain_of(load_recipe(recipe, whole=False))
+    chain = chain_of(shown_in(load_recipe(recipe, whole=False), log_with))
     for stage in chain.stages:
         check_trackers(stage.train.log_with if stage.train else ())
     span = Span.of(chain, start, until, only)

@@ -13,6 +13,7 @@ from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
+    LogWithOpt,
     MinutesOpt,
     OutOpt,
     OverwriteOpt,
@@ -55,9 +56,10 @@ def to_v_command(
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Fine-tune an ε-prediction model to v-prediction, which few steps need."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
     from pocketfusion.distill.to_v import to_v
     from pocketfusion.folder import check_folder
 
@@ -88,9 +90,10 @@ def distill_steps_command(
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Train a student to draw in N steps what its teacher draws in 2N or more (CFG-aware step distillation)."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
     from pocketfusion.distill.run_steps import distill_progressively, distill_steps
     from pocketfusion.folder import check_folder
 

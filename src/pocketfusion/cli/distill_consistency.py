@@ -15,6 +15,7 @@ from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
+    LogWithOpt,
     MinutesOpt,
     OutOpt,
     OverwriteOpt,
@@ -69,6 +70,7 @@ def distill_consistency_command(
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Train a student to draw in 4, 2 or 1 steps (consistency distillation in phases)."""
     scales = parse_range(guidance_range) if guidance_range else None
@@ -76,7 +78,7 @@ def distill_consistency_command(
         raise PocketfusionError("--fold folds in one guidance scale: leave out every other guidance option")
     if mode is Mode.folded and scales:
         raise PocketfusionError("a folded guidance is one scale and --guidance-range are many: give one of them")
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
     from pocketfusion.distill.run_consistency import cautions, distill_consistency
 
     settings = loaded.consistency

@@ -12,6 +12,7 @@ from pocketfusion.cli import app
 from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
+    LogWithOpt,
     LossJudgeOpt,
     MinutesOpt,
     OutOpt,
@@ -56,11 +57,12 @@ def distill_decoder_command(
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Distil a smaller decoder from captions: sampled latents, the teacher's pictures as targets (SnapFusion)."""
     if ratio is not None and not 0 < ratio < 1:
         raise PocketfusionError(f"--ratio {ratio:g} is not between 0 and 1: give the share of channels to remove")
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, pictures=True)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with, pictures=True)
     settings = loaded.decoder
     if settings is None:
         raise PocketfusionError(f"the recipe {loaded.name} has no section 'decoder': see recipes/emoji64.yaml")

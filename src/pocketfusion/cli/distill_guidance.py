@@ -13,6 +13,7 @@ from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
+    LogWithOpt,
     MinutesOpt,
     OutOpt,
     OverwriteOpt,
@@ -54,12 +55,13 @@ def distill_guidance_command(
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Distil classifier-free guidance into the UNet: one call a step, the scale an input of it or folded in."""
     scales = parse_range(guidance_range)
     if fixed is not None and scales is not None:
         raise PocketfusionError("--fixed folds in one scale and --guidance-range learns many: give one of them")
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
     from pocketfusion.distill.guidance import distill_guidance
 
     folder, teacher = model_folder(folder), teacher and model_folder(teacher)

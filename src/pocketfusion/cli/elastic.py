@@ -12,6 +12,7 @@ from pocketfusion.cli.given import model_folder
 from pocketfusion.cli.train import (
     CacheOpt,
     DataOpt,
+    LogWithOpt,
     MinutesOpt,
     OutOpt,
     OverwriteOpt,
@@ -36,9 +37,10 @@ def train_elastic_command(
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Train the UNet with random blocks left out (SnapFusion's robust training), so that it can be evolved."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
     from pocketfusion.folder import check_folder
     from pocketfusion.train.elastic import train_elastic
 
@@ -58,9 +60,10 @@ def recover_command(
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Train an evolved UNet to follow its base, stage by stage (BK-SDM's feature distillation)."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
     from pocketfusion.folder import check_folder
     from pocketfusion.train.recovery import recover
 

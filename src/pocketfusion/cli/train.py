@@ -37,6 +37,10 @@ LossJudgeOpt = Annotated[
 CacheOpt = Annotated[Path | None, typer.Option("--cache", help="Latents and prompt states. Default: RUN/cache")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that came from other inputs.")]
 SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave samples out that cannot be used; counts them.")]
+LogWithOpt = Annotated[
+    list[str] | None,
+    typer.Option("--log-with", metavar="TRACKER", help="Show it there too: tensorboard, wandb, … May be repeated."),
+]
 
 
 def begin(
@@ -47,6 +51,7 @@ def begin(
     minutes: float | None,
     overwrite: bool,
     skip_bad: bool,
+    log_with: list[str] | None,
     *,
     pictures: bool = False,
 ) -> tuple:
@@ -61,7 +66,7 @@ def begin(
     from pocketfusion.recipe import load_recipe
     from pocketfusion.train.place import StageRun
 
-    loaded: Recipe = load_recipe(recipe)
+    loaded: Recipe = shown_in(load_recipe(recipe), log_with)
     check_trackers_of(loaded)
     stage: StageRun = StageRun.at(out, run, minutes, overwrite)
     opener = open_dataset if pictures else open_training_data
@@ -69,6 +74,16 @@ def begin(
     tell_notes(images)
     quiet_libraries()  # imports them: only after the quick checks
     return loaded, images, stage
+
+
+def shown_in(recipe: Recipe, trackers: list[str] | None) -> Recipe:
+    """The recipe with these trackers, if any are given, in place of every section's `log_with`."""
+    changed = {}
+    for name, section in recipe if trackers else ():
+        if (settings := getattr(section, "train", None)) is not None:
+            settings = settings.model_copy(update={"log_with": tuple(trackers or ())})
+            changed[name] = section.model_copy(update={"train": settings})
+    return recipe.model_copy(update=changed)
 
 
 def check_trackers_of(recipe: Recipe) -> None:
@@ -123,9 +138,10 @@ def train_autoencoder_command(
     loss_judge: LossJudgeOpt = None,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Train the autoencoder (SD's AutoencoderKL) on the pictures."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, pictures=True)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with, pictures=True)
     from pocketfusion.train.autoencoder import train_autoencoder
 
     report(train_autoencoder(loaded, images, stage, init, loss_judge), out)
@@ -145,9 +161,10 @@ def train_teacher_command(
     cache: CacheOpt = None,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Train the base UNet and write the whole model folder."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
     from pocketfusion.train.teacher import train_teacher
 
     report(train_teacher(loaded, images, autoencoder, stage, init, cache), out)
@@ -165,9 +182,10 @@ def train_judge_command(
     ] = False,
     overwrite: OverwriteOpt = False,
     skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
 ) -> None:
     """Train the judge: the image-text model that scores pictures."""
-    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, pictures=True)
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with, pictures=True)
     from pocketfusion.train.judge import train_judge
 
     report(train_judge(loaded, images, stage, for_losses=for_losses), out)
