@@ -18,6 +18,7 @@ from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import TextSettings, load_recipe
 from pocketfusion.train.judge import contrastive_loss
 from pocketfusion.train.log import read_log
+from pocketfusion.train.loop import train
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.sample import noise_batch, sample_images, sample_latents
 from pocketfusion.train.start import open_start
@@ -76,8 +77,16 @@ def test_the_first_steps_may_train_on_pictures_of_half_the_size(trained, tiny_re
     assert np.abs(found - wanted.numpy()).max() < 2e-3  # fp16
     loss, _ = task.loss(task.model, task.plan.part(0, 0, 1))
     assert math.isfinite(loss.item())
-    _, noise, _ = task.held_out_pairs()
-    assert noise.shape[-1] == 8  # held-out pictures are whole ones throughout
+    looked, drawn, preview = [], [], task.preview
+    task.validate = lambda model: looked.append(task.held_out_pairs()[0]) or {}
+    task.preview = lambda model: drawn.append(preview(model)) or drawn[-1]
+    settings = recipe.teacher.train.model_copy(update={"preview_every": 3})
+    train(task, settings, tmp_path / "run", fingerprint={})
+    assert [x.shape[-1] for x in looked] == [4, 8]  # of the size that was trained on
+    small = task.latents.latents(task.held_out, halved=True)[:, :4] * start.vae.config.scaling_factor
+    assert np.allclose(looked[0], small, atol=2e-3)
+    blocky = [np.asarray(picture).reshape(3 * 32, 4, 8 * 32, 4, 3) for picture in drawn]
+    assert [bool((each == each[:, :1, :, :1]).all()) for each in blocky] == [True, False]  # shown in one size
 
 
 def test_the_scaling_factor_gives_unit_latents(trained, tiny_data):

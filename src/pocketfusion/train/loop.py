@@ -48,7 +48,8 @@ class Task(Protocol):
     A task that learns from frozen UNets has them in `teachers`, so that the settings can say where they lie and in
     which type. One whose loss leaves some parameters without a gradient also has `unused_parameters = True`. One whose
     loss is no mean over samples, but depends on means over the whole step (as a ratio of two losses does), also has
-    `means(model, batch)`: these means of a part, 1-d, or None if its settings need none. See `means_of_step`.
+    `means(model, batch)`: these means of a part, 1-d, or None if its settings need none. See `means_of_step`. One that
+    looks at other things in the course of training has `reached(step)`, told before `validate` and `preview`.
     """
 
     plan: BatchPlan
@@ -186,6 +187,8 @@ def train(
         nonlocal figures, looked_at
         if looked_at == step:
             return
+        if hasattr(task, "reached"):
+            task.reached(step)
         with average.in_place(), gathered(raw):
             raw.eval()
             figures = task.validate(raw)

@@ -62,10 +62,15 @@ def sample_images(
     guidance_scale: float = 4.0,
     guidance: Guidance = "classifier-free",
     batch: int = 64,
+    side: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Prompts and seeds → uint8 [N, H, W, 3]; `on_batch` hears how many are done."""
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    """Prompts and seeds → uint8 [N, H, W, 3]; `on_batch` hears how many are done.
+
+    `side`: of the latents; default: what the UNet is for.
+    """
+    side = side or unet.config.sample_size
+    shape = (unet.config.in_channels, side, side)
     empty, images = text.encode([""])[0], []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])

@@ -78,6 +78,7 @@ class TeacherTask:
     ):
         settings = settings or recipe.teacher.train
         self.half_steps = round(half_size_until * settings.steps)
+        self.halved = False  #: whether held-out figures and previews are of pictures of half the size
         self.settings, self.data, self.model, self.vae, self.text = recipe.teacher, data, unet, vae, text
         self.scheduler = DDIMScheduler(**recipe.teacher.scheduler)
         self.objective = DenoisingObjective(
@@ -116,6 +117,10 @@ class TeacherTask:
         self.vae.to(device)
         self.text.encoder.to(device)
 
+    def reached(self, step: int) -> None:
+        """Held-out figures and previews from here on are of the size that was trained on up to now."""
+        self.halved = step <= self.half_steps > 0
+
     def clean(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's latents x (mirrored at random where allowed) and caption states, some dropped; on the CPU."""
         mirrored = (batch.rand() < 0.5).numpy() & self.flip[batch.indices]
@@ -145,7 +150,7 @@ class TeacherTask:
     def held_out_pairs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The held-out latents x, their fixed noise and caption states; on the CPU."""
         rows = np.arange(len(self.indices) - len(self.held_out), len(self.indices))
-        mean = torch.from_numpy(self.latents.latents(self.held_out)).float().chunk(2, dim=1)[0]
+        mean = torch.from_numpy(self.latents.latents(self.held_out, halved=self.halved)).float().chunk(2, dim=1)[0]
         x = mean * self.vae.config.scaling_factor
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
         states = self.states.take(rows, np.zeros(len(rows)))
@@ -181,10 +186,13 @@ class TeacherTask:
         seeds = list(range(len(prompts)))
         unet: UNet2DConditionModel = model  # type: ignore[assignment]
         drawn = self.sampling.model_dump(exclude={"guidance_range"})
-        batch = max(1, 2**14 // unet.config.sample_size**2)  # 4 pictures of 512 px: looking must fit where a step does
-        images = sample_images(unet, self.vae, self.text, self.scheduler, prompts, seeds, batch=batch, **drawn)
+        side = unet.config.sample_size // (2 if self.halved else 1)
+        batch = max(1, 2**14 // side**2)  # 4 pictures of 512 px: looking must fit where a step does
+        parts = unet, self.vae, self.text, self.scheduler
+        images = sample_images(*parts, prompts, seeds, batch=batch, side=side, **drawn)
         rows = np.concatenate([np.concatenate(list(row), axis=1) for row in images.reshape(3, 8, *images.shape[1:])])
-        return Image.fromarray(rows).resize((rows.shape[1] * 2, rows.shape[0] * 2), Image.Resampling.NEAREST)
+        scale = 4 if self.halved else 2
+        return Image.fromarray(rows).resize((rows.shape[1] * scale, rows.shape[0] * scale), Image.Resampling.NEAREST)
 
 
 def fast_attention(unet: UNet2DConditionModel, device: torch.device) -> None:
