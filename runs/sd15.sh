@@ -10,7 +10,7 @@
 #     latents of a million pictures 7 · to-v 78 · base-16 222 · steps-8 222 (both teacher and student are SD-1.5's UNet)
 #     distill-decoder 34 · import, plan, export and check: 15 minutes of a processor, 14 GB of memory
 # We have not run it at full size: there are neither weights nor such machines where this was written. tiny.sh is the
-# same script on a miniature (pytest -m slow tests/test_runs.py). The search for a smaller UNet is not in it: docs/full-size.md.
+# same script on a miniature (tests/test_runs.py). The search for a smaller UNet is not in it: docs/full-size.md.
 RECIPE=${RECIPE:-$(dirname "$0")/../recipes/sd15.yaml}
 SIZE=512 STEPS=8
 CACHE_OPTIONS="--precision bf16"

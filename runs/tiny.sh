@@ -3,7 +3,7 @@
 #
 #     runs/tiny.sh OUT
 #
-# For whoever wants to see the whole way before renting GPUs; its pictures are noise. pytest -m slow tests/test_runs.py runs it.
+# For whoever wants to see the whole way before renting GPUs; its pictures are noise. tests/test_runs.py runs it.
 out=${1:?usage: runs/tiny.sh OUT}
 here=$(dirname "$0")
 inputs=$out/inputs

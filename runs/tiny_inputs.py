@@ -13,10 +13,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from diffusers import AutoencoderKL
-from menagerie import pipeline
+from menagerie import autoencoder, pipeline, text_encoder, unet
 
 from ldm import ldm_state, save
 from pocketfusion.data.shapes import COLOURS, picture
@@ -25,29 +23,16 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 SIZE = 32  # pixels: latents of 8×8
 
 
-def autoencoder() -> AutoencoderKL:
-    """Of factor 4; wide enough that half of it is groups of 32 channels still."""
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        sample_size=SIZE,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(64, 64, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=32,
-        scaling_factor=0.18215,
-    )
-
-
 def tiny_recipe(made: Any) -> dict[str, Any]:
-    """recipes/tiny.yaml's settings with the checkpoint's shapes, and sd15.yaml's noise schedule and text encoder."""
-    recipe, full = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in ("tiny", "sd15"))
-    recipe.pop("stages")
-    recipe["data"] = {"size": SIZE, "scene_share": 0.0, "flip": True}
-    recipe["text"] = full["text"]
-    recipe["autoencoder"] = {"config": _config(made.vae), "train": full["autoencoder"]["train"]}
-    recipe["teacher"] |= {"scheduler": full["teacher"]["scheduler"], "unet": _config(made.unet)}
+    """recipes/sd15.yaml with the checkpoint's shapes, and recipes/tiny.yaml's settings of the stages that are run."""
+    recipe, tiny = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in ("sd15", "tiny"))
+    recipe = {name: recipe[name] for name in ("name", "data", "text", "autoencoder", "teacher", "judge")}
+    recipe["name"], recipe["data"]["size"] = "tiny", SIZE
+    recipe["autoencoder"]["config"], recipe["teacher"]["unet"] = _config(made.vae), _config(made.unet)
+    recipe["teacher"] |= {"num_inference_steps": 2}
+    for section in ("to_v", "step_distillation", "decoder"):
+        recipe[section] = tiny[section]
+        recipe[section]["train"] |= {"steps": 4, "preview_every": 4}
     return recipe
 
 
@@ -58,7 +43,9 @@ def _config(network: Any) -> dict[str, Any]:
 
 def make(folder: Path) -> None:
     """Writes `checkpoint.safetensors`, `shards/` and, last, `recipe.yaml`."""
-    made = pipeline(vae=autoencoder())
+    attends_in_the_middle = unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    # of which half a decoder is groups of 32 channels still
+    made = pipeline(unet=attends_in_the_middle, text_encoder=text_encoder(layers=1), vae=autoencoder(width=64))
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     save(ldm_state(made), folder / "checkpoint.safetensors", {"modelspec.resolution": f"{SIZE}x{SIZE}"})
     for number, shape in enumerate(("square", "disc")):

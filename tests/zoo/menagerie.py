@@ -42,13 +42,13 @@ def rounded(network: Any) -> Any:
     return network.eval()
 
 
-def autoencoder(seed: int = 0) -> AutoencoderKL:
+def autoencoder(seed: int = 0, width: int = 32) -> AutoencoderKL:
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 32, 32),
+        block_out_channels=(width,) * 3,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=32,
