@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from made_pictures import photo_shards
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pocketfusion.data.sources import open_dataset, open_training_data
 from pocketfusion.errors import PocketfusionError
@@ -113,7 +113,26 @@ def test_training_on_buckets_resumes_to_the_sample(bucketed, trained, tiny_recip
     assert "val_mse" in (tmp_path / "whole" / "provenance.json").read_text()
 
 
-def test_the_commands_of_a_cache(bucketed, trained, tiny_recipe, cli, tmp_path):
+@pytest.fixture
+def of_128(tiny_recipe, tmp_path_factory):
+    """A recipe for larger pictures."""
+    recipe = yaml.safe_load(tiny_recipe.read_text())
+    recipe["data"]["size"] = 128
+    (file := tmp_path_factory.mktemp("recipe") / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return file
+
+
+@pytest.fixture
+def other(trained, tmp_path_factory):
+    """The base with another autoencoder."""
+    made = shutil.copytree(trained / "base", tmp_path_factory.mktemp("other") / "base")
+    weights = load_file(file := made / "vae" / "diffusion_pytorch_model.safetensors")
+    weights["encoder.conv_in.weight"] *= 2
+    save_file(weights, file, {"format": "pt"})
+    return made
+
+
+def test_the_commands_of_a_cache(bucketed, trained, tiny_recipe, of_128, other, cli, tmp_path):
     shown = cli("data", "show-cache", bucketed, "--verify")
     assert shown.returncode == 0 and "24 pictures as latents" in shown.stdout and "SHA-256 matches" in shown.stdout
     for arguments, match in (
@@ -134,11 +153,19 @@ def test_the_commands_of_a_cache(bucketed, trained, tiny_recipe, cli, tmp_path):
             "of a kind that is not read",
         ),
         (("data", "cache", bucketed, tmp_path / "x", "--vae", tmp_path, "--size", 64, "--part", "3/2"), "give K/N"),
+        (
+            ("train-elastic", trained / "base", "--recipe", of_128, "--data", bucketed, "--out", tmp_path / "x"),
+            "is a cache of pictures of 64 px and the recipe's data.size is 128: make one with --size 128",
+        ),
+        (
+            ("train-elastic", other, "--recipe", tiny_recipe, "--data", bucketed, "--out", tmp_path / "y"),
+            "holds latents of another autoencoder",
+        ),
     ):
         done = cli(*arguments)
         said = " ".join(done.stderr.split())
         assert done.returncode == 2 and match in said and "Traceback" not in said, said
-    assert not list(tmp_path.iterdir())
+    assert not any(path.is_file() and path.name != "run.json" for path in tmp_path.rglob("*"))
 
 
 def test_a_recipe_takes_a_cache_for_its_pictures(bucketed, trained, tiny_recipe, end, cli, tmp_path):

@@ -50,6 +50,12 @@ def peak_rss() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak() -> None:
+    """Linux begins to count `peak_rss` anew from what is held now; elsewhere it stays."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def available_memory() -> float:
     """Bytes that can be used without swapping, on the machine and in this process's control group; infinity where
     neither is told."""

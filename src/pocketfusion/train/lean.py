@@ -15,6 +15,9 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.quiet import quiet
 from pocketfusion.recipe import TrainSettings
 
+#: What `make_optimizer`'s moments take, bytes a parameter: two of 4, or of 1 with a scale each for a block of 256.
+MOMENT_BYTES = {"adamw": 8.0, "adamw-8bit": 2.0 + 8 / 256}
+
 
 def checkpoint_activations(model: nn.Module, recomputing: Callable[[], AbstractContextManager] = nullcontext) -> None:
     """Lets diffusers' blocks and ours keep their inputs alone and compute the rest again in the backward pass.

@@ -12,10 +12,10 @@ from torch import nn
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.processes import process_state
 from pocketfusion.recipe import TrainSettings
-from pocketfusion.runtime.memory import available_memory, memory, peak_rss, release
+from pocketfusion.runtime.memory import available_memory, forget_peak, memory, peak_rss, release
+from pocketfusion.train.lean import MOMENT_BYTES
 
 _FILLED = 0.85  #: share of the memory that a trial may take: later batches have more guided samples
-_STATES = {"adamw": 8.0, "adamw-8bit": 2.1}  #: bytes a parameter of AdamW's moments, which a trial lacks
 
 
 def parts_of(settings: TrainSettings, processes: int) -> int:
@@ -84,12 +84,12 @@ def _all_agree(fits: bool, device: torch.device) -> bool:
 
 
 def _budget(model: nn.Module, settings: TrainSettings, device: torch.device) -> float:
-    """Bytes that a trial may take beside what is held now."""
+    """Bytes that a trial may take beside what is held now: AdamW's moments and the average are still to come."""
     free = available_memory()
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         free -= torch.cuda.memory_allocated(device)
-    states = _STATES[settings.optimizer] + (0 if "ema" in settings.offload and device.type == "cuda" else 4)
+    states = MOMENT_BYTES[settings.optimizer] + (0 if "ema" in settings.offload and device.type == "cuda" else 4)
     return _FILLED * free - states * sum(p.numel() for p in model.parameters())
 
 
@@ -105,7 +105,7 @@ def _peak(
         release()
         now = memory()
         before = now.total if now else 0
-        _forget_peak()
+        forget_peak()  # where it cannot, trials end early
     batch = task.plan.slice(step, 0, size)
     if hasattr(task, "means"):
         batch.means = torch.ones(2)  # any: nothing is exchanged while a process may run out of memory
@@ -121,12 +121,3 @@ def _peak(
             torch.cuda.empty_cache()
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_rss() or 0
     return float(max(0, peak - before))
-
-
-def _forget_peak() -> None:
-    """Linux begins to count the peak of the resident set anew; elsewhere it stays, and trials end early."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass

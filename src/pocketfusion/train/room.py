@@ -18,6 +18,7 @@ from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import Recipe, TrainSettings
+from pocketfusion.train.lean import MOMENT_BYTES
 from pocketfusion.train.live_bytes import step_bytes
 from pocketfusion.train.micro_batch import parts_of
 from pocketfusion.train.sharded import stages_of
@@ -25,7 +26,6 @@ from pocketfusion.train.sharded import stages_of
 _TEXT = {"minilm": 22_700_000}
 _CLIP = 123_000_000  #: parameters of ViT-L/14's text encoder, which a folder's is taken for
 CUDA_ITSELF = 0.6e9  #: context and libraries of a process on a GPU; an assumption
-_MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.0 + 8 / 256}  #: bytes a parameter; of 8 bits with two scales a block
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Planner:
         several = self.processes > 1 or micro_batch * self.processes < train.batch_size
         parts = {
             "weights": 4.0 * count * on,
-            "moments": _MOMENTS[train.optimizer] * count * on,
+            "moments": MOMENT_BYTES[train.optimizer] * count * on,
             "EMA": 0.0 if self.kind == "cuda" and "ema" in train.offload else 4.0 * count * on,
         }
         if several:
