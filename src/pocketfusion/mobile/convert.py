@@ -12,6 +12,7 @@ from pocketfusion.artefact import atomic_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.flatbuffer import drop_unused, module_chains, read, rename, write
 from pocketfusion.mobile.placeholders import fill, without_convolutions
+from pocketfusion.mobile.products import mend_products
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.rewrites.base import contiguous
 from pocketfusion.mobile.targets import TARGETS, Target
@@ -60,6 +61,8 @@ def convert(
             contents = read(raw)
             rename(contents, chains)
             fill(contents, convolutions)
+            if target.name == "litert-cpu":  # others' delegates take both forms
+                mend_products(contents)
             drop_unused(contents)
             write(contents, partial)
     return counts

@@ -209,6 +209,24 @@ def operation_name(model: Any, operator: Any) -> str:
     return _NAMES[max(code.builtinCode, code.deprecatedBuiltinCode)]
 
 
+def operation_code(model: Any, kind: int) -> int:
+    """The index of the built-in operator `kind` among the model's operation codes, added where it is missing."""
+    for index, code in enumerate(model.operatorCodes):
+        if max(code.builtinCode, code.deprecatedBuiltinCode) == kind:
+            return index
+    code = schema.OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = kind
+    code.version = 1
+    model.operatorCodes.append(code)
+    return len(model.operatorCodes) - 1
+
+
+def has_data(model: Any, tensor: Any) -> bool:
+    """If the tensor is a constant."""
+    data = model.buffers[tensor.buffer].data
+    return data is not None and len(data) > 0
+
+
 def operations(path: Path) -> list[Counter[str]]:
     """How often each operation occurs, per subgraph (one per signature)."""
     model = read(path)

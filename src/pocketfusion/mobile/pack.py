@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
 from pocketfusion.artefact import atomic_file
-from pocketfusion.mobile.flatbuffer import Weight, drop_unused, read, weights, write
+from pocketfusion.mobile.flatbuffer import Weight, drop_unused, operation_code, read, weights, write
 
 #: How a layer's weight is stored and computed with. `float16` and `int8` are unpacked to float32 when the file is
 #: loaded; the dynamic forms go straight into the operation: CPUs round activations to 8 bits as they come and compute
@@ -122,7 +122,7 @@ def _store(model: Any, weight: Weight, form: Form) -> None:
         return
     tensor.buffer = 0
     operator = schema.OperatorT()
-    operator.opcodeIndex = _dequantize(model)
+    operator.opcodeIndex = operation_code(model, schema.BuiltinOperator.DEQUANTIZE)
     operator.inputs = np.array([len(graph.tensors)], np.int32)
     operator.outputs = np.array([weight.tensor], np.int32)
     graph.tensors.append(stored)
@@ -135,16 +135,3 @@ def nibbles(integers: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     if len(flat) % 2:
         flat = np.append(flat, np.uint8(0))
     return flat[::2] | (flat[1::2] << np.uint8(4))
-
-
-def _dequantize(model: Any) -> int:
-    """The index of DEQUANTIZE among the model's operation codes, added where it is missing."""
-    wanted = schema.BuiltinOperator.DEQUANTIZE
-    for index, code in enumerate(model.operatorCodes):
-        if max(code.builtinCode, code.deprecatedBuiltinCode) == wanted:
-            return index
-    code = schema.OperatorCodeT()
-    code.builtinCode = code.deprecatedBuiltinCode = wanted
-    code.version = 1
-    model.operatorCodes.append(code)
-    return len(model.operatorCodes) - 1

@@ -78,11 +78,36 @@ class _Block(nn.Module):
 
 
 def test_residual_branch_is_nhwc_inside(tmp_path: Path) -> None:
+    """And what has the picture's size is never reshaped, nor are a norm's fresh weights broadcast."""
     branch = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1))
     convert(_Block(branch), {"x": torch.randn(1, 6, 6, 8)}, tmp_path / "block.tflite")
     (counts,) = operations(tmp_path / "block.tflite")
     assert counts["CONV_2D"] == 1
     assert counts["TRANSPOSE"] == 0 and counts["BROADCAST_TO"] == 0
+    (graph,) = load(tmp_path / "block.tflite").graphs
+    reshaped = [math.prod(op.outputs[0].shape) for op in graph.operations if op.kind == "RESHAPE"]
+    assert reshaped and max(reshaped) <= 8
+
+
+class _Mid(nn.Module):
+    """The autoencoder's attention, of a single head, NHWC outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(16, heads=1, dim_head=16, bias=True, norm_num_groups=4, residual_connection=True)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.attention(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)}
+
+
+def test_products_of_activations_are_no_layers(tmp_path: Path) -> None:
+    """XNNPACK leaves a FULLY_CONNECTED whose weight is computed to a slow kernel; the converter writes QK^T so."""
+    module, x = _Mid().eval(), torch.randn(1, 6, 5, 16)
+    convert(module, {"x": x}, tmp_path / "mid.tflite")
+    (counts,) = operations(tmp_path / "mid.tflite")
+    assert (counts["FULLY_CONNECTED"], counts["BATCH_MATMUL"]) == (4, 2)
+    measured = run(tmp_path / "mid.tflite", [{"x": x.numpy()}], "y", DEFAULT_SIGNATURE)[0]
+    torch.testing.assert_close(torch.from_numpy(measured), module(x)["y"], rtol=1e-4, atol=1e-5)
 
 
 def test_slices_of_a_weight_convert(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from pocketfusion.mobile.rewrites.base import Rewrite, replace
 from pocketfusion.mobile.targets import Limits
 
 
-def normalise(x: torch.Tensor, axes: tuple[int, ...], eps: float, float16: bool) -> torch.Tensor:
-    """`x` with mean 0 and variance 1 over `axes`; with `float16` nothing leaves half precision's range on the way.
+def normalise(x: torch.Tensor, axes: tuple[int, ...], eps: float) -> torch.Tensor:
+    """`x` with mean 0 and variance 1 over `axes`, nothing leaving half precision's range on the way.
 
     One axis at a time: delegates take means over single axes, and fp16 sums stay short.
     """
@@ -32,8 +32,6 @@ def normalise(x: torch.Tensor, axes: tuple[int, ...], eps: float, float16: bool)
         return x
 
     centred = x - mean(x)
-    if not float16:
-        return centred * torch.rsqrt(mean(centred * centred) + eps)
     largest = centred.abs()
     for axis in axes:
         largest = largest.amax(axis, keepdim=True)
@@ -43,7 +41,12 @@ def normalise(x: torch.Tensor, axes: tuple[int, ...], eps: float, float16: bool)
 
 
 class GroupNormNHWC(nn.Module):
-    """`nn.GroupNorm` on [B, C, H, W] or [B, C, T], computed on a [B, positions, groups, C / groups] view."""
+    """`nn.GroupNorm` on [B, C, H, W] or [B, C, T] in channels-last order.
+
+    In float32 a channel has one mean and one factor, and tensors of the input's size keep its shape: XNNPACK copies
+    what is reshaped, and where both sides of an operation differ in a short last axis (a group's channels) it computes
+    that many values at a time. In float16's range it is computed on a [B, positions, groups, C / groups] view.
+    """
 
     def __init__(self, norm: nn.GroupNorm, float16: bool = False):
         super().__init__()
@@ -52,12 +55,27 @@ class GroupNormNHWC(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         to_last, to_first = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.ndim == 4 else ((0, 2, 1), (0, 2, 1))
         last = x.permute(to_last)
-        batch, channels, groups = x.shape[0], x.shape[1], self.norm.num_groups
-        y = last.reshape(batch, -1, groups, channels // groups)
-        y = normalise(y, (1, 3), self.norm.eps, self.float16).reshape(last.shape)
-        if self.norm.affine:
-            y = y * self.norm.weight + self.norm.bias
+        y = self._of_groups(last) if self.float16 else self._of_channels(last)
         return y.permute(to_first)
+
+    def _of_groups(self, x: torch.Tensor) -> torch.Tensor:
+        groups, channels = self.norm.num_groups, x.shape[-1]
+        y = normalise(x.reshape(x.shape[0], -1, groups, channels // groups), (1, 3), self.norm.eps).reshape(x.shape)
+        return y * self.norm.weight + self.norm.bias if self.norm.affine else y
+
+    def _of_channels(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - self._mean(x)
+        factor = torch.rsqrt(self._mean(centred * centred) + self.norm.eps)
+        if not self.norm.affine:
+            return centred * factor
+        return centred * (factor * self.norm.weight) + self.norm.bias
+
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Each channel's group's mean over all positions, [B, 1, (1,) C]."""
+        x = x.mean(tuple(range(1, x.ndim - 1)), keepdim=True)
+        channels = x.reshape(x.shape[0], 1, self.norm.num_groups, -1)
+        # the mean at each of the group's channels, but for rounding: expanded it would be BROADCAST_TO
+        return (channels - (channels - channels.mean(3, keepdim=True))).reshape(x.shape)
 
 
 class ScaledLayerNorm(nn.Module):
@@ -68,7 +86,7 @@ class ScaledLayerNorm(nn.Module):
         self.norm = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = normalise(x, (x.ndim - 1,), self.norm.eps, float16=True)
+        y = normalise(x, (x.ndim - 1,), self.norm.eps)
         if self.norm.elementwise_affine:
             y = y * self.norm.weight
             if self.norm.bias is not None:
