@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -67,6 +66,10 @@ def generate_command(
         Path | None,
         typer.Option("--trace", metavar="FILE.json", help="Write what was in memory when, and FILE.png of it."),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="DIR", help="Keep packed weights here, for quicker starts."),
+    ] = None,
 ) -> None:
     """Draw pictures of a prompt with a bundle, on LiteRT.
 
@@ -90,7 +93,12 @@ def generate_command(
     notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     with _Bar(notes) as bar:
         pipeline = Pipeline.load(
-            bundle, threads, mode=cast("Mode | None", mode), memory_budget=memory_budget, trace=trace
+            bundle,
+            threads,
+            mode=cast("Mode | None", mode),
+            memory_budget=memory_budget,
+            trace=trace,
+            cache=cache,
         )
         num_steps = pipeline.manifest.defaults.num_inference_steps if steps is None else steps
         bar.start(count, num_steps)
@@ -225,6 +233,8 @@ def _report(
     timings, steps = result.timings, result.num_inference_steps
     memory = f", peak memory {result.peak_rss / 1e6:.0f} MB" if result.peak_rss else ""
     kind = "" if guidance == "classifier-free" else f"{guidance} "
+    import statistics
+
     pace = f"{1000 * statistics.median(timings.steps):.1f} ms"
     console.print(
         f"{timings.total:.2f} s: {steps} step{'s' if steps > 1 else ''} of {pace}, "

@@ -21,6 +21,7 @@ from pocketfusion.runtime.engines import (
     cpu_options,
     gpu_options,
 )
+from pocketfusion.runtime.kept_weights import KeptWeights
 from pocketfusion.runtime.memory import release
 from pocketfusion.runtime.trust.litert_file import verify
 
@@ -56,28 +57,37 @@ class Network:
         num_threads: int,
         *,
         mapped: bool = False,
+        kept: KeptWeights | None = None,
+        sha256: str = "",
         accelerator: Accelerator = "cpu",
     ) -> None:
         """With `mapped` (CPU only), XNNPACK's packed weights go to a temporary file that is mapped into memory: pages
-        that the system may drop, where the heap would hold them beside the pages of the network's own file.
+        that the system may drop, where the heap would hold them beside the pages of the network's own file. With
+        `kept` (CPU only) it is a file there, by the `sha256` of the network's, that the next start finds.
 
         Raises PocketfusionError if the file is not sound, computes other tensors than the manifest's or is refused by
         LiteRT, the GPU does not take all of it (or there is none), or the disk is too full for the temporary file.
         """
         self.path, self.spec = path, spec
         signature = verify(path, spec)
-        # held until the network is closed: the mapping is of this file, which has no name in any folder
-        self._packed = _temporary_file(spec) if mapped and accelerator == "cpu" else None
+        self._packed: IO[bytes] | None = None
+
+        def with_packed(packed: Path) -> Compiled:
+            return Compiled(path, spec, signature, cpu_options(num_threads, packed))
+
         with quiet():  # LiteRT's native log; its errors come as exceptions
             try:
-                self._engine: Engine
+                engine: Engine | None = None
                 if accelerator == "gpu":
-                    self._engine = Compiled(path, spec, signature, gpu_options(spec))
-                elif self._packed is not None:
-                    packed = Path(f"/proc/self/fd/{self._packed.fileno()}")
-                    self._engine = Compiled(path, spec, signature, cpu_options(num_threads, packed))
-                else:
-                    self._engine = Interpreted(path, spec, signature, num_threads)
+                    engine = Compiled(path, spec, signature, gpu_options(spec))
+                elif kept is not None:
+                    engine = kept.load(sha256, packed_size(spec), with_packed)
+                if engine is None and mapped:
+                    # held until the network is closed: the mapping is of this file, which has no name in any folder
+                    self._packed = _temporary_file(spec)
+                if engine is None and self._packed is not None:
+                    engine = with_packed(Path(f"/proc/self/fd/{self._packed.fileno()}"))
+                self._engine = engine or Interpreted(path, spec, signature, num_threads)
             except (ValueError, RuntimeError) as error:
                 raise _refused(path, accelerator, error) from None
 
@@ -140,6 +150,11 @@ def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
+def packed_size(spec: manifest.Network) -> int:
+    """Bytes of the network's weights as XNNPACK packs them, about."""
+    return spec.parameters * (1 if spec.weights in ("int8-dynamic", "int4-dynamic") else 4)
+
+
 def _temporary_file(spec: manifest.Network) -> IO[bytes] | None:
     """A file without a name, which vanishes with the process however that ends; None where that has no path either.
 
@@ -148,7 +163,7 @@ def _temporary_file(spec: manifest.Network) -> IO[bytes] | None:
     if not Path("/proc/self/fd").is_dir():
         return None
     folder = tempfile.gettempdir()
-    packed = spec.parameters * (1 if spec.weights in ("int8-dynamic", "int4-dynamic") else 4)
+    packed = packed_size(spec)
     if (free := shutil.disk_usage(folder).free) < packed:
         raise PocketfusionError(
             f"the packed weights need up to {packed / 1e6:,.0f} MB in {folder}, which has {free / 1e6:,.0f} MB free: "

@@ -16,6 +16,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.budget import choose_mode
 from pocketfusion.runtime.denoise import Denoiser, check_finite
 from pocketfusion.runtime.guidance import resolve_guidance
+from pocketfusion.runtime.kept_weights import KeptWeights
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.memory import peak_rss
 from pocketfusion.runtime.networks import ACCELERATORS, Accelerator, Network, available_cores, check_threads
@@ -50,6 +51,7 @@ class Pipeline:
         memory_budget: float | None = None,
         accelerator: Accelerator = "cpu",
         trace: Path | str | None = None,
+        cache: Path | str | None = None,
     ) -> None:
         """Loads the networks that the mode keeps; see `load` for the settings and what is raised."""
         start = time.perf_counter()
@@ -62,6 +64,7 @@ class Pipeline:
         if memory_budget is not None:
             mode = choose_mode(bundle, memory_budget, mode)
         self.accelerator = accelerator
+        self._kept = None if cache is None else KeptWeights(Path(cache))
         self.tokenizer = PromptTokenizer(bundle.file("tokenizer"), self.manifest.tokenizer)
         self._empty = self.tokenizer.encode("").input_ids, bundle.empty_prompt_embeds()
         self.mode: Mode = mode or "resident"
@@ -79,19 +82,27 @@ class Pipeline:
         memory_budget: float | None = None,
         accelerator: Accelerator = "cpu",
         trace: Path | str | None = None,
+        cache: Path | str | None = None,
     ) -> Pipeline:
         """Opens and verifies the bundle at `path` (default: the embedded one), then loads it on `num_threads` threads
         (default: all cores).
 
         `mode` says which networks are in memory when (`residency.Mode`; pictures are the same in all): `resident`
         unless `memory_budget`, in MB of 10^6 bytes for the whole process, chooses the fastest that fits. `trace` is a
-        .json file that every `generate` writes a timeline to, with a picture of it beside.
+        .json file that every `generate` writes a timeline to, with a picture of it beside. `cache` is a folder that
+        keeps packed weights (`KeptWeights`), which the next start need not pack, if it can be written.
         Raises PocketfusionError for whatever is wrong with the bundle or a setting, and for too small a budget.
         """
         start = time.perf_counter()
         bundle = Bundle.open(embedded_bundle() if path is None else path)
         pipeline = cls(
-            bundle, num_threads, mode=mode, memory_budget=memory_budget, accelerator=accelerator, trace=trace
+            bundle,
+            num_threads,
+            mode=mode,
+            memory_budget=memory_budget,
+            accelerator=accelerator,
+            trace=trace,
+            cache=cache,
         )
         pipeline.load_seconds = time.perf_counter() - start
         return pipeline
@@ -106,7 +117,15 @@ class Pipeline:
         # the modes that are there to save memory keep packed weights in a mapped file
         spec, mapped = getattr(self.manifest.networks, name), self.mode != "resident"
         path = self.bundle.file(name)
-        return Network(path, spec, self.num_threads, mapped=mapped, accelerator=self.accelerator)
+        return Network(
+            path,
+            spec,
+            self.num_threads,
+            mapped=mapped,
+            kept=self._kept,
+            sha256=self.manifest.files[name].sha256,
+            accelerator=self.accelerator,
+        )
 
     @in_turn(whole=True)
     def generate(
