@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from diffusers import AutoencoderKL
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile import outlook
-from pocketfusion.mobile.devices import DEVICES, options_for
+from pocketfusion.mobile.devices import DEVICES, options_for, tile_within, widest_map
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.outlook import prepare
 from pocketfusion.mobile.quantize import quantize
 from pocketfusion.models.loading import assemble, empty_part
+from pocketfusion.models.sd_configs import CONFIGS
 from pocketfusion.runtime.manifest import NETWORKS, Bundle
+from pocketfusion.runtime.tiles import starts
 from tiny_sd import make_configs, make_miniature
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sd15-phone.yaml"
@@ -46,6 +50,17 @@ def chosen(folder: Path, device: str, **given: Any) -> dict[str, Any]:
     pipeline = assemble(folder, empty_part)
     ExportSettings(size=given.get("size")).resize(pipeline)
     return ExportSettings(**options_for(device, pipeline, given)).chosen()
+
+
+def test_a_decoder_of_half_the_width_is_in_four_tiles_instead_of_nine() -> None:
+    def vae(*widths: int) -> AutoencoderKL:
+        with torch.device("meta"):
+            return AutoencoderKL(**CONFIGS["sd-1.5"]["vae"] | {"block_out_channels": widths})
+
+    half, limit = vae(64, 128, 256, 256), 64 << 20
+    assert tile_within(half, 64, limit) == 40 and [len(starts(64, tile)) for tile in (40, 36, 32)] == [2, 3, 3]
+    assert widest_map(half, 40, 40) <= limit < widest_map(half, 64, 64)
+    assert tile_within(vae(128, 256, 512, 512), 64, limit) == 32
 
 
 def test_full_size_on_a_phone_is_in_tiles_and_two_calls_and_a_small_model_is_not(
