@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.given import parse_size
+from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
     from pocketfusion.runtime.residency import Mode
@@ -23,9 +25,37 @@ def bench_command(
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads. Default: all cores.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps. Default: each bundle's.")] = None,
     mode: Annotated[str, typer.Option("--mode", help="resident, pipelined or sequential.")] = "resident",
+    every: Annotated[
+        Path | None,
+        typer.Option(
+            "--all", metavar="FOLDER", help="Compare runtimes instead: this model folder's UNet on all that are here."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="With --all: pictures' HEIGHTxWIDTH.", show_default="the model's")
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", help="With --all: runtimes and weights, such as litert-cpu:int8,torch:bfloat16."),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="With --all: keep converted UNets here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows here.")] = None,
 ) -> None:
-    """Measure bundles in turns: load, compile, text, steps, decode, memory; ratios against the first."""
+    """Measure bundles in turns: load, compile, text, steps, decode, memory; ratios against the first.
+
+    With --all FOLDER, one UNet on every runtime: step, load, memory, file, and the PSNR of its pictures to PyTorch's.
+    """
+    from pocketfusion.cli.bench_all import bench_all, refuse_alone
+
+    if every is not None:
+        if bundles:
+            raise PocketfusionError(f"--all compares runtimes on one model folder: leave {bundles[0]} out")
+        pixels = None if size is None else parse_size(size)
+        bench_all(
+            every, runs=runs, threads=threads, steps=steps, size=pixels, only=only, cache=cache, json_file=json_file
+        )
+        return
+    refuse_alone(size=size, only=only, cache=cache)
     from rich.progress import Progress
 
     from pocketfusion.artefact import check_files, write_json

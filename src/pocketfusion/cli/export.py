@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.given import model_folder
+from pocketfusion.cli.given import model_folder, parse_size
 from pocketfusion.cli.targets import DeviceOption, TargetOption
-from pocketfusion.errors import PocketfusionError
 from pocketfusion.terminal import Console
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ def export_command(
         "target": None if target is None else target.value,
         "ios": ios,
         "layout": layout,
-        "size": None if size is None else _parse_size(size),
+        "size": None if size is None else parse_size(size),
         "rewrites": _names(rewrites),
         "lora": tuple(_parse_lora(each) for each in lora or ()),
         "embedding": tuple(embedding or ()),
@@ -193,13 +192,6 @@ def export_command(
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdigit() and width.isdigit()):
-        raise PocketfusionError(f"--size is {text!r}: give height and width in pixels, such as 512x512")
-    return int(height), int(width)
 
 
 def _parse_lora(text: str) -> tuple[Path, float]:

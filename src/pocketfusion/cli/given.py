@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.terminal import Console
 
 
@@ -37,3 +38,10 @@ def stages() -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the header", total=None)
         yield lambda stage: bar.update(task, description=stage)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise PocketfusionError(f"--size is {text!r}: give height and width in pixels, such as 512x512")
+    return int(height), int(width)

@@ -96,3 +96,23 @@ def test_a_weight_with_an_outlier_stays_float16_in_int8(tmp_path: Path) -> None:
     compress(tmp_path / "e.mlpackage", tmp_path / "s.mlpackage", "int8", 17, module)
     stored = [one.type for one in packages.read_program(tmp_path / "s.mlpackage")[1].operations]
     assert not any(one.startswith("constexpr") for one in stored)
+
+
+def test_channels_that_do_not_divide_by_16_share_a_palette(tmp_path: Path) -> None:
+    """For iOS 18 coremltools would leave such weights in float16: an embedding table of 30,522 rows, say."""
+    from pocketfusion.mobile.coreml.program import convert
+    from pocketfusion.mobile.targets import TARGETS
+
+    module = Two()
+    module.body = nn.Conv2d(64, 40, 1, bias=False)
+    convert(module, SAMPLES, tmp_path / "e.mlpackage", TARGETS["coreml"], 18)
+    compress(tmp_path / "e.mlpackage", tmp_path / "s.mlpackage", "palette4", 18, module)
+    (palette,) = [
+        one
+        for one in packages.read_program(tmp_path / "s.mlpackage")[1].operations
+        if one.type == "constexpr_lut_to_dense"
+    ]
+    assert packages.Constants(tmp_path / "s.mlpackage").value(palette.inputs["lut"].arguments[0].value).numel() == 16
+    inputs = {"x": SAMPLES["x"].numpy()}
+    exact, found = (Executor(tmp_path / f"{name}.mlpackage")(**inputs)["a"] for name in "es")
+    assert sqnr(exact, found) > 16

@@ -1,7 +1,8 @@
 """A Core ML program's weights in smaller forms, by coremltools, and a program in two chunks.
 
 `int8`: symmetric, a scale for each output channel. `palette6`, `palette4`: 64 or 16 values found by k-means (for iOS
-18 on, of every 16 channels their own). `int4-block`: symmetric, a scale for each 32 inputs of each output (iOS 18).
+18 on, of every 16 channels their own, where they divide so). `int4-block`: symmetric, a scale for each 32 inputs of
+each output (iOS 18).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.coreml import packages
+from pocketfusion.mobile.coreml.options import OLDEST
 from pocketfusion.mobile.flatbuffer import short_path
 from pocketfusion.mobile.quantize import KEPT, MIN_WEIGHT_SQNR, rounding_sqnr
 from pocketfusion.quiet import quiet
@@ -39,7 +41,12 @@ def compress(source: Path, target: Path, form: str, ios: int, module: nn.Module)
 
         model = ct.models.MLModel(str(source), skip_model_load=True)
         kept = set(_kept(module)) | (set(_outliers(source)) if form == "int8" else set())
-        names: Any = {name: None for name, _ in _weights(source) if re.sub(r"_to_fp16$", "", name) in kept}
+        names: dict[str, Any] = {}
+        for name, values in _weights(source):
+            if re.sub(r"_to_fp16$", "", name) in kept:
+                names[name] = None
+            elif len(values) % GROUP:  # no palettes of their own for every 16: coremltools would leave it as it is
+                names[name] = _config(cto, form, OLDEST)
         config = cto.OptimizationConfig(_config(cto, form, ios), op_name_configs=names)
         change = cto.palettize_weights if form.startswith("palette") else cto.linear_quantize_weights
         try:
