@@ -75,14 +75,12 @@ def _print(console: Console, table: Table) -> None:
 
     lines = Lines(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     lines.add_column("runtime", no_wrap=True)
-    lines.add_column("weights", no_wrap=True)
     for name in ("step ms", "speed", "load s", "RSS MB", "file MB", "PSNR dB"):
         lines.add_column(name, justify="right", no_wrap=True)
     for row in table.rows:
         step, memory, alike = row["step_seconds"], row["peak_rss"], row["psnr_db"]
         lines.add_row(
-            row["runtime"],
-            row["weights"],
+            f"{row['name']}{', software' if row['software'] else ''}",
             _ms(step["median"]),
             f"{row['ratio']:.2f}x",
             f"{row['load_seconds']:.1f}",

@@ -55,10 +55,10 @@ def contest(
 ) -> Table:
     """Draws `runs` pictures (seeds 0, 1, ...) of `steps` steps (None: the folder's) with each contender of `names`.
 
-    A row has the files' size in bytes; the GPU's name, else nothing; seconds to load, from opening the file to the end
-    of the first call, which is counted here alone; the spread of all steps; `peak_rss` in bytes, of which
-    `rss_before_loading` was there before; `psnr_db` of its pictures to the reference's, all together; `ratio`, the
-    reference's median step to its own.
+    A row has the files' size in bytes; the GPU's name, else nothing, and if it computes on the CPU; seconds to load,
+    from opening the file to the end of the first call, which is counted here alone; the spread of all steps;
+    `peak_rss` in bytes, of which `rss_before_loading` was there before; `psnr_db` of its pictures to the reference's,
+    all together; `ratio`, the reference's median step to its own.
     Raises PocketfusionError for a folder that is none, and where the reference itself cannot run.
     """
     if runs < 1:
@@ -93,8 +93,9 @@ def contest(
         rows = [
             {
                 "name": name,
-                "runtime": worker.label,
+                "runtime": CONTENDERS[name.partition(":")[0]].label,
                 "device": worker.device,
+                "software": any(one in worker.device.lower() for one in _SOFTWARE),
                 "weights": name.partition(":")[2],
                 "size": worker.size,
                 "load_seconds": loads[name],
@@ -142,7 +143,7 @@ def _started(name: str, subject: Subject) -> _Worker:
     """The contender's process, its file made; raises _CannotRun."""
     if reason := missing(name):
         raise _CannotRun(reason)
-    label, device, environment = CONTENDERS[name.partition(":")[0]].label, "", {}
+    device, environment = "", {}
     if name.startswith("litert-gpu"):
         from pocketfusion.mobile.delegate.stack import advice, choose, find_stacks
 
@@ -150,11 +151,10 @@ def _started(name: str, subject: Subject) -> _Worker:
         if stack is None:
             raise _CannotRun(f"no GPU driver works here: {advice()}")
         environment, device = dict(stack.environment), stack.adapter
-        label += ", software" if any(one in device.lower() for one in _SOFTWARE) else ""
     with _Worker(name, subject, None, {}) as worker:
         said, _ = worker.read()
     prepared = Prepared(tuple(said["files"]), said["about"])
-    return _Worker(name, subject, prepared, environment, label, device)
+    return _Worker(name, subject, prepared, environment, device)
 
 
 class _Worker:
@@ -166,10 +166,9 @@ class _Worker:
         subject: Subject,
         prepared: Prepared | None,
         environment: dict[str, str],
-        label: str = "",
         device: str = "",
     ) -> None:
-        self.name, self.label, self.device, self.size = name, label, device, prepared.size if prepared else 0
+        self.name, self.device, self.size = name, device, prepared.size if prepared else 0
         self.answer: dict[str, Any] = {}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pocketfusion.contest.call_worker"],
