@@ -99,3 +99,17 @@ def test_what_it_cannot_do_is_one_sentence(draw: Path, forms: dict[str, Path], t
         assert done.returncode == 2 and len(lines) == 1 and said in lines[0], done.stderr
     assert not (tmp_path / "a.png").exists()
     assert Bundle.open(forms["outside"])
+
+
+def test_cmake_puts_the_program_where_the_page_says(tmp_path: Path) -> None:
+    """build/draw, of examples/README.md; only configured, as building takes as long as the fixture."""
+    if shutil.which("cmake") is None or shutil.which("make") is None:
+        pytest.skip("cmake or make is not installed (apt-get install cmake make)")
+    examples = SOURCES.parents[3] / "examples"
+    page = (examples / "README.md").read_text()
+    assert "cmake -S examples/cpp -B build" in page and "\nbuild/draw my-bundle" in page
+    command = ["cmake", "-G", "Unix Makefiles", "-S", examples / "cpp", "-B", tmp_path / "build"]
+    subprocess.run([*map(str, command), f"-DLITERT={tmp_path}"], check=True, capture_output=True, timeout=120)
+    (link,) = (tmp_path / "build").rglob("draw.dir/link.txt")
+    words = link.read_text().split()
+    assert (link.parents[2] / words[words.index("-o") + 1]).resolve() == tmp_path / "build" / "draw"
