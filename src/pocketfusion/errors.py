@@ -8,6 +8,9 @@ import re
 
 #: What a command says that lacks the libraries of the extra: it is on no index yet.
 INSTALL_COMPRESS = "pip install '.[compress]' in pocketfusion's clone"
+INSTALL_ONNX = "pip install '.[onnx]' in pocketfusion's clone"
+INSTALL_ONNX_EXPORT = "pip install '.[compress,onnx]' in pocketfusion's clone"
+INSTALL_OPENVINO = "pip install '.[openvino]' in pocketfusion's clone"
 INSTALL_COREML = "pip install '.[compress,coreml]' in pocketfusion's clone"
 _CURES = {
     errno.ENOSPC: "free some space and run again",

@@ -70,6 +70,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "created_by": manifest.created_by,
         "target": manifest.target,
         "coreml": manifest.coreml.model_dump() if manifest.coreml else None,
+        "onnx": manifest.onnx.model_dump() if manifest.onnx else None,
         "sha256": bundle.hash,
         "size": sum(file.size for file in manifest.files.values()),
         "problems": list(bundle.problems()),

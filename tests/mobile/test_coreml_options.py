@@ -46,7 +46,10 @@ def test_the_extra_is_named(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) 
         ),
         ({"weights": {"unet": "int8-dynamic"}}, "'int8-dynamic' weights for 'unet' are not known to coreml: choose f"),
         ({"recipe": Path("recipe.yaml")}, "--recipe is of LiteRT's targets"),
-        ({"layout": "diffusers"}, "--layout is 'diffusers': choose bundle or apple"),
+        (
+            {"layout": "diffusers"},
+            "--layout is 'diffusers' and the target coreml: its files are laid out as bundle or apple",
+        ),
         ({"layout": "apple"}, "--layout apple is of models with CLIP's text encoder .* has 'bert'"),
         ({"layout": "apple", "two_calls": True}, "--layout apple has no --two-calls"),
         ({"layout": "apple", "scheduler_step": True}, "--layout apple has no --scheduler-step"),
@@ -62,7 +65,7 @@ def test_refusals(given: dict[str, Any], message: str, tiny_folder: Path, instal
     ("given", "message"),
     [
         ({"ios": 17}, "--ios is 17 and the target litert-cpu: it is of coreml"),
-        ({"layout": "apple"}, "--layout is apple and the target litert-cpu: it is of coreml"),
+        ({"layout": "apple"}, "--layout is 'apple' and the target litert-cpu: its files are laid out as bundle"),
         ({"weights": {"unet": "palette6"}}, "'palette6' weights for 'unet' are not known to litert-cpu"),
     ],
 )

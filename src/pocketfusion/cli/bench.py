@@ -39,6 +39,10 @@ def bench_command(
         typer.Option("--only", help="With --all: runtimes and weights, such as litert-cpu:int8,torch:bfloat16."),
     ] = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="With --all: keep converted UNets here.")] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", metavar="NAME", help="onnxruntime, openvino or openvino-bf16, of ONNX bundles."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows here.")] = None,
 ) -> None:
     """Measure bundles in turns: load, compile, text, steps, decode, memory; ratios against the first.
@@ -50,6 +54,8 @@ def bench_command(
     if every is not None:
         if bundles:
             raise PocketfusionError(f"--all compares runtimes on one model folder: leave {bundles[0]} out")
+        if runtime is not None:
+            raise PocketfusionError(f"--all is of every runtime and --runtime is {runtime}: choose by --only instead")
         pixels = None if size is None else parse_size(size)
         bench_all(
             every, runs=runs, threads=threads, steps=steps, size=pixels, only=only, cache=cache, json_file=json_file
@@ -65,7 +71,7 @@ def bench_command(
 
     check_files(json_file)
     paths = bundles or [embedded_bundle()]
-    settings = Settings(runs, threads, steps, cast("Mode", mode))
+    settings = Settings(runs, threads, steps, cast("Mode", mode), runtime=runtime)
     notes = Console(stderr=True)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         task = progress.add_task("drawing", total=len(paths) * (1 + max(runs, 0)))
@@ -110,8 +116,8 @@ def _print(console: Console, rows: list[dict[str, Any]], runs: int) -> None:
             f"{row['guidance_scale']:g}, UNet batch {row['unet_batch']}, "
             f"weights {_weights(row['bundle']['weights'])}, mode {row['mode']}."
         )
-    about = rows[0]
-    console.print(f"{about['cpu']}, {about['threads']} threads, {about['runtime']}, Python {about['python']}.")
+    about, runtimes = rows[0], ", ".join(dict.fromkeys(row["runtime"] for row in rows))
+    console.print(f"{about['cpu']}, {about['threads']} threads, {runtimes}, Python {about['python']}.")
     console.print("Energy: not measured.")
 
 

@@ -15,7 +15,10 @@ from pocketfusion.terminal import Console
 if TYPE_CHECKING:
     from pocketfusion.mobile.export import ExportReport
 
-_KINDS = "float32, float16, int8, int8-dynamic or int4-dynamic (LiteRT), palette6, palette4 or int4-block (Core ML)"
+_KINDS = (
+    "float32, float16, int8 (every target), int8-dynamic or int4-dynamic (LiteRT), palette6, palette4 or int4-block "
+    "(Core ML)"
+)
 
 
 @app.command("export")
@@ -46,7 +49,7 @@ def export_command(
     ] = None,
     layout: Annotated[
         str,
-        typer.Option(help="A Core ML bundle's: bundle, or apple, as Apple's Swift package StableDiffusion reads it."),
+        typer.Option(help="A Core ML bundle's may be apple, for Apple's Swift package; an ONNX one's diffusers."),
     ] = "bundle",
     size: Annotated[
         str | None, typer.Option(help="Pictures' HEIGHTxWIDTH in pixels.", show_default="the model's")
@@ -120,12 +123,14 @@ def export_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at OUT.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
 ) -> None:
-    """Convert a model folder to a bundle for LiteRT or Core ML, checked against PyTorch."""
+    """Convert a model folder to a bundle for LiteRT, Core ML or ONNX Runtime, checked against PyTorch."""
     from pocketfusion.cli.export_plan import show, show_next
-    from pocketfusion.cli.extras import require, require_compress, require_coreml
+    from pocketfusion.cli.extras import require, require_compress, require_coreml, require_onnx
 
     if target is TargetOption.coreml:
         require_coreml("--target coreml")
+    elif target is TargetOption.onnx:
+        require_onnx("--target onnx")
     else:
         require_compress()
         require("litert_torch")

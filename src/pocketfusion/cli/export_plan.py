@@ -59,7 +59,7 @@ def show_next(settings: ExportSettings, out: Path, console: Console) -> None:
     from pocketfusion.mobile.devices import next_steps
 
     console.print("next:")
-    for what, why in next_steps(settings.made_for, settings.target, out):
+    for what, why in next_steps(settings.made_for, settings.target, out, settings.layout):
         console.print(f"  {what}  ({why})", soft_wrap=True)
 
 

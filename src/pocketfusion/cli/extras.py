@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from importlib.util import find_spec
 
-from pocketfusion.errors import INSTALL_COMPRESS, INSTALL_COREML, PocketfusionError
+from pocketfusion.errors import INSTALL_COMPRESS, INSTALL_COREML, INSTALL_ONNX_EXPORT, PocketfusionError
 from pocketfusion.quiet import quiet
 
 COMPRESS = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "yaml")
@@ -29,6 +29,14 @@ def require_coreml(what: str) -> None:
     missing = [name for name in (*COMPRESS, "coremltools", "sklearn") if find_spec(name) is None]
     if missing:
         raise PocketfusionError(f"{what} needs {', '.join(missing)}: {INSTALL_COREML}")
+    quiet_libraries()
+
+
+def require_onnx(what: str) -> None:
+    """Raises PocketfusionError unless the extras that `what` needs are installed, `[compress]` and `[onnx]`."""
+    missing = [name for name in (*COMPRESS, "onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise PocketfusionError(f"{what} needs {', '.join(missing)}: {INSTALL_ONNX_EXPORT}")
     quiet_libraries()
 
 

@@ -62,6 +62,14 @@ def generate_command(
     memory_budget: Annotated[
         float | None, typer.Option("--memory-budget", metavar="MB", help="Choose the fastest mode that fits.")
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            help="Of ONNX bundles: onnxruntime, openvino or openvino-bf16. Default: the bundle's.",
+        ),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option("--trace", metavar="FILE.json", help="Write what was in memory when, and FILE.png of it."),
@@ -71,7 +79,7 @@ def generate_command(
         typer.Option("--cache", metavar="DIR", help="Keep packed weights here, for quicker starts."),
     ] = None,
 ) -> None:
-    """Draw pictures of a prompt with a bundle, on LiteRT.
+    """Draw pictures of a prompt with a bundle, on LiteRT or ONNX Runtime.
 
     With `--count`, OUT.png becomes OUT_0.png, OUT_1.png, … and a contact sheet OUT_sheet.png.
     """
@@ -97,6 +105,7 @@ def generate_command(
             threads,
             mode=cast("Mode | None", mode),
             memory_budget=memory_budget,
+            runtime=runtime,
             trace=trace,
             cache=cache,
         )

@@ -65,8 +65,9 @@ def _print(console: Console, about: dict[str, Any]) -> None:
         console.print(f"  pictures    {image['width']}×{image['height']} px")
         console.print(f"  latents     {latents['channels']}×{latents['height']}×{latents['width']}")
     if about.get("target"):
-        found = about["coreml"]
-        more = f", iOS {found['ios']} and later, layout {found['layout']}" if found else ""
+        coreml, onnx = about["coreml"], about["onnx"]
+        more = f", iOS {coreml['ios']} and later, layout {coreml['layout']}" if coreml else ""
+        more += f", operations of version {onnx['opset']}, layout {onnx['layout']}" if onnx else ""
         console.print(f"  target      {about['target']}{more}")
     if "scheduler" in about:
         scheduler = about["scheduler"]

@@ -11,6 +11,7 @@ class TargetOption(str, Enum):
     litert_cpu = "litert-cpu"
     litert_gpu = "litert-gpu"
     coreml = "coreml"
+    onnx = "onnx"
 
 
 class LiteRTTarget(str, Enum):

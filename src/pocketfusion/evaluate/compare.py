@@ -87,7 +87,7 @@ def compare(
     encoder, schedule or prediction; and during it if a network gives NaN.
     """
     scorers, threads = scorers or {}, available_cores() if threads is None else check_threads(threads)
-    opened = [Bundle.open(path) for path in bundles]
+    opened = [Bundle.open(path, drawable=True) for path in bundles]
     drawings = [asked.drawing(bundle) for bundle in opened]
     torch.set_num_threads(threads)
     progress("opening", 0, 0)

@@ -101,7 +101,7 @@ def _folder_spec(path: Path, steps: int | None, precision: Precision, sampler: S
 
 
 def _bundle_spec(path: Path, steps: int | None, sampler: SamplerName | None) -> SystemSpec:
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, drawable=True)
     manifest = bundle.manifest
     sampler = sampler or manifest.sampler
     steps = steps or manifest.defaults.num_inference_steps

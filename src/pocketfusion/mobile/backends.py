@@ -66,6 +66,10 @@ def backend_of(settings: ExportSettings) -> Backend:
         from pocketfusion.mobile.coreml.core_ml import CoreML
 
         return CoreML(settings)
+    if settings.device.runtime == "onnx":
+        from pocketfusion.mobile.onnx.onnx_backend import ONNX
+
+        return ONNX(settings)
     return LiteRT(settings)
 
 

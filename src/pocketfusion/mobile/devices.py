@@ -165,13 +165,19 @@ def check_files(made_for: str | None, sizes: Mapping[str, float]) -> None:
             )
 
 
-def next_steps(made_for: str | None, target: TargetName, bundle: Path) -> list[tuple[str, str]]:
+def next_steps(
+    made_for: str | None, target: TargetName, bundle: Path, layout: str = "bundle"
+) -> list[tuple[str, str]]:
     """What to do with a bundle now: commands or pages, and what each is for."""
     if target == "coreml":
         return [
             (f"pocketfusion check {bundle}", "its operations, run here in fp32 and rounded to fp16"),
             ("docs/coreml.md", "what Xcode or a Mac does with it, and the loop in Swift"),
         ]
+    if target == "onnx":
+        runs = ("docs/runtimes.md", "what reads these files, and how it calls them")
+        draw = (f'pocketfusion generate "a red apple" --bundle {bundle}', "a picture, by ONNX Runtime on the CPU")
+        return [runs] if layout == "diffusers" else [draw, runs]
     found = [(f'pocketfusion generate "a red apple" --bundle {bundle}', "a picture, drawn here on the CPU")]
     if target == "litert-gpu":
         found.insert(0, (f"pocketfusion check {bundle}", "does all of it run on a GPU delegate, with right numbers?"))

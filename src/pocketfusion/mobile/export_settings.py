@@ -20,6 +20,7 @@ from pocketfusion.mobile.devices import DeviceName
 from pocketfusion.mobile.few_steps import check_names, chosen_sampler, few_step_sampling
 from pocketfusion.mobile.inputs import STEPS
 from pocketfusion.mobile.lora_file import check_lora
+from pocketfusion.mobile.onnx.onnx_options import check_onnx_options
 from pocketfusion.mobile.rewrites import PASSES
 from pocketfusion.mobile.specs import sampler_of, scheduler_spec
 from pocketfusion.mobile.targets import TARGETS, Target, TargetName
@@ -52,7 +53,8 @@ class ExportSettings:
     gate compares. `made_for`: the device whose settings these are (`devices.options_for`), for the manifest.
     `few_steps`: a method's name, whose settings then are the bundle's (`mobile.few_steps`). `sampler`, and `eta` of
     TCD: the bundle's, in place of the folder's. `ios`: the oldest iOS that loads a Core ML bundle, 17 where None.
-    `layout`: `apple` for Core ML files as Apple's Swift package StableDiffusion reads them.
+    `layout`: `apple` for Core ML files as Apple's Swift package StableDiffusion reads them, `diffusers` for ONNX files
+    as its OnnxStableDiffusionPipeline does.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -104,7 +106,13 @@ class ExportSettings:
         if self.recipe is not None and any(kind != "float32" for kind in self.weights.values()):
             raise PocketfusionError("--recipe and --weights both say how weights are stored: give one of them")
         check_folder(folder)
+        if self.layout not in (layouts := TARGETS[self.target].layouts):
+            raise PocketfusionError(
+                f"--layout is {self.layout!r} and the target {self.target}: its files are laid out as "
+                f"{' or '.join(layouts)}"
+            )
         check_options(self, folder)
+        check_onnx_options(self, folder)
         if out is not None:
             if overwrite and out.is_dir() and not (out / MANIFEST).is_file():
                 raise PocketfusionError(
@@ -131,7 +139,9 @@ class ExportSettings:
         }
         said |= {name: value for name in ("decoder_tile", "size") if (value := getattr(self, name)) is not None}
         if self.device.runtime == "coreml":
-            said |= {"ios": self.ios or OLDEST, "layout": self.layout}
+            said |= {"ios": self.ios or OLDEST}
+        if len(self.device.layouts) > 1:
+            said |= {"layout": self.layout}
         weights = "recipe" if self.recipe else self.kinds()
         found = ({"for": self.made_for} if self.made_for else {}) | said | {"weights": weights}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
@@ -213,7 +223,7 @@ class ExportSettings:
         said["vae"] = vae_hash(self.vae) if self.vae else None
         said["lora"] = [(sha256_file(file), scale) for file, scale in self.lora]
         said["embedding"] = [sha256_file(file) for file in self.embedding]
-        converter = {"litert": "litert-torch", "coreml": "coremltools"}[self.device.runtime]
+        converter = {"litert": "litert-torch", "coreml": "coremltools", "onnx": "onnxscript"}[self.device.runtime]
         made_by = [version(package) for package in (converter, "torch", "diffusers", "pocketfusion")]
         parts = [folder_hash(folder), network, json.dumps(said, sort_keys=True, default=str), *made_by]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]

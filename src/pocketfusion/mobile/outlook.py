@@ -218,7 +218,7 @@ def _form(layer: str, operation: str, kind: str | NetworkRecipe, target: TargetN
         chosen = "float16"
     else:
         chosen = kind  # type: ignore[assignment]  # one of FORMS, checked by the settings
-    if target == "coreml":  # whose converter has every form for every operation
+    if target in ("coreml", "onnx"):  # which have every form for every operation
         return chosen
     return storable(for_target(chosen, target, operation), operation)
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-TargetName = Literal["litert-cpu", "litert-gpu", "coreml"]
-RuntimeName = Literal["litert", "coreml"]
+TargetName = Literal["litert-cpu", "litert-gpu", "coreml", "onnx"]
+RuntimeName = Literal["litert", "coreml", "onnx"]
 
 
 class Limits(BaseModel):
@@ -36,7 +36,8 @@ class Limits(BaseModel):
 
 class Target(BaseModel):
     """A runtime on a device: the forms of its weights, the first where none is asked for, the rewrites applied by
-    default, in `rewrites.PASSES`' names, and the device's limits. `backends` has what its runtime's files are."""
+    default, in `rewrites.PASSES`' names, the device's limits, and how files can be laid out, the first by default.
+    `backends` has what its runtime's files are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +46,7 @@ class Target(BaseModel):
     forms: tuple[str, ...] = ("float32", "float16", "int8", "int8-dynamic", "int4-dynamic")
     rewrites: tuple[str, ...]
     limits: Limits
+    layouts: tuple[str, ...] = ("bundle",)
 
 
 #: WebGPU's default maxStorageBufferBindingSize, which every implementation offers (W3C WebGPU, 3.6.2).
@@ -79,6 +81,15 @@ TARGETS: dict[str, Target] = {
             forms=("float16", "float32", "int8", "palette6", "palette4", "int4-block"),
             rewrites=("masks",),
             limits=Limits(float16=True),
+            layouts=("bundle", "apple"),
+        ),
+        # the exporter has an operation for everything, and all runtimes compute these files in float32
+        Target(
+            name="onnx",
+            runtime="onnx",
+            forms=("float32", "float16", "int8"),
+            rewrites=(),
+            limits=Limits(),
         ),
     )
 }

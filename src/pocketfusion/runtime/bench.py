@@ -21,6 +21,7 @@ from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.output import environment, spread
 from pocketfusion.runtime.pipeline import Pipeline
 from pocketfusion.runtime.residency import Mode, check_mode
+from pocketfusion.runtime.runtimes import choose_runtime
 
 PROMPT = "a red apple, noto style"
 
@@ -34,6 +35,7 @@ class Settings:
     steps: int | None = None
     mode: Mode = "resident"
     prompt: str = PROMPT
+    runtime: str | None = None  #: for all, their own where None
 
 
 def bench(
@@ -51,7 +53,8 @@ def bench(
         raise PocketfusionError(f"the number of runs is {settings.runs}: choose 1 or more")
     check_mode(settings.mode)
     for path in bundles:
-        Bundle.open(path, verify=False)  # told before any work; the child verifies
+        # told before any work; the child verifies
+        choose_runtime(path, Bundle.open(path, verify=False, drawable=True).manifest, settings.runtime)
     with ExitStack() as stack:
         children = [stack.enter_context(_Child(path, settings)) for path in bundles]
         started = [child.answer() for child in children]
@@ -125,12 +128,14 @@ class _Child:
         return result
 
 
-def _child(path: str, runs: int, threads: int | None, steps: int | None, mode: Mode, prompt: str) -> None:
+def _child(
+    path: str, runs: int, threads: int | None, steps: int | None, mode: Mode, prompt: str, runtime: str | None
+) -> None:
     """Answers on standard output, one JSON object a line: the start, then a picture's times for each line read."""
     began = time.perf_counter()
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, drawable=True)
     opened = time.perf_counter()
-    pipeline = Pipeline(bundle, threads, mode=mode)
+    pipeline = Pipeline(bundle, threads, mode=mode, runtime=runtime)
     compiled = time.perf_counter()
     defaults = pipeline.manifest.defaults
     about = {

@@ -17,7 +17,12 @@ BASE = 40 * MB
 
 
 def held(bundle: Bundle) -> dict[str, int]:
-    """Bytes that each network holds with mapped weights, estimated from its file."""
+    """Bytes that each network holds with mapped weights, estimated from its file; PocketfusionError if that is not
+    LiteRT's, whose memory alone is known."""
+    if bundle.manifest.target == "onnx":
+        raise PocketfusionError(
+            f"what {bundle.path} takes in ONNX Runtime is not known before: choose a mode instead of a memory budget"
+        )
     networks = bundle.manifest.networks
     for name in NETWORKS:
         verify(bundle.file(name), getattr(networks, name))  # before the estimate believes what it says

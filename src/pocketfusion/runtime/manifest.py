@@ -27,6 +27,7 @@ from pocketfusion.runtime.specs import (
     LatentSpec,
     Licence,
     Networks,
+    OnnxSpec,
     SamplerName,
     SchedulerSpec,
     Strict,
@@ -54,6 +55,8 @@ STYLES = "styles"
 #: A file that a bundle for GPUs has: what its UNet and decoder give for fixed noise (`mobile.selfcheck`), float32,
 #: little-endian. A reader that does not know it trusts the GPU unseen.
 SELF_CHECK = "selfcheck"
+#: What the name of the file behind an ONNX file ends with, of weights that a protobuf's 2 GB do not hold.
+ONNX_DATA = "_data"
 
 #: What guidance costs. `classifier-free`: two predictions a step; `embedded`: one, of a UNet with the scale as its
 #: input `timestep_cond` [B, E] (Meng et al., arXiv 2210.03142; `runtime.guidance` makes it); `folded`: one, of a UNet
@@ -61,10 +64,9 @@ SELF_CHECK = "selfcheck"
 Guidance = Literal["classifier-free", "embedded", "folded"]
 
 #: What the files were made for. `litert-gpu`: every operation is one that LiteRT's GPU delegate takes; the CPU runs
-#: such files as well. `coreml`: packages that Apple's devices alone can run.
-Target = Literal["litert-cpu", "litert-gpu", "coreml"]
-#: What a target's files need that this runtime does not have: a device, and its runtime.
-_ELSEWHERE = {"coreml": "Core ML, on Apple's devices"}
+#: such files as well. `coreml`: packages that Apple's devices alone can run. `onnx`: files for ONNX Runtime and its
+#: like.
+Target = Literal["litert-cpu", "litert-gpu", "coreml", "onnx"]
 
 
 class Manifest(Strict):
@@ -87,6 +89,7 @@ class Manifest(Strict):
     guidance_range: tuple[float, float] | None = None  #: the scales that an embedded one was distilled for
     target: Target = "litert-cpu"
     coreml: CoreMLSpec | None = None  #: given exactly where the target is coreml
+    onnx: OnnxSpec | None = None  #: given exactly where the target is onnx
     time_embedding: TimeEmbedding | None = None  #: given exactly where the UNet takes `timestep_embedding`
     preview: LinearPreview | None = None  #: colours of latents without a decoder; bundles of before it have none
     licences: list[Licence] = []
@@ -113,10 +116,9 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _packages_are_files(self) -> Manifest:
-        if (self.target == "coreml") != (self.coreml is not None):
-            raise ValueError(
-                f"the target is {self.target}, and coreml is {'missing' if self.coreml is None else 'there'}"
-            )
+        for key, spec in (("coreml", self.coreml), ("onnx", self.onnx)):
+            if (self.target == key) != (spec is not None):
+                raise ValueError(f"the target is {self.target}, and {key} is {'missing' if spec is None else 'there'}")
         for network, packages in self.coreml.packages.items() if self.coreml else ():
             paths = [file.path for file in self.files.values()]
             for package in packages:
@@ -126,8 +128,9 @@ class Manifest(Strict):
 
     def network_size(self, network: str) -> int:
         """Bytes of a network's files."""
-        if self.coreml is None:
-            return self.files[network].size
+        if self.coreml is None:  # large ONNX files have their weights in another, called so as well
+            own = self.files[network].path
+            return sum(f.size for f in self.files.values() if f.path == own or f.path == own + ONNX_DATA)
         packages = tuple(f"{package}/" for package in self.coreml.packages[network])  # type: ignore[index]
         return sum(file.size for file in self.files.values() if file.path.startswith(packages))
 
@@ -213,19 +216,19 @@ class Bundle:
     hash: str  #: SHA-256 of bundle.json, which holds every other file's: it names the bundle's whole content
 
     @classmethod
-    def open(cls, path: Path | str, *, verify: bool = True, any_runtime: bool = False) -> Bundle:
+    def open(
+        cls, path: Path | str, *, verify: bool = True, drawable: bool = False, any_runtime: bool = False
+    ) -> Bundle:
         """Reads the manifest of the bundle at `path`; `verify` also checks every file's size and SHA-256.
 
-        Raises PocketfusionError for a missing, damaged or newer manifest, a path that leaves the bundle, unless
-        `any_runtime` a bundle that cannot be run here and, if `verify`, a missing, truncated or altered file.
+        A bundle is LiteRT's; with `drawable` another that this machine can draw with; with `any_runtime` any.
+        Raises PocketfusionError for a missing, damaged or newer manifest, a path that leaves the bundle, a bundle of
+        another runtime and, if `verify`, a missing, truncated or altered file.
         """
         path = Path(path)
         manifest, digest = read_manifest(path)
-        if not any_runtime and manifest.target in _ELSEWHERE:
-            raise PocketfusionError(
-                f"{path} was exported for {_ELSEWHERE[manifest.target]} and cannot be run here: export the model "
-                f"with --target litert-cpu to draw with it, or compare its numbers with pocketfusion check {path}"
-            )
+        if not any_runtime:
+            _check_runtime(path, manifest, drawable)
         bundle = cls(path, manifest, digest)
         for name in manifest.files:
             bundle.file(name)
@@ -281,6 +284,25 @@ class Bundle:
                 yield f"{file} is {what}: it has {size:,} bytes, not {expected.size:,}"
             elif sha256_file(file) != expected.sha256:
                 yield f"{file} is altered: its SHA-256 differs from the manifest's"
+
+
+def _check_runtime(path: Path, manifest: Manifest, drawable: bool) -> None:
+    """Raises PocketfusionError for a bundle that is not LiteRT's or, if `drawable`, not for a runtime that is here."""
+    if manifest.target == "coreml":
+        raise PocketfusionError(
+            f"{path} was exported for Core ML, on Apple's devices and cannot be run here: export the model "
+            f"with --target litert-cpu to draw with it, or compare its numbers with pocketfusion check {path}"
+        )
+    if manifest.onnx and manifest.onnx.layout != "bundle":
+        raise PocketfusionError(
+            f"{path} was exported in the layout of diffusers' OnnxStableDiffusionPipeline: draw with it there, or "
+            "export the model with --layout bundle"
+        )
+    if manifest.onnx and not drawable:
+        raise PocketfusionError(
+            f"{path} was exported for ONNX Runtime, and this takes bundles for LiteRT: export the model with --target "
+            "litert-cpu or litert-gpu for it (generate, bench, evaluate and compare take both)"
+        )
 
 
 def check_styles(value: Any) -> list[str]:
@@ -345,7 +367,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
         )
     if isinstance(target := raw.get("target"), str) and target not in get_args(Target):
         raise PocketfusionError(
-            f"{path} is a bundle for {target[:40]!r}, and this command runs those for LiteRT: "
+            f"{path} is a bundle for {target[:40]!r}, which this version does not know: "
             "export its model with --target litert-cpu or litert-gpu"
         )
     try:

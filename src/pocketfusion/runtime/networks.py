@@ -1,4 +1,4 @@
-"""One network of a bundle, loaded from its `.tflite` file and ready to run."""
+"""One network of a bundle, loaded from its file and ready to run."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pocketfusion.runtime.engines import (
 )
 from pocketfusion.runtime.kept_weights import KeptWeights
 from pocketfusion.runtime.memory import release
+from pocketfusion.runtime.runtimes import RuntimeName, load_engine
 from pocketfusion.runtime.trust.litert_file import verify
 
 Accelerator = Literal["cpu", "gpu"]
@@ -44,7 +45,7 @@ def check_threads(threads: int) -> int:
 
 
 class Network:
-    """A `.tflite` file, loaded: its constructor packs the weights, so that calls cost run time only.
+    """A network's file, loaded: its constructor packs the weights, so that calls cost run time only.
 
     `write` fills inputs, which keep their values from run to run; `run` computes; `read` copies the output. Calling
     the network does all three.
@@ -60,17 +61,28 @@ class Network:
         kept: KeptWeights | None = None,
         sha256: str = "",
         accelerator: Accelerator = "cpu",
+        runtime: RuntimeName = "litert",
     ) -> None:
-        """With `mapped` (CPU only), XNNPACK's packed weights go to a temporary file that is mapped into memory: pages
-        that the system may drop, where the heap would hold them beside the pages of the network's own file. With
-        `kept` (CPU only) it is a file there, by the `sha256` of the network's, that the next start finds.
+        """With `mapped` (LiteRT on the CPU only), XNNPACK's packed weights go to a temporary file that is mapped into
+        memory: pages that the system may drop, where the heap would hold them beside the pages of the network's file.
+        With `kept` (the same) it is a file there, by the `sha256` of the network's, that the next start finds.
 
         Raises PocketfusionError if the file is not sound, computes other tensors than the manifest's or is refused by
-        LiteRT, the GPU does not take all of it (or there is none), or the disk is too full for the temporary file.
+        the runtime, the GPU does not take all of it (or there is none), or the disk is too full for that file.
         """
-        self.path, self.spec = path, spec
-        signature = verify(path, spec)
+        self.path, self.spec, self.runtime = path, spec, runtime
         self._packed: IO[bytes] | None = None
+        self._engine: Engine
+        if runtime != "litert":
+            try:
+                with quiet():
+                    self._engine = load_engine(runtime, path, spec, num_threads)
+            except (ValueError, RuntimeError) as error:
+                raise PocketfusionError(
+                    f"{runtime} cannot load {path} ({_reason(error)}): export the bundle again"
+                ) from None
+            return
+        signature = verify(path, spec)
 
         def with_packed(packed: Path) -> Compiled:
             return Compiled(path, spec, signature, cpu_options(num_threads, packed))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from pocketfusion import __version__
 from pocketfusion.artefact import atomic_file
 from pocketfusion.runtime.pipeline import GenerationResult, Pipeline
+from pocketfusion.runtime.runtimes import runtime_version
 
 
 def save_png(image: Image.Image, path: Path, text: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def environment(pipeline: Pipeline) -> dict[str, Any]:
         },
         "threads": pipeline.num_threads,
         "cpu": cpu_name(),
-        "runtime": f"ai-edge-litert {version('ai-edge-litert')}",
+        "runtime": runtime_version(pipeline.runtime),
         "python": platform.python_version(),
         "pocketfusion": __version__,
     }

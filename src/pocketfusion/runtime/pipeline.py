@@ -23,6 +23,7 @@ from pocketfusion.runtime.networks import ACCELERATORS, Accelerator, Network, av
 from pocketfusion.runtime.noise import NoiseStream, seeded_noise
 from pocketfusion.runtime.residency import Mode, Residency, check_mode
 from pocketfusion.runtime.result import Cancelled, GenerationResult, Timings
+from pocketfusion.runtime.runtimes import choose_runtime
 from pocketfusion.runtime.samplers.sampler import Sampler, resolve_sampler
 from pocketfusion.runtime.tiles import decode_tiled
 from pocketfusion.runtime.tokenizer import PromptTokenizer, clean_text
@@ -50,6 +51,7 @@ class Pipeline:
         mode: Mode | None = None,
         memory_budget: float | None = None,
         accelerator: Accelerator = "cpu",
+        runtime: str | None = None,
         trace: Path | str | None = None,
         cache: Path | str | None = None,
     ) -> None:
@@ -59,6 +61,15 @@ class Pipeline:
         self.num_threads = available_cores() if num_threads is None else check_threads(num_threads)
         if accelerator not in ACCELERATORS:
             raise PocketfusionError(f"the accelerator is {accelerator!r}: choose {' or '.join(ACCELERATORS)}")
+        self.runtime = choose_runtime(bundle.path, self.manifest, runtime)
+        if accelerator != "cpu" and self.runtime != "litert":
+            raise PocketfusionError(
+                f"the accelerator is {accelerator}, and {self.runtime} runs on the CPU here: leave it out"
+            )
+        if cache is not None and self.runtime != "litert":
+            raise PocketfusionError(
+                f"a cache of packed weights is LiteRT's, and the runtime is {self.runtime}: leave it out"
+            )
         if mode is not None:
             check_mode(mode)
         if memory_budget is not None:
@@ -81,6 +92,7 @@ class Pipeline:
         mode: Mode | None = None,
         memory_budget: float | None = None,
         accelerator: Accelerator = "cpu",
+        runtime: str | None = None,
         trace: Path | str | None = None,
         cache: Path | str | None = None,
     ) -> Pipeline:
@@ -88,19 +100,21 @@ class Pipeline:
         (default: all cores).
 
         `mode` says which networks are in memory when (`residency.Mode`; pictures are the same in all): `resident`
-        unless `memory_budget`, in MB of 10^6 bytes for the whole process, chooses the fastest that fits. `trace` is a
-        .json file that every `generate` writes a timeline to, with a picture of it beside. `cache` is a folder that
-        keeps packed weights (`KeptWeights`), which the next start need not pack, if it can be written.
+        unless `memory_budget`, in MB of 10^6 bytes for the whole process, chooses the fastest that fits. `runtime` is
+        one of `runtimes.RUNTIMES`, by default that of the bundle's files. `trace` is a .json file that every
+        `generate` writes a timeline to, with a picture of it beside. `cache` is a folder that keeps packed weights
+        (`KeptWeights`, LiteRT's), which the next start need not pack, if it can be written.
         Raises PocketfusionError for whatever is wrong with the bundle or a setting, and for too small a budget.
         """
         start = time.perf_counter()
-        bundle = Bundle.open(embedded_bundle() if path is None else path)
+        bundle = Bundle.open(embedded_bundle() if path is None else path, drawable=True)
         pipeline = cls(
             bundle,
             num_threads,
             mode=mode,
             memory_budget=memory_budget,
             accelerator=accelerator,
+            runtime=runtime,
             trace=trace,
             cache=cache,
         )
@@ -125,6 +139,7 @@ class Pipeline:
             kept=self._kept,
             sha256=self.manifest.files[name].sha256,
             accelerator=self.accelerator,
+            runtime=self.runtime,
         )
 
     @in_turn(whole=True)

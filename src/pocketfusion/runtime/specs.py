@@ -153,6 +153,14 @@ class CoreMLSpec(Strict):
         return self
 
 
+class OnnxSpec(Strict):
+    """What a bundle for ONNX runtimes says besides: the operations' version, and the files' layout. In `diffusers`,
+    that of its `OnnxStableDiffusionPipeline` (docs/runtimes.md), they take other tensors than `networks` says."""
+
+    opset: int = Field(ge=13, le=100)
+    layout: Literal["bundle", "diffusers"] = "bundle"
+
+
 class TokenizerSpec(Strict):
     """How prompts are cut and padded: always to `max_length` tokens."""
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 #: Versions of iOS that programs can be made for; what runs on the oldest runs on all later ones.
 IOS = (17, 18)
 OLDEST = IOS[0]
-LAYOUTS = ("bundle", "apple")
 #: Forms of weights that need a later iOS.
 _SINCE = {"int4-block": 18}
 
@@ -26,8 +25,6 @@ def check_options(settings: ExportSettings, folder: Path) -> None:
     if settings.target != "coreml":
         if settings.ios is not None:
             raise PocketfusionError(f"--ios is {settings.ios} and the target {settings.target}: it is of coreml")
-        if settings.layout != "bundle":
-            raise PocketfusionError(f"--layout is {settings.layout} and the target {settings.target}: it is of coreml")
         return
     if find_spec("coremltools") is None:
         raise PocketfusionError(f"--target coreml needs coremltools: {INSTALL_COREML}")
@@ -49,8 +46,6 @@ def check_options(settings: ExportSettings, folder: Path) -> None:
             )
     if settings.recipe is not None:
         raise PocketfusionError("--recipe is of LiteRT's targets: choose Core ML's weights by --weights and its kin")
-    if settings.layout not in LAYOUTS:
-        raise PocketfusionError(f"--layout is {settings.layout!r}: choose {' or '.join(LAYOUTS)}")
     if settings.layout == "apple":
         _check_apple(settings, folder)
 
