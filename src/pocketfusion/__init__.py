@@ -29,7 +29,8 @@ def load(
     the next start need not pack.
     Raises PocketfusionError if the bundle is missing, altered, damaged or from a newer version, or does not fit.
 
-    >>> pocketfusion.load().generate("a red apple").images[0].save("apple.png")
+    Examples:
+        >>> pocketfusion.load().generate("a red apple").images[0].save("apple.png")
     """
     from pocketfusion.runtime.pipeline import Pipeline
 

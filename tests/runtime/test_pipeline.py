@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import pocketfusion
 from pocketfusion.errors import PocketfusionError
@@ -273,3 +275,32 @@ def test_nan_out_of_a_network(pipeline, monkeypatch, network, match):
     monkeypatch.setattr(Network, "read", broken)
     with pytest.raises(PocketfusionError, match=match):
         pipeline.generate("cat", num_inference_steps=5)
+
+
+def test_a_callback_cannot_change_the_latents_under_the_sampler(pipeline):
+    def callback(step, timestep, latents):
+        with pytest.raises(ValueError, match="read-only"):
+            latents[:] = 0
+
+    pipeline.generate("a red apple", seed=3, num_inference_steps=2, callback=callback)
+
+
+@pytest.mark.parametrize("mode", ["resident", "pipelined"])
+def test_a_closed_pipeline_says_so(tiny_bundle, mode):
+    with pocketfusion.load(tiny_bundle, num_threads=1, mode=mode) as pipeline:
+        pipeline.generate("a red apple", num_inference_steps=1)
+    with pytest.raises(PocketfusionError, match="this pipeline is closed: load another to draw with"):
+        pipeline.generate("a cat")
+    with pytest.raises(PocketfusionError, match="this pipeline is closed"):
+        pipeline.encode("a cat")
+    pipeline.close()
+
+
+def test_a_notebook_shows_the_pictures(pipeline):
+    one = pipeline.generate("a red apple", seed=3, num_inference_steps=2)
+    shown = Image.open(io.BytesIO(one._repr_png_()))
+    assert (pixels(shown) == pixels(one.images[0])).all()
+    assert repr(one).startswith("<GenerationResult: 1 of 'a red apple', ") and "seeds 3, " in repr(one)
+    two = pipeline.generate("a red apple", seed=3, num_inference_steps=2, num_images=2)
+    assert Image.open(io.BytesIO(two._repr_png_())).width > 2 * one.images[0].width and "seeds 3 to 4" in repr(two)
+    assert repr(pipeline).startswith("<Pipeline ") and "1 thread" in repr(pipeline)

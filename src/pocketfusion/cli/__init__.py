@@ -31,7 +31,7 @@ app = typer.Typer(
     cls=Commands,
     help="Make a Stable-Diffusion-class text-to-image model small, few-step and ready for phones.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -64,6 +64,7 @@ def main() -> None:
     atexit.register(_silence_libraries)
     try:
         try:
+            _know_the_shell(sys.argv[1:])
             app()
         finally:
             sys.stdout.flush()  # a full device shows here
@@ -82,6 +83,25 @@ def main() -> None:
             Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(sentence)}")
         _drop_output()
         sys.exit(2)
+
+
+_SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")  #: that Typer writes completions for
+
+
+def _know_the_shell(arguments: list[str]) -> None:
+    """Raises PocketfusionError if completion is wanted in a shell that has none: Typer would say less."""
+    if not {"--install-completion", "--show-completion"} & set(arguments[:1]):
+        return
+    import shellingham
+
+    try:
+        shell = shellingham.detect_shell()[0]
+    except shellingham.ShellDetectionFailure:
+        shell = "unknown"
+    if shell not in _SHELLS:
+        raise PocketfusionError(
+            f"this shell is {shell}: run it in one of {', '.join(_SHELLS)} to have completion there"
+        )
 
 
 def _mend_streams() -> None:

@@ -40,7 +40,8 @@ MAX_IMAGES = 1000
 class Pipeline:
     """A loaded bundle, for one call at a time: while it is at work, other threads' calls are refused.
 
-    A callback may call `decode` and `encode`, not `generate`. To draw in several threads, load one for each.
+    A callback may call `decode` and `encode`, not `generate`. To draw in several threads, load one for each. `with`
+    closes it at the end.
     """
 
     def __init__(
@@ -127,6 +128,20 @@ class Pipeline:
         self._networks.close()
         self.trace.close()
 
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        image, defaults = self.manifest.image, self.manifest.defaults
+        steps, size = defaults.num_inference_steps, f"{image.width}×{image.height} px"
+        return (
+            f"<Pipeline {self.manifest.name}: {size}, {steps} steps of {self.manifest.sampler}, guidance "
+            f"{defaults.guidance_scale:g}, {self.mode}, {self.num_threads} threads>"
+        )
+
     def _load_network(self, name: str) -> Network:
         # the modes that are there to save memory keep packed weights in a mapped file
         spec, mapped = getattr(self.manifest.networks, name), self.mode != "resident"
@@ -166,7 +181,7 @@ class Pipeline:
         height, width, channels]; what noise a sampler adds later is the seed's in both cases. The same seed gives the
         same bytes on the same machine.
         `callback(step, timestep, latents)` is called after each step (counted from 0, afresh for each picture) with
-        latents [1, height, width, channels], which `decode` makes a preview of; returning False or raising
+        latents [1, height, width, channels] to read, which `decode` makes a preview of; returning False or raising
         `Cancelled` stops, and `generate` raises `Cancelled`.
 
         Raises PocketfusionError for a setting out of range, one that the bundle's guidance or sampler cannot follow,
@@ -298,7 +313,7 @@ class Pipeline:
                     check_finite(sample, unet, k + 1, len(timesteps), t)
                     timings.steps.append(time.perf_counter() - began)
                     self._networks.check()
-                    if callback is not None and callback(k, t, sample) is False:
+                    if callback is not None and callback(k, t, _to_read(sample)) is False:
                         raise Cancelled(f"cancelled at step {k + 1} of {len(timesteps)}")
                 samples.append(sample)
         return samples
@@ -323,3 +338,10 @@ class Pipeline:
                 f"the seed is {seed}: choose 0 to {MAX_SEED - num_images + 1}, as picture i takes seed + i"
             )
         return list(range(seed, seed + num_images))
+
+
+def _to_read(sample: Array) -> Array:
+    """The same numbers, which a callback cannot change under the sampler."""
+    view = sample.view()
+    view.flags.writeable = False
+    return view

@@ -44,6 +44,7 @@ class Residency:
         self._users: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._closed = False
         for name in _KEPT[mode]:
             self._load_now(name)
 
@@ -54,6 +55,8 @@ class Residency:
 
         Raises PocketfusionError if it cannot be loaded, and for a second network in `sequential` mode.
         """
+        if self._closed:
+            raise PocketfusionError("this pipeline is closed: load another to draw with")
         others = [other for other, users in self._users.items() if users and other != name]
         if self.mode == "sequential" and others:
             raise PocketfusionError(
@@ -98,7 +101,8 @@ class Residency:
             self._free(name)
 
     def close(self) -> None:
-        """Frees every network."""
+        """Frees every network; none is lent from now on."""
+        self._closed = True
         self.settle()
         for name in list(self._networks):
             self._close(name)

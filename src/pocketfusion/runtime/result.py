@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from io import BytesIO
 
 from PIL import Image
 
+from pocketfusion.runtime.sheet import contact_sheet
 from pocketfusion.runtime.specs import SamplerName
 
 
@@ -28,7 +30,7 @@ class Timings:
     total: float = 0.0  #: of this call, without `load`
 
 
-@dataclass
+@dataclass(repr=False)
 class GenerationResult:
     """Pictures and how they came to be; `seeds[i]` draws `images[i]` again with the same settings."""
 
@@ -43,3 +45,22 @@ class GenerationResult:
     warnings: list[str]
     sampler: SamplerName
     eta: float | None = None  #: TCD's share of fresh noise; None with other samplers
+
+    def __repr__(self) -> str:
+        size, steps = "×".join(map(str, self.images[0].size)), self.num_inference_steps
+        return (
+            f"<GenerationResult: {len(self.images)} of {self.prompt!r}, {size} px, {steps} steps of {self.sampler}, "
+            f"guidance {self.guidance_scale:g}, seeds {_span(self.seeds)}, {self.timings.total:.2f} s>"
+        )
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the picture, or all of them on a sheet."""
+        file = BytesIO()
+        captions = [f"seed {seed}" for seed in self.seeds] or None
+        shown = self.images[0] if len(self.images) == 1 else contact_sheet(self.images, captions)
+        shown.save(file, format="PNG")
+        return file.getvalue()
+
+
+def _span(seeds: list[int]) -> str:
+    return "of the latents given" if not seeds else f"{seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")
