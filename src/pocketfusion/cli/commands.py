@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pocketfusion.cli import (  # noqa: F401  (registers them)
     app,
     architecture,
@@ -138,6 +140,7 @@ def _epilog(examples: tuple[str, ...]) -> str | None:
 
 def _arrange() -> None:
     order = {name: (heading, examples) for heading, group in GROUPS.items() for name, examples in group.items()}
+    one: Any
     for one in (*app.registered_commands, *app.registered_groups):
         one.rich_help_panel, examples = order[one.name or ""]
         one.epilog = _epilog(examples)
