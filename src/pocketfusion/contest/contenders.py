@@ -84,11 +84,22 @@ class PyTorch:
 
 
 class Exported:
-    """A file that this project exports for `target`, in one of the engines that bundles are drawn with."""
+    """A file that this project exports for `target`, in one of the runtimes that bundles are drawn with.
 
-    def __init__(self, label: str, target: TargetName, forms: tuple[str, ...]) -> None:
-        self.label, self.forms, self._target = label, forms, target
-        self.packages, self.extra = ("litert_torch",), "compress"
+    OpenVINO's `bfloat16` is how it computes: its file is float32's.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        target: TargetName,
+        forms: tuple[str, ...],
+        packages: tuple[str, ...] = ("litert_torch",),
+        extra: str = "compress",
+        runtime: str = "litert",
+    ) -> None:
+        self.label, self.forms, self.packages, self.extra = label, forms, packages, extra
+        self._target, self._runtime = target, runtime
 
     def prepare(self, subject: Subject, weights: str) -> Prepared:
         from pocketfusion.artefact import atomic_folder
@@ -97,16 +108,16 @@ class Exported:
         from pocketfusion.mobile.export_settings import ExportSettings
         from pocketfusion.mobile.specs import tensor_specs
 
-        settings = ExportSettings(target=self._target, size=subject.size)
+        settings, form = ExportSettings(target=self._target, size=subject.size), _form(weights)
         backend = backend_of(settings)
         wrapped, samples, time = open_unet(subject, "outside" if self._target == "litert-gpu" else "inside")
         key = f"unet-{settings.conversion_key(Path(subject.folder), 'unet')}"
-        exact, stored = Path(subject.cache) / f"{key}{backend.suffix}", Path(subject.cache) / f"{key}-{weights}"
+        exact, stored = Path(subject.cache) / f"{key}{backend.suffix}", Path(subject.cache) / f"{key}-{form}"
         if not exact.exists():
             backend.convert(wrapped, samples, exact)
         if not stored.exists():
             with atomic_folder(stored) as partial:
-                backend.store(exact, partial, "unet", wrapped, weights).close()
+                backend.store(exact, partial, "unet", wrapped, form).close()
         outputs = tensor_specs({"noise_pred": samples["sample"]})
         about = {
             "inputs": [one.model_dump() for one in tensor_specs(samples)],
@@ -123,10 +134,10 @@ class Exported:
         time = TimeEmbedding.model_validate(about["time"]) if about["time"] else None
         spec = Network.model_validate(
             {"inputs": about["inputs"], "outputs": about["outputs"], "parameters": 0, "macs": 0}
-            | {"weights": weights, "gpu_precision": "fp32"}
+            | {"weights": _form(weights), "gpu_precision": "fp32"}
         )
         with quiet():
-            engine = self._engine(Path(prepared.files[0]), spec, subject.threads)
+            engine = self._engine(Path(prepared.files[0]), spec, subject.threads, weights)
 
         def call(inputs: Call) -> np.ndarray:
             given = dict(inputs)
@@ -140,7 +151,12 @@ class Exported:
 
         return call
 
-    def _engine(self, path: Path, spec: Any, threads: int) -> Any:
+    def _engine(self, path: Path, spec: Any, threads: int, weights: str) -> Any:
+        if self._runtime != "litert":
+            from pocketfusion.runtime.runtimes import load_engine
+
+            name: Any = f"{self._runtime}-bf16" if weights == "bfloat16" else self._runtime
+            return load_engine(name, path, spec, threads)
         from pocketfusion.runtime.engines import Compiled, Interpreted, gpu_options
         from pocketfusion.runtime.trust.litert_file import verify
 
@@ -150,17 +166,39 @@ class Exported:
         return Interpreted(path, spec, signature, threads)
 
 
+def _form(weights: str) -> str:
+    """The form of the file's weights."""
+    return "float32" if weights == "bfloat16" else weights
+
+
 CONTENDERS: dict[str, PyTorch | Exported] = {
     "torch": PyTorch("PyTorch eager", compiled=False),
     "torch-compiled": PyTorch("PyTorch compiled", compiled=True),
     "litert-cpu": Exported("LiteRT CPU", "litert-cpu", ("float32", "float16", "int8", "int8-dynamic")),
     "litert-gpu": Exported("LiteRT GPU", "litert-gpu", ("float32",)),
+    "onnxruntime": Exported(
+        "ONNX Runtime",
+        "onnx",
+        ("float32", "float16", "int8"),
+        ("onnx", "onnxscript", "onnxruntime"),
+        "compress,onnx",
+        "onnxruntime",
+    ),
+    "openvino": Exported(
+        "OpenVINO",
+        "onnx",
+        ("float32", "bfloat16", "int8"),
+        ("onnx", "onnxscript", "openvino"),
+        "compress,onnx,openvino",
+        "openvino",
+    ),
 }
 #: What all others are compared with, and all that are compared where none is chosen.
 REFERENCE = "torch:float32"
 ALL = (
     *(REFERENCE, "torch:bfloat16", "torch-compiled:float32", "torch-compiled:bfloat16"),
     *("litert-cpu:float32", "litert-cpu:int8-dynamic", "litert-gpu:float32"),
+    *("onnxruntime:float32", "openvino:float32", "openvino:bfloat16"),
 )
 
 
