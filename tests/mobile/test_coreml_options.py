@@ -16,6 +16,7 @@ from pocketfusion.mobile import gate, pack
 from pocketfusion.mobile.coreml import options
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.outlook import prepare
+from pocketfusion.mobile.outside_loops import check_guidance
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.targets import TARGETS
 
@@ -85,7 +86,7 @@ def test_apples_layout_of_a_masked_clip(tiny_folder: Path, tmp_path: Path, insta
 @pytest.mark.parametrize("guidance", ["embedded", "folded"])
 def test_apples_layout_guides_itself(guidance: str) -> None:
     with pytest.raises(PocketfusionError, match=f"this model's guidance is {guidance}: choose --layout bundle"):
-        options.check_guidance("apple", guidance)
+        check_guidance("apple", guidance)
 
 
 def test_out_that_exists_is_kept(tiny_folder: Path, tmp_path: Path, installed: None) -> None:

@@ -50,8 +50,9 @@ class Backend(Protocol):
     def store(self, exact: Path, bundle: Path, network: str, module: nn.Module, kind: str | NetworkRecipe) -> Stored:
         """Writes the network into the folder of the `bundle`, its weights as `kind` says."""
 
-    def files(self, bundle: Path, tokenizer: Any) -> dict[str, Path]:
-        """The runtime's files for the manifest, by name: the networks' and what else it wants beside them."""
+    def files(self, bundle: Path, tokenizer: Any, folder: Path) -> dict[str, Path]:
+        """The runtime's files for the manifest, by name: the networks' and what else it wants beside them, of the
+        model `folder`."""
 
     def manifest(self, bundle: Path) -> dict[str, Any]:
         """The manifest's fields that are this runtime's own."""
@@ -102,7 +103,7 @@ class LiteRT:
         pack(exact, unpacked, lambda weight: chosen[weight.module], unpacked=True)
         return unpacked
 
-    def files(self, bundle: Path, tokenizer: Any) -> dict[str, Path]:
+    def files(self, bundle: Path, tokenizer: Any, folder: Path) -> dict[str, Path]:
         return {file.stem: file for file in bundle.glob("*.tflite")}
 
     def manifest(self, bundle: Path) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def export(
         stage()
         tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
         licence_files, licences = copy_licences(folder, partial)
-        files = backend.files(partial, tokenizer) | {"tokenizer": partial / "tokenizer.json"}
+        files = backend.files(partial, tokenizer, folder) | {"tokenizer": partial / "tokenizer.json"}
         files |= write_styles(folder, partial)
         if guidance == "classifier-free":
             files[EMPTY_PROMPT] = partial / "empty_prompt.f32"

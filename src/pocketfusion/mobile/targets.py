@@ -90,6 +90,7 @@ TARGETS: dict[str, Target] = {
             forms=("float32", "float16", "int8"),
             rewrites=(),
             limits=Limits(),
+            layouts=("bundle", "diffusers"),
         ),
     )
 }

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,3 +198,75 @@ def test_the_command_from_export_to_picture(
     code, out, err = run("bench", tmp_path / "b", "--runs", 1, "--steps", 2, "--threads", 1)
     assert (code, err) == (0, "") and "onnxruntime" in out
     assert shutil.which("pocketfusion") is None or "target      onnx" in run("info", tmp_path / "b")[1]
+
+
+@pytest.fixture(scope="module")
+def diffusers_bundle(onnx_folder: Path, once: Callable) -> Path:
+    """The same model in diffusers' layout. Read only."""
+    given = {"target": "onnx", "layout": "diffusers", "gate_steps": 1}
+    return once("onnx-diffusers", lambda root: export(onnx_folder, root / "b", **given)) / "b"
+
+
+def test_diffusers_pipeline_draws_with_its_layout(diffusers_bundle: Path, onnx_folder: Path) -> None:
+    """diffusers' own `OnnxStableDiffusionPipeline`, two pictures at once, against its PyTorch pipeline."""
+    from diffusers import DDIMScheduler, OnnxStableDiffusionPipeline
+
+    given: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}
+    noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    pipelines = (
+        OnnxStableDiffusionPipeline.from_pretrained(diffusers_bundle, vae_encoder=None),
+        load_pipeline(onnx_folder),
+    )
+    images = []
+    for pipeline, latents in zip(pipelines, (noise, torch.from_numpy(noise)), strict=True):
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        side = 64 if pipeline is pipelines[0] else 32  # it takes an eighth for the latents', whatever the decoder is
+        images.append(pipeline(["a red cat", "a dog"], height=side, width=side, latents=latents, **given).images)
+    found, wanted = images
+    assert found.shape == wanted.shape == (2, 32, 32, 3) and wanted.std() > 0.2
+    assert np.abs(found - wanted).max() < 1e-3
+
+
+def test_diffusers_layout_is_not_drawn_here(diffusers_bundle: Path, run: Callable) -> None:
+    manifest = Bundle.open(diffusers_bundle, any_runtime=True).manifest
+    on_disk = {path.relative_to(diffusers_bundle).as_posix() for path in diffusers_bundle.rglob("*") if path.is_file()}
+    assert on_disk == {file.path for file in manifest.files.values()} | {"bundle.json"}
+    assert {
+        "unet/model.onnx",
+        "vae_decoder/model.onnx",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+    } < on_disk
+    for command in (("generate", "a", "--bundle", diffusers_bundle), ("bench", diffusers_bundle)):
+        code, _, err = run(*command)
+        assert code == 2 and "in the layout of diffusers' OnnxStableDiffusionPipeline" in " ".join(err.split())
+
+
+def test_bench_all_has_it(
+    onnx_folder: Path, onnx_parts: Path, tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime and OpenVINO beside PyTorch: the same pictures."""
+    from pocketfusion.mobile.export_settings import ExportSettings
+
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[openvino]'")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    key = ExportSettings(target="onnx").conversion_key(onnx_folder, "unet")
+    shutil.copytree(onnx_parts / "unet", cache / f"unet-{key}.exact")
+    only, out = "onnxruntime:int8,openvino:float32", tmp_path / "t.json"
+    options = ("--only", only, "--cache", cache, "--threads", 1, "--runs", 1, "--steps", 2, "--json", out)
+    code, printed, err = run("bench", "--all", onnx_folder, *options)
+    assert (code, err) == (0, ""), printed + err
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["openvino:float32"]["psnr_db"] > 50 and 25 < rows["onnxruntime:int8"]["psnr_db"] < 60
+
+
+def test_openvino_draws_the_same(onnx_bundle: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[openvino]'")
+    given = {"seed": 1, "num_inference_steps": 2}
+    one = Pipeline.load(onnx_bundle, 1).generate("a red cat", **given).images[0]
+    other = Pipeline.load(onnx_bundle, 1, runtime="openvino").generate("a red cat", **given).images[0]
+    assert np.abs(np.asarray(one, np.int16) - np.asarray(other)).max() <= 1
+    rough = Pipeline.load(onnx_bundle, 1, runtime="openvino-bf16", mode="sequential").generate("a red cat", **given)
+    assert rough.images[0].size == one.size

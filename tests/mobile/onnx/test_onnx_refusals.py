@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.onnx import onnx_options
 from pocketfusion.mobile.outlook import prepare
 from pocketfusion.runtime import runtimes
@@ -46,8 +47,10 @@ def test_the_runtime_names_its_extra(
         ({"recipe": Path("recipe.yaml")}, "--recipe is of LiteRT's targets"),
         (
             {"layout": "apple"},
-            "--layout is 'apple' and the target onnx: its files are laid out as bundle",
+            "--layout is 'apple' and the target onnx: its files are laid out as bundle or diffusers",
         ),
+        ({"layout": "diffusers"}, "--layout diffusers is of models with CLIP's text encoder .* has 'bert'"),
+        ({"layout": "diffusers", "decoder_tile": 4}, "--layout diffusers has no --decoder-tile"),
         ({"ios": 17}, "--ios is 17 and the target onnx: it is of coreml"),
         ({"gpu_fp32": ("unet",)}, "the target onnx: it is of litert-gpu"),
     ],
@@ -159,3 +162,11 @@ def test_drawing_loads_no_torch(onnx_bundle: Path, tmp_path: Path) -> None:
     loaded = loaded_by(RUN.format(given))
     assert "onnxruntime" in loaded and Path(out).exists()
     assert loaded.isdisjoint({*HEAVY, "onnx", "onnxscript", "openvino"})
+
+
+def test_diffusers_layout_of_other_latents(onnx_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(onnx_folder, tmp_path / "model")
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 16}))
+    with pytest.raises(PocketfusionError, match="is of latents of 4 channels, and .* has 16: choose --layout bundle"):
+        onnx_options.check_onnx_options(ExportSettings(target="onnx", layout="diffusers"), folder)

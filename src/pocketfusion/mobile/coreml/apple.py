@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.outside_loops import SCALE  # unless an app sets `decoderScaleFactor`
 from pocketfusion.mobile.wrappers import nchw
 
-#: What Swift divides latents by before it calls the decoder, unless an app sets `decoderScaleFactor`.
-SCALE = 0.18215
 NAMES = {"text_encoder": "TextEncoder", "unet": "Unet", "decoder": "VAEDecoder"}
 Call = dict[str, np.ndarray]
 

@@ -13,10 +13,11 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.coreml import apple, packages
 from pocketfusion.mobile.coreml.compression import compress, in_chunks
 from pocketfusion.mobile.coreml.executor import Arithmetic, Executor
-from pocketfusion.mobile.coreml.options import OLDEST, check_guidance
+from pocketfusion.mobile.coreml.options import OLDEST
 from pocketfusion.mobile.coreml.program import convert
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.measure import Run
+from pocketfusion.mobile.outside_loops import check_guidance
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.runtime.manifest import NETWORKS, Manifest
 
@@ -62,7 +63,7 @@ class CoreML:
         self._packages[network] = found
         return _Program(found, network, kind, self._apple)
 
-    def files(self, bundle: Path, tokenizer: Any) -> dict[str, Path]:
+    def files(self, bundle: Path, tokenizer: Any, folder: Path) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for network in NETWORKS:
             for package in self._packages[network]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketfusion.errors import INSTALL_COREML, PocketfusionError
-from pocketfusion.folder import read_json
+from pocketfusion.mobile.outside_loops import check_outside_loop
 
 if TYPE_CHECKING:
     from pocketfusion.mobile.export_settings import ExportSettings
@@ -47,32 +46,4 @@ def check_options(settings: ExportSettings, folder: Path) -> None:
     if settings.recipe is not None:
         raise PocketfusionError("--recipe is of LiteRT's targets: choose Core ML's weights by --weights and its kin")
     if settings.layout == "apple":
-        _check_apple(settings, folder)
-
-
-def _check_apple(settings: ExportSettings, folder: Path) -> None:
-    """Apple's Swift package has CLIP's tokenizer, calls the UNet with two rows, and steps and decodes whole pictures
-    itself."""
-    said: Iterable[tuple[bool, str]] = (
-        (settings.two_calls, "--two-calls"),
-        (settings.scheduler_step, "--scheduler-step"),
-        (settings.decoder_tile is not None, "--decoder-tile"),
-        (bool(settings.embedding), "--embedding"),
-    )
-    for given, option in said:
-        if given:
-            raise PocketfusionError(f"--layout apple has no {option}: leave it out, or choose --layout bundle")
-    encoder = read_json(folder / "text_encoder" / "config.json")
-    if encoder.get("model_type") != "clip_text_model" or encoder.get("use_attention_mask"):
-        raise PocketfusionError(
-            f"--layout apple is of models with CLIP's text encoder and no mask, and {folder} has "
-            f"{encoder.get('model_type')!r}: choose --layout bundle"
-        )
-
-
-def check_guidance(layout: str, guidance: str) -> None:
-    """Raises PocketfusionError where Apple's package would guide what is guided already."""
-    if layout == "apple" and guidance != "classifier-free":
-        raise PocketfusionError(
-            f"--layout apple guides by itself, and this model's guidance is {guidance}: choose --layout bundle"
-        )
+        check_outside_loop(settings, folder)

@@ -10,8 +10,10 @@ from torch import nn
 
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.measure import Run
+from pocketfusion.mobile.onnx import diffusers_layout
 from pocketfusion.mobile.onnx.graph_export import OPSET, convert
 from pocketfusion.mobile.onnx.weight_storage import store
+from pocketfusion.mobile.outside_loops import check_guidance
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.runtime.manifest import NETWORKS, ONNX_DATA, Manifest
 from pocketfusion.runtime.onnx_engine import session
@@ -25,23 +27,32 @@ class ONNX:
     suffix = ".exact"
 
     def __init__(self, settings: ExportSettings) -> None:
-        self._settings = settings
+        self._settings, self._diffusers = settings, settings.layout == "diffusers"
 
     def check(self, guidance: str) -> None:
-        """Whatever can be loaded."""
+        check_guidance(self._settings.layout, guidance)
 
     def convert(self, module: nn.Module, samples: Samples, file: Path) -> None:
-        convert(module, samples, file, self._settings.device)
+        dynamic = None
+        if self._diffusers:
+            network = file.name.partition("-")[0]
+            module = diffusers_layout.wrap(network, module)
+            samples, dynamic = diffusers_layout.samples(network, samples)
+        convert(module, samples, file, self._settings.device, dynamic)
 
     def store(self, exact: Path, bundle: Path, network: str, module: nn.Module, kind: Any) -> _Stored:
-        file = bundle / f"{network}.onnx"
+        file = self._file(bundle, network)
+        file.parent.mkdir(exist_ok=True)
         store(exact, file, kind)
-        return _Stored(file, kind)
+        return _Stored(file, kind, network if self._diffusers else None)
 
-    def files(self, bundle: Path, tokenizer: Any) -> dict[str, Path]:
-        found = {network: bundle / f"{network}.onnx" for network in NETWORKS}
+    def _file(self, bundle: Path, network: str) -> Path:
+        return bundle / (f"{diffusers_layout.FOLDERS[network]}/model.onnx" if self._diffusers else f"{network}.onnx")
+
+    def files(self, bundle: Path, tokenizer: Any, folder: Path) -> dict[str, Path]:
+        found = {network: self._file(bundle, network) for network in NETWORKS}
         apart = {f"{name}.data": data for name, file in found.items() if (data := _data(file)).exists()}
-        return found | apart
+        return found | apart | (diffusers_layout.write_index(folder, bundle) if self._diffusers else {})
 
     def manifest(self, bundle: Path) -> dict[str, Any]:
         return {"onnx": {"opset": OPSET, "layout": self._settings.layout}}
@@ -51,15 +62,19 @@ class ONNX:
 
 
 class _Stored:
-    def __init__(self, file: Path, kind: str) -> None:
-        self._file = file
+    def __init__(self, file: Path, kind: str, diffusers: str | None) -> None:
+        """`diffusers`: the network whose tensors are those of that layout."""
+        self._file, self._diffusers = file, diffusers
         self.label = self.form = kind
         self.size = sum(part.stat().st_size for part in (file, _data(file)) if part.exists())
         self.runs: dict[str, Run] = {"": self._run}
 
     def _run(self, inputs: list[dict[str, np.ndarray]], output: str) -> np.ndarray:
-        network = session(self._file, _THREADS)
-        return np.stack([network.run([output], one)[0] for one in inputs])
+        file, network = session(self._file, _THREADS), self._diffusers
+        if network is None:
+            return np.stack([file.run([output], one)[0] for one in inputs])
+        output, calls = diffusers_layout.OUTPUTS[network], [diffusers_layout.inputs(network, one) for one in inputs]
+        return np.stack([diffusers_layout.output(network, file.run([output], one)[0]) for one in calls])
 
     def close(self) -> None:
         """The gate keeps nothing."""

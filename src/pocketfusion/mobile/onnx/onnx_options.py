@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketfusion.errors import INSTALL_ONNX_EXPORT, PocketfusionError
+from pocketfusion.folder import read_json
+from pocketfusion.mobile.outside_loops import check_outside_loop
 
 if TYPE_CHECKING:
     from pocketfusion.mobile.export_settings import ExportSettings
@@ -23,3 +25,9 @@ def check_onnx_options(settings: ExportSettings, folder: Path) -> None:
         raise PocketfusionError(f"--target onnx needs {', '.join(missing)}: {INSTALL_ONNX_EXPORT}")
     if settings.recipe is not None:
         raise PocketfusionError("--recipe is of LiteRT's targets: choose ONNX's weights by --weights and its kin")
+    if settings.layout == "diffusers":
+        check_outside_loop(settings, folder)
+        if (channels := read_json(folder / "unet" / "config.json").get("in_channels")) != 4:
+            raise PocketfusionError(
+                f"--layout diffusers is of latents of 4 channels, and {folder} has {channels}: choose --layout bundle"
+            )
