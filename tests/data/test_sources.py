@@ -497,8 +497,8 @@ def test_skip_bad_reaches_the_trainers_and_is_told(tmp_path, capsys):
     (data / "b.txt").write_text("blue")
     recipe = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
     with pytest.raises(PocketfusionError, match="b.png is not a readable picture .*--skip-bad"):
-        begin(recipe, data, tmp_path / "out", None, None, False, False)
-    _, images, _ = begin(recipe, data, tmp_path / "out", None, None, False, True)
+        begin(recipe, data, tmp_path / "out", None, None, False, False, None)
+    _, images, _ = begin(recipe, data, tmp_path / "out", None, None, False, True, None)
     assert "data (1 bad samples left out): 1 bad samples were left out (" in capsys.readouterr().err
     with pytest.raises(PocketfusionError, match="no split named val_combo.*of two pictures or more without one"):
         images.indices(["val_combo"])

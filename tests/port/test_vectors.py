@@ -148,9 +148,9 @@ def test_refusals(run, kit: Path, tmp_path: Path, tiny_bundle: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_bundle, other)
     manifest = json.loads((other / "bundle.json").read_text())
-    (other / "bundle.json").write_text(json.dumps(manifest | {"target": "onnx"}))
+    (other / "bundle.json").write_text(json.dumps(manifest | {"target": "of-tomorrow"}))
     said = refused(other, tmp_path / "new")
-    assert "is a bundle for 'onnx'" in said and "export" in said
+    assert "is a bundle for 'of-tomorrow'" in said and "export" in said
     del manifest["scheduler"]
     (other / "bundle.json").write_text(json.dumps(manifest))
     assert "scheduler: Field required" in refused(other, tmp_path / "new")
