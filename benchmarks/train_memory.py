@@ -136,8 +136,8 @@ def measure(recipe: Recipe, name: str, given: argparse.Namespace, work: Path, ou
 
     def on_step(step: int, figures: dict[str, float]) -> None:
         peaks.append(float(peak_rss() or 0))
-        if profiled and step in (1, 3):
-            (allocator.begin if step == 1 else allocator.end)()
+        if profiled and step in (2, 3):  # after the step in which DDP lays its buckets anew
+            (allocator.begin if step == 2 else allocator.end)()
 
     train(task, settings.train, run, fingerprint={}, on_step=on_step)
     if rank:
