@@ -89,7 +89,7 @@ def test_a_python_that_is_too_old_is_told_before_anything_is_installed(clone: Pa
     old = clone / "python3.8"
     old.write_text(
         f"#!/bin/sh\nshift; exec {sys.executable} -c "
-        "'import sys; sys.version_info = (3, 8, 1); sys.version = \"3.8.1 (old)\"; exec(sys.argv[1])' \"$@\"\n"
+        '\'import sys; sys.version_info = (3, 8, 1); sys.version = "3.8.1 (old)"; exec(sys.argv[1])\' "$@"\n'
     )
     old.chmod(0o755)
     shutil.rmtree(clone / ".venv-demo")

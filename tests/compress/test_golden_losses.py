@@ -3,7 +3,7 @@
 They hold together what no single test does: the data's order, every random number, the objectives, the optimiser, the
 schedule. A change of them is meant or a fault. Stages behind `evolve` depend on measured times and are not held.
 
-    python tests/compress/test_golden_losses.py OUT     # writes them anew, from what `compress` made of the shallow recipe
+    python tests/compress/test_golden_losses.py OUT    # writes them anew, from a `compress` of the shallow recipe
 """
 
 import json
@@ -19,9 +19,7 @@ STAGES = ("loss-judge", "autoencoder", "base", "judge", "elastic")
 
 
 def losses(out: Path) -> dict[str, list[float]]:
-    return {
-        stage: [line["loss"] for line in read_log(out / f"{stage}.run") if "loss" in line] for stage in STAGES
-    }
+    return {stage: [line["loss"] for line in read_log(out / f"{stage}.run") if "loss" in line] for stage in STAGES}
 
 
 @pytest.mark.timeout(1500)

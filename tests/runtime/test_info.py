@@ -39,7 +39,12 @@ def test_bundle(run, tiny_bundle):
 
 def test_origin_in_short(run, folder):
     told = Provenance(
-        stage="teacher", settings={"width": 16}, samples_seen=12345, hours=1.5, machine="a cupboard", data={"name": "hats"}
+        stage="teacher",
+        settings={"width": 16},
+        samples_seen=12345,
+        hours=1.5,
+        machine="a cupboard",
+        data={"name": "hats"},
     )
     write_provenance(folder, told)
     (folder / "licences").mkdir(exist_ok=True)
