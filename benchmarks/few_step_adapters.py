@@ -22,10 +22,9 @@ from torch import nn
 
 from pocketfusion.artefact import write_json
 from pocketfusion.data.sources import open_dataset
-from pocketfusion.evaluate.distances import kid
 from pocketfusion.evaluate.extractors import JudgeExtractor
 from pocketfusion.evaluate.generate import SamplerSettings
-from pocketfusion.evaluate.metrics import clip_score, retrieval
+from pocketfusion.evaluate.metrics import clip_score, kid, retrieval
 from pocketfusion.evaluate.systems import system_spec
 from pocketfusion.folder import load_pipeline
 from pocketfusion.runtime.sheet import contact_sheet

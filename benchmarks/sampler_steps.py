@@ -85,12 +85,11 @@ def main(
     from pocketfusion.cli.extras import require_compress
 
     require_compress()
-    from pocketfusion.evaluate.curves_run import Measuring, evaluate_systems
-    from pocketfusion.evaluate.drawing import Plan, load
     from pocketfusion.evaluate.extractors import open_extractor
+    from pocketfusion.evaluate.fid_clip.curves_run import Measuring, evaluate_systems
+    from pocketfusion.evaluate.fid_clip.drawing import PictureStore, Plan, load
     from pocketfusion.evaluate.metrics import too_few_for_frechet
     from pocketfusion.evaluate.reference import ReferenceSource
-    from pocketfusion.evaluate.store import PictureStore
     from pocketfusion.evaluate.systems import named_systems
 
     names = [(name, int(n)) for name in samplers.split(",") for n in steps.split(",")]

@@ -3,7 +3,7 @@
 import pytest
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.card import write_card
+from pocketfusion.evaluate.score.card import write_card
 from pocketfusion.folder import Provenance, write_provenance
 
 

@@ -10,9 +10,8 @@ from coco_folder import IDS, annotations, file_name, make_coco
 from PIL import Image
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.coco import open_coco
-from pocketfusion.evaluate.coco_list import Annotations, list_sha256
-from pocketfusion.evaluate.images import CaptionedReference
+from pocketfusion.evaluate.coco import Annotations, list_sha256, open_coco
+from pocketfusion.evaluate.reference import CaptionedReference
 
 #: of the list of 6 captions of `coco_folder.annotations`, seed 0: published lists must not change with the code
 GOLDEN = "24d45e1eca11741fa5541ac88f93bb000fc52405fdb4f64558664c8cd6e0c521"

@@ -15,10 +15,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.compare import Asked, check_match, compare
-from pocketfusion.evaluate.likeness import EQUAL, psnr, ssim
-from pocketfusion.evaluate.prompt_list import BUILT_IN, read_prompts
-from pocketfusion.evaluate.stock import Drawing, Stock
+from pocketfusion.evaluate.comparison.compare import Asked, check_match, compare
+from pocketfusion.evaluate.comparison.stock import Drawing, Stock
+from pocketfusion.evaluate.prompts import BUILT_IN, read_prompts
+from pocketfusion.likeness import EQUAL, psnr, ssim
 from pocketfusion.mobile.gate import guidance_delta
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.pipeline import Pipeline

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pocketfusion.evaluate.copying import Gallery, nearest_training, thumbnails
+from pocketfusion.evaluate.score.copying import Gallery, nearest_training, thumbnails
 
 RNG = np.random.default_rng(0)
 SMALL = RNG.integers(0, 256, (2100, 32, 32, 3), dtype=np.uint8)  # more than one block

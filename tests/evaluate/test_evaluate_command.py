@@ -11,14 +11,13 @@ from PIL import Image
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.curves import Curves, parse_guidance
-from pocketfusion.evaluate.curves_report import markdown
-from pocketfusion.evaluate.distances import diversity, kid
-from pocketfusion.evaluate.drawing import Plan
+from pocketfusion.evaluate.extractors import open_judge
+from pocketfusion.evaluate.fid_clip.curves import Curves, parse_guidance
+from pocketfusion.evaluate.fid_clip.curves_report import markdown
+from pocketfusion.evaluate.fid_clip.drawing import Plan
 from pocketfusion.evaluate.generate import ModelFolder, SamplerSettings
-from pocketfusion.evaluate.images import SetsReference
-from pocketfusion.evaluate.metrics import clip_score, frechet_distance
-from pocketfusion.evaluate.run import open_judge
+from pocketfusion.evaluate.metrics import clip_score, diversity, frechet_distance, kid
+from pocketfusion.evaluate.reference import SetsReference
 from pocketfusion.evaluate.sets import choose_sets
 from pocketfusion.folder import folder_hash
 from pocketfusion.models.sampling import Sampling, write_sampling

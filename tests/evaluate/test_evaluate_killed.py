@@ -26,13 +26,13 @@ def test_a_killed_evaluation_goes_on(kill, end, tiny_folder, tiny_data, judge, t
         )
 
     end(*arguments("whole"))
-    kill("pocketfusion.evaluate.store:Shelf.put", 9, *arguments("cut"))
+    kill("pocketfusion.evaluate.fid_clip.drawing:Shelf.put", 9, *arguments("cut"))
     pictures = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut.run").rglob("*.png")}
     assert len(pictures) == 9 and not (tmp_path / "cut").exists()
-    kill("pocketfusion.evaluate.curves:PointCache.put", 1, *arguments("cut"))
+    kill("pocketfusion.evaluate.fid_clip.curves:PointCache.put", 1, *arguments("cut"))
     (point,) = (tmp_path / "cut.run" / "points").iterdir()
     measured = point.stat().st_mtime_ns
-    kill("pocketfusion.evaluate.curves_figure:plot_curves", 1, *arguments("cut"))
+    kill("pocketfusion.evaluate.fid_clip.curves_report:plot_curves", 1, *arguments("cut"))
     assert not (tmp_path / "cut").exists() and len(leftovers(tmp_path)) == 1
     end(*arguments("cut"))
     assert {path: path.stat().st_mtime_ns for path in pictures} == pictures  # none was drawn twice

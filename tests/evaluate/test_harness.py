@@ -11,9 +11,8 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import SamplerSettings
-from pocketfusion.evaluate.harness import score_system
-from pocketfusion.evaluate.report import Report, markdown, remarks, scene_rows, score_rows, tables
-from pocketfusion.evaluate.run import write_outcome
+from pocketfusion.evaluate.score.harness import score_system, write_outcome
+from pocketfusion.evaluate.score.score_report import Report, markdown, remarks, scene_rows, score_rows, tables
 from pocketfusion.evaluate.sets import choose_sets, picture_seed
 
 JUDGE = {"name": "colours", "sha256": "1" * 64}

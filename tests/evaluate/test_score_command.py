@@ -7,7 +7,7 @@ import pytest
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import SamplerSettings
-from pocketfusion.evaluate.run import score_folder
+from pocketfusion.evaluate.score.harness import score_folder
 from pocketfusion.folder import folder_hash
 from pocketfusion.models.judge import JudgeModel
 

@@ -7,10 +7,10 @@ from safetensors.torch import save_file
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.evaluate.clip import OpenClip
+from pocketfusion.evaluate.extractors import open_judge
 from pocketfusion.evaluate.generate import ModelFolder, SamplerSettings
 from pocketfusion.evaluate.metrics import clip_score
-from pocketfusion.evaluate.open_clip import OpenClip
-from pocketfusion.evaluate.run import open_judge
 from pocketfusion.evaluate.sets import picture_seed
 from pocketfusion.evolve.score import JudgeScorer, ScoreSettings, validation_set
 from pocketfusion.models.elastic_unet import load_elastic

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pocketfusion.evaluate.likeness import psnr
+from pocketfusion.likeness import psnr
 
 
 @pytest.fixture

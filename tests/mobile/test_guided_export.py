@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from guided import RANGE, SCALE, STEPS, small_unet
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.compare import Asked, compare
+from pocketfusion.evaluate.comparison.compare import Asked, compare
 from pocketfusion.folder import load_pipeline
 from pocketfusion.mobile import gate, measure
 from pocketfusion.mobile.export import export

@@ -14,7 +14,7 @@ from pocketfusion.cli.given import model_folder
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
-    from pocketfusion.evaluate.comparison import Comparison
+    from pocketfusion.evaluate.comparison.compare import Comparison
     from pocketfusion.terminal import Console
 
 PathOpt = Path | None
@@ -59,9 +59,9 @@ def compare_command(
     check_files(out, beside := out.with_suffix(".json"))
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from pocketfusion.evaluate.compare import Asked, compare
-    from pocketfusion.evaluate.compare_page import page
-    from pocketfusion.evaluate.prompt_list import read_prompts
+    from pocketfusion.evaluate.comparison.compare import Asked, compare
+    from pocketfusion.evaluate.comparison.compare_page import page
+    from pocketfusion.evaluate.prompts import read_prompts
     from pocketfusion.terminal import Console
 
     folder = model_folder(folder)

@@ -59,10 +59,10 @@ def evaluate_command(
     require_compress()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from pocketfusion.evaluate.curves import parse_guidance
-    from pocketfusion.evaluate.curves_report import remarks, table
-    from pocketfusion.evaluate.curves_run import Measuring, evaluate_systems, processes
     from pocketfusion.evaluate.extractors import open_extractor
+    from pocketfusion.evaluate.fid_clip.curves import parse_guidance
+    from pocketfusion.evaluate.fid_clip.curves_report import remarks, table
+    from pocketfusion.evaluate.fid_clip.curves_run import Measuring, evaluate_systems, processes
     from pocketfusion.evaluate.reference import ReferenceSource
     from pocketfusion.evaluate.systems import named_systems
     from pocketfusion.terminal import Console, printable_json

@@ -39,8 +39,8 @@ def score_command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pocketfusion.evaluate.generate import SamplerSettings
-    from pocketfusion.evaluate.report import remarks, tables
-    from pocketfusion.evaluate.run import score_folder
+    from pocketfusion.evaluate.score.harness import score_folder
+    from pocketfusion.evaluate.score.score_report import remarks, tables
     from pocketfusion.terminal import Console, printable_json
 
     names = [name.strip() for name in sets.split(",") if name.strip()] if sets else None
@@ -89,6 +89,6 @@ def card_command(
     from pocketfusion.cli.extras import require_compress
 
     require_compress()
-    from pocketfusion.evaluate.card import write_card
+    from pocketfusion.evaluate.score.card import write_card
 
     typer.echo(f"written: {write_card(folder, scores, notes)}")

@@ -121,9 +121,9 @@ def _check(work: Work) -> Made:
 
 
 def _evaluate(work: Work) -> Made:
-    from pocketfusion.evaluate.curves_run import Measuring, evaluate_systems
-    from pocketfusion.evaluate.equal_clip import at_equal_clip
     from pocketfusion.evaluate.extractors import open_extractor
+    from pocketfusion.evaluate.fid_clip.curves import at_equal_clip
+    from pocketfusion.evaluate.fid_clip.curves_run import Measuring, evaluate_systems
     from pocketfusion.evaluate.reference import ReferenceSource
     from pocketfusion.evaluate.systems import named_systems
 

@@ -13,7 +13,7 @@ from pocketfusion import __version__
 from pocketfusion.artefact import atomic_file
 from pocketfusion.compress.chain import Chain, Stage
 from pocketfusion.compress.overview import Standing, duration, provenance_of, standings
-from pocketfusion.evaluate.curves import Curves
+from pocketfusion.evaluate.fid_clip.curves import Curves
 from pocketfusion.html_page import details, document, image, plot
 from pocketfusion.train.log import read_log
 

@@ -22,7 +22,7 @@ from pocketfusion.contest.call_worker import receive, send
 from pocketfusion.contest.contenders import CONTENDERS, REFERENCE, Call, Prepared, Subject, missing
 from pocketfusion.contest.unet_subject import PROMPT, Drawing, Scene
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.likeness import psnr
+from pocketfusion.likeness import psnr
 from pocketfusion.runtime.output import cpu_name, spread
 
 #: Called with what is being done.

@@ -1,1 +1,1 @@
-"""Scores of generated pictures beside those of real ones (the ceiling) and of shuffled captions (the floor)."""
+"""Measures of drawn pictures, and the commands that take them: a sub-package each."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash
+
+if TYPE_CHECKING:
+    from pocketfusion.models.judge import Judge
 
 CLIP_MODEL = "ViT-g-14"  #: SnapFusion's and BK-SDM's; BK-SDM's weights are laion2b_s34b_b88k
 CLIP_SCORE = "100 × mean cosine (BK-SDM prints the mean cosine itself)"
@@ -37,8 +40,6 @@ class JudgeExtractor:
 
     def __init__(self, path: Path):
         """Raises PocketfusionError as `open_judge` does."""
-        from pocketfusion.evaluate.run import open_judge
-
         self.judge = open_judge(path)
         self.name = f"judge {path.resolve().name}"
         self.feature_dimensions = 2 * self.judge.model.config.widths[-1]
@@ -62,6 +63,26 @@ class JudgeExtractor:
     def text_embeddings(self, captions: Sequence[str]) -> np.ndarray:
         """See `Extractor`."""
         return self.judge.text_embeddings(captions)
+
+
+def open_judge(path: Path) -> Judge:
+    """Loads the judge, on the GPU if there is one.
+
+    Raises PocketfusionError if it is missing or damaged, or was trained with a text encoder of another width.
+    """
+    import torch
+
+    from pocketfusion.models.judge import load_judge
+
+    judge = load_judge(path)
+    wanted, given = judge.model.config.text_width, judge.text.width
+    if wanted != given:
+        raise PocketfusionError(
+            f"the judge {path} was trained with a text encoder of width {wanted}, not {given}: "
+            "train it again with 'pocketfusion train-judge'"
+        )
+    judge.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return judge
 
 
 class StandardExtractor:
@@ -118,7 +139,7 @@ def open_clip_model(clip: Path, clip_model: str = CLIP_MODEL) -> tuple[Any, dict
         model = TransformersClip(clip)
         described = {"name": clip.resolve().name, "layout": "transformers", "sha256": model.sha256}
         return model, described | {"preprocessing": model.preprocessing()}
-    from pocketfusion.evaluate.open_clip import OpenClip
+    from pocketfusion.evaluate.clip import OpenClip
 
     described = {"name": clip_model, "layout": "open_clip", "preprocessing": "open_clip's own for these weights"}
     return OpenClip(clip_model, clip), described | {"sha256": sha256_file(clip)}

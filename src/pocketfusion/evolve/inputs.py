@@ -11,9 +11,9 @@ from pocketfusion.artefact import sha256_file
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.data.sources import open_training_data
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.evaluate.clip import OpenClip
+from pocketfusion.evaluate.extractors import open_judge
 from pocketfusion.evaluate.generate import ModelFolder
-from pocketfusion.evaluate.open_clip import OpenClip
-from pocketfusion.evaluate.run import open_judge
 from pocketfusion.evolve.score import Judge, JudgeScorer, ScoreSettings, validation_set
 from pocketfusion.evolve.values import Latency
 from pocketfusion.folder import check_folder, folder_hash

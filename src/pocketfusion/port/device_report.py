@@ -11,8 +11,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.likeness import psnr
 from pocketfusion.latency.benchmark_log import partitions, statistics
+from pocketfusion.likeness import psnr
 from pocketfusion.port.device_pack import FORM, INDEX, RESULTS, SCRIPT
 
 PLACES = ("cpu", "gpu")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.likeness import EQUAL, psnr
+from pocketfusion.likeness import EQUAL, psnr
 from pocketfusion.mobile.coreml.core_ml import called
 from pocketfusion.mobile.coreml.executor import Arithmetic, Executor
 from pocketfusion.mobile.gate import MIN_SQNR, sqnr

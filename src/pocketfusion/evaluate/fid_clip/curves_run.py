@@ -1,29 +1,45 @@
-"""`pocketfusion evaluate`: opens everything, draws what is missing in all processes, scores and writes in one."""
+"""`pocketfusion evaluate`: opens everything, draws what is missing in all processes, scores and writes in one.
+
+`measure` makes a point of a curve from pictures in the store; `evaluate_systems` all points of all systems.
+"""
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pocketfusion import __version__
-from pocketfusion.artefact import atomic_folder, check_new, check_writable_parent
+from pocketfusion.artefact import atomic_file, atomic_folder, check_new, check_writable_parent
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.curves import Curve, Curves, Point, PointCache
-from pocketfusion.evaluate.curves_report import write_curves
-from pocketfusion.evaluate.distances import KID_SUBSETS, frechet_resamples, kid_subset_size
-from pocketfusion.evaluate.drawing import Plan, draw_missing, load
 from pocketfusion.evaluate.extractors import Extractor
+from pocketfusion.evaluate.fid_clip.curves import Curve, Curves, Point, PointCache
+from pocketfusion.evaluate.fid_clip.curves_report import write_curves
+from pocketfusion.evaluate.fid_clip.drawing import PictureStore, Plan, Shelf, Wanted, draw_missing, load
 from pocketfusion.evaluate.generate import SamplerSettings
-from pocketfusion.evaluate.images import CaptionedReference
-from pocketfusion.evaluate.metrics import too_few_for_frechet
-from pocketfusion.evaluate.scoring import RealSide, measure
-from pocketfusion.evaluate.store import PictureStore, Shelf
+from pocketfusion.evaluate.metrics import (
+    KID_SUBSETS,
+    Estimate,
+    RealFeatures,
+    bootstrap,
+    clip_score,
+    diversity,
+    frechet_estimate,
+    frechet_resamples,
+    kid,
+    kid_subset_size,
+    retrieval,
+    too_few_for_frechet,
+)
+from pocketfusion.evaluate.reference import CaptionedReference
 from pocketfusion.evaluate.systems import SystemSpec, labels
 from pocketfusion.folder import machine
 from pocketfusion.locks import hold, release
@@ -34,8 +50,98 @@ if TYPE_CHECKING:
 
 SHOWN = 8  #: captions on the sheet of pictures
 WAIT = timedelta(days=2)  #: a process may draw for long after another has finished
+_CHUNK = 512  #: pictures that go through the extractor at once
 
 Progress = Callable[[str, int, int], None]  #: what is done, pictures done, pictures in all
+OnScored = Callable[[int], None]  #: how many more pictures went through the extractor
+
+
+def _extract(
+    get: Callable[[np.ndarray], np.ndarray], count: int, extractor: Extractor, on_scored: OnScored
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features [count, F] and embeddings [count, E] of pictures that `get` gives by number, a chunk at a time."""
+    features, embeddings = [], []
+    for start in range(0, count, _CHUNK):
+        numbers = np.arange(start, min(start + _CHUNK, count))
+        part = extractor.image_features(get(numbers))
+        features.append(part[0])
+        embeddings.append(part[1])
+        on_scored(len(numbers))
+    return np.concatenate(features), np.concatenate(embeddings)
+
+
+@dataclass(frozen=True)
+class RealSide:
+    """What the extractor says of the real pictures and of the captions."""
+
+    real: RealFeatures  #: [M, F], of the pictures that FID and KID compare with
+    embeddings: np.ndarray  #: of the captions' own pictures, [N, E]
+    texts: np.ndarray  #: of the captions, [N, E]
+    captions: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, reference: CaptionedReference, extractor: Extractor, cache: Path, on_scored: OnScored = lambda count: None
+    ) -> RealSide:
+        """Kept in the folder `cache`, since real pictures can be many."""
+        captions = tuple(reference.captions)
+        key = json.dumps({"extractor": extractor.identity(), "reference": reference.fingerprint}, sort_keys=True)
+        file = cache / f"real-{sha256(key.encode()).hexdigest()[:24]}.npz"
+        try:
+            with np.load(file) as kept:
+                return cls(RealFeatures(kept["features"]), kept["embeddings"], kept["texts"], captions)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # not there, or damaged
+        features, embeddings = _extract(reference.real_images, reference.real_count, extractor, on_scored)
+        if reference.real_images != reference.images:  # one method where both sides are the same pictures
+            _, embeddings = _extract(reference.images, len(captions), extractor, on_scored)
+        texts = extractor.text_embeddings(reference.captions)
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as partial:
+            np.savez(partial, features=features, embeddings=embeddings, texts=texts)
+        return cls(RealFeatures(features), embeddings, texts, captions)
+
+    def scores(self, embeddings: np.ndarray) -> dict[str, Estimate]:
+        """CLIP score and top-5 of one picture a caption with these embeddings, [N, E]."""
+        ranked = retrieval(embeddings, self.texts, self.captions, ks=(5,))
+        return {"clip_score": bootstrap(clip_score(embeddings, self.texts)), "top5": bootstrap(ranked.hits[5])}
+
+
+def measure(
+    shelf: Shelf,
+    plan: Plan,
+    reference: CaptionedReference,
+    side: RealSide,
+    extractor: Extractor,
+    spec: SystemSpec,
+    guidance_scale: float,
+    *,
+    kid_only: bool = False,
+    on_scored: OnScored = lambda count: None,
+) -> Point:
+    """Scores the pictures of one system at one scale; raises PocketfusionError if one is not in the store."""
+    what = f"{spec.name} at guidance {guidance_scale:g}"
+
+    def pictures(wanted: Sequence[Wanted]) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda numbers: reference.prepare(load(shelf, [wanted[i] for i in numbers], what))
+
+    features, embeddings = _extract(pictures(plan.pictures), len(plan.pictures), extractor, on_scored)
+    varied = None
+    if plan.again:
+        again = [one for row in plan.again for one in row]
+        drawn, _ = _extract(pictures(again), len(again), extractor, on_scored)
+        varied = diversity(drawn.reshape(len(plan.again), -1, drawn.shape[1]))
+    return Point(
+        guidance_scale=guidance_scale,
+        num_inference_steps=spec.num_inference_steps,
+        sampler=spec.sampling,
+        precision=spec.precision,
+        pictures=len(plan.pictures),
+        frechet=None if kid_only else frechet_estimate(features, side.real),
+        kid=kid(features, side.real.features),
+        diversity=varied,
+        **side.scores(embeddings),
+    )
 
 
 def processes() -> PartialState:

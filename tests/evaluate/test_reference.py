@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from pocketfusion.data.packed import CaptionedImages
-from pocketfusion.evaluate.images import CaptionedReference, ImageProtocol, SetsReference
+from pocketfusion.evaluate.reference import CaptionedReference, ImageProtocol, SetsReference
 from pocketfusion.evaluate.sets import choose_sets
 
 

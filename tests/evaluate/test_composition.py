@@ -10,7 +10,7 @@ from pocketfusion.data.emoji.concepts import iter_drawings, load_concepts, name_
 from pocketfusion.data.emoji.packages import DEFAULT_STYLES, fetch_packages
 from pocketfusion.data.emoji.scenes import BACKGROUNDS, render_scene, sample_scene
 from pocketfusion.data.shapes import COLOURS
-from pocketfusion.evaluate.scenes import border_colour, check_scenes, crop, cut, read_scene
+from pocketfusion.evaluate.score.composition import border_colour, check_scenes, crop, cut, read_scene
 
 
 def canvas(background: str = "white", size: int = 64) -> np.ndarray:

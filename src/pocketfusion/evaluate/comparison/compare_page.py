@@ -9,10 +9,9 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from pocketfusion.evaluate.compare import Outcome
-from pocketfusion.evaluate.comparison import Compared, Comparison, Pair
-from pocketfusion.evaluate.likeness import EQUAL
+from pocketfusion.evaluate.comparison.compare import Compared, Comparison, Outcome, Pair
 from pocketfusion.html_page import details, document, image, plot
+from pocketfusion.likeness import EQUAL
 
 SHOWN = 48  #: pairs with pictures, of each bundle; the others are in the JSON file
 _LOSSLESS = 256  #: pixels up to which pictures are PNG; larger ones are JPEG in the page, and were compared before

@@ -1,4 +1,7 @@
-"""`pocketfusion compare`: the same prompts and noise through stock diffusers and through bundles, pair by pair."""
+"""`pocketfusion compare`: the same prompts and noise through stock diffusers and through bundles, pair by pair.
+
+`Comparison` is what was measured, as the JSON file holds it; `compare` measures it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ from typing import Any, Literal
 import diffusers
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 
+from pocketfusion import __version__
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.comparison import Compared, Comparison, Pair, Score
-from pocketfusion.evaluate.likeness import psnr, ssim
-from pocketfusion.evaluate.metrics import bootstrap, clip_score
-from pocketfusion.evaluate.stock import OF_THE_MODEL, Drawing, Drawn, Stock
+from pocketfusion.evaluate.comparison.stock import OF_THE_MODEL, Drawing, Drawn, Stock
+from pocketfusion.evaluate.metrics import Estimate, bootstrap, clip_score
 from pocketfusion.folder import COMPONENTS, folder_hash, machine
+from pocketfusion.likeness import psnr, ssim
 from pocketfusion.mobile.gate import guidance_delta, sqnr
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.networks import available_cores, check_threads
@@ -27,6 +31,74 @@ from pocketfusion.runtime.tokenizer import PromptTokenizer
 _OTHER_TEXT = 3.0  #: dB of the prompt's states below which the text encoder is another's; int4 weights leave above 6
 
 Progress = Callable[[str, int, int], None]  #: what is done, pictures done, pictures in all
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Pair(_Record):
+    """One prompt drawn by both. `guidance_delta` is `mobile.gate.guidance_delta` on the stock pipeline's own latents;
+    `latents_sqnr_db` follow the steps; `scores` have stock's and the bundle's by the scorer's name."""
+
+    prompt: str
+    seed: int
+    psnr_db: float
+    ssim: float
+    latents_sqnr_db: list[float]
+    guidance_delta: float | None
+    scores: dict[str, tuple[float, float]]
+    warnings: list[str]
+
+
+class Score(_Record):
+    """Mean CLIP scores of both sides, and of the bundle's minus stock's, with 95 % intervals over prompts."""
+
+    stock: Estimate
+    bundle: Estimate
+    difference: Estimate
+
+
+class Compared(_Record):
+    """One bundle against the folder; `pairs` have the worst first. Sizes are bytes, seconds medians of a picture."""
+
+    name: str
+    path: str
+    sha256: str
+    exported_from: Literal["this folder", "another folder", "not said"]
+    weights: dict[str, str]
+    size: int
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    psnr_db: dict[str, float]  #: median, p5 (5 % of the prompts are below), worst
+    ssim: float  #: median
+    guidance_delta: float | None  #: the median prompt's
+    latents_sqnr_db: list[float]  #: medians, by step
+    scores: dict[str, Score]
+    seconds: dict[str, float]  #: stock, bundle
+    passed: bool | None  #: None without a threshold
+    pairs: list[Pair]
+
+
+class Comparison(_Record):
+    """Everything that was compared, and how."""
+
+    format: str = "pocketfusion-comparison"
+    version: int = 1
+    pocketfusion: str = __version__
+    diffusers: str
+    machine: str
+    threads: int
+    folder: dict[str, Any]  #: name, sha256, size of its networks' folders in bytes, unet: its class
+    scorers: dict[str, dict[str, Any]]
+    min_psnr_db: float | None
+    bundles: list[Compared]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no bundle is below the threshold, if there is one."""
+        return all(one.passed is not False for one in self.bundles)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from pocketfusion.evaluate.curves import Curve, Point
-from pocketfusion.evaluate.curves_report import comparison
-from pocketfusion.evaluate.equal_clip import at_equal_clip
+from pocketfusion.evaluate.fid_clip.curves import Curve, Point, at_equal_clip
+from pocketfusion.evaluate.fid_clip.curves_report import comparison
 
 
 def curve(*points: tuple[float, float], label: str = "a") -> Curve:

@@ -1,18 +1,26 @@
-"""One harness for every system: draws each set's captions and scores them beside the real pictures."""
+"""`pocketfusion score`: draws each set's captions and scores them beside the real pictures, any system alike.
+
+`score_system` is the harness; `score_folder` opens what it needs and writes the result folder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pocketfusion import __version__
+from pocketfusion.artefact import atomic_folder, check_new, write_json
 from pocketfusion.data.packed import CaptionedImages
+from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evaluate.copying import Gallery, Nearest, Pair, nearest_training, thumbnails
-from pocketfusion.evaluate.generate import SamplerSettings, System
+from pocketfusion.evaluate.extractors import open_judge
+from pocketfusion.evaluate.generate import ModelFolder, SamplerSettings, System
 from pocketfusion.evaluate.metrics import (
+    POOL,
     bootstrap,
     clip_score,
     frechet_distance,
@@ -20,11 +28,22 @@ from pocketfusion.evaluate.metrics import (
     too_few_for_frechet,
 )
 from pocketfusion.evaluate.prompts import fixed_prompts
-from pocketfusion.evaluate.report import NearestStats, Report, Row, SceneScores, SetResult
-from pocketfusion.evaluate.scenes import Scorer, check_scenes
-from pocketfusion.evaluate.sets import TRAIN_SPLITS, EvaluationSet, picture_seed, shuffled_order
+from pocketfusion.evaluate.score.composition import Scorer, check_scenes
+from pocketfusion.evaluate.score.copying import Gallery, Nearest, Pair, nearest_training, thumbnails
+from pocketfusion.evaluate.score.score_report import (
+    NearestStats,
+    Report,
+    Row,
+    SceneScores,
+    SetResult,
+    markdown,
+    nearest_pairs,
+    plot_scores,
+    prompt_sheet,
+)
+from pocketfusion.evaluate.sets import TRAIN_SPLITS, EvaluationSet, choose_sets, picture_seed, shuffled_order
+from pocketfusion.folder import folder_hash, machine, read_provenance
 
-POOL = 256
 PAIRS = 12  #: nearest pairs shown
 _FEATURE_BATCH = 512
 
@@ -112,7 +131,7 @@ def set_result(
     rows, pool, chance = {}, 0, {1: 0.0, 5: 0.0}
     for kind, scored in (("real", real), ("generated", generated), ("shuffled", real)):
         picked = order if kind == "shuffled" else np.arange(len(texts))
-        ranked = retrieval(scored.embeddings, texts[picked], [chosen.captions[i] for i in picked], pool=POOL)
+        ranked = retrieval(scored.embeddings, texts[picked], [chosen.captions[i] for i in picked])
         row = Row(
             clip_score=bootstrap(clip_score(scored.embeddings, texts[picked])),
             top1=bootstrap(ranked.hits[1]),
@@ -238,3 +257,56 @@ def _nearest_pairs(every: EvaluationSet, generated: Scored, gallery: Gallery, da
         caption = data.rows[source]["captions"][0]
         pairs.append(Pair(generated.images[i], picture, every.captions[i], caption, float(generated.nearest.rms[i])))
     return pairs
+
+
+def _judge_notes(path: Path, fingerprint: str) -> list[str]:
+    """What a reader must know of a judge that does not fit, or may not fit, the data it scores."""
+    provenance = read_provenance(path)
+    if provenance is None:
+        return ["The judge carries no provenance: whether it has seen these held-out pictures is not known."]
+    if provenance.data.get("fingerprint") != fingerprint:
+        return ["The judge was trained on other data (or another build or size of it) than it scores here."]
+    return []
+
+
+def write_outcome(outcome: Outcome, folder: Path) -> None:
+    """Writes scores.json, scores.md, scores.png, prompts.png and nearest.png into an existing folder."""
+    write_json(folder / "scores.json", outcome.report.model_dump())
+    (folder / "scores.md").write_text(markdown(outcome.report), encoding="utf-8")
+    plot_scores(outcome.report, folder / "scores.png")
+    prompt_sheet(outcome.prompt_images, fixed_prompts(), folder / "prompts.png")
+    nearest_pairs(outcome.pairs, folder / "nearest.png")
+
+
+def score_folder(
+    folder: Path,
+    data: Path,
+    judge: Path,
+    out: Path,
+    *,
+    sampler: SamplerSettings,
+    samples: int = 256,
+    sets: Sequence[str] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Scores a model folder and writes the result folder `out` atomically; arguments as the command's.
+
+    Raises PocketfusionError before any long work if an input is missing or does not fit, or `out` exists.
+    """
+    check_new(out, overwrite)
+    system = ModelFolder(folder)
+    scorer = open_judge(judge)
+    images = open_dataset(data, system.image_size, skip_bad=skip_bad)
+    chosen = choose_sets(images, sets, samples)
+    identity: dict[str, Any] = {"name": judge.resolve().name, "sha256": folder_hash(judge)}
+    outcome = score_system(
+        system, images, scorer, chosen, sampler=sampler, judge_identity=identity, seed=seed, progress=progress
+    )
+    outcome.report.protocol |= {"pocketfusion": __version__, "machine": machine(), "samples": samples}
+    outcome.report.notes += images.notes + _judge_notes(judge, images.fingerprint)
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        write_outcome(outcome, partial)
+    return outcome.report

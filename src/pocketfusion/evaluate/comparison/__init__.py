@@ -1,0 +1,1 @@
+"""Bundles beside stock diffusers, the same prompts and noise, pair by pair: `pocketfusion compare`."""

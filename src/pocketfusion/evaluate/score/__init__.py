@@ -1,0 +1,1 @@
+"""One model between the real pictures (the ceiling) and shuffled captions (the floor): `pocketfusion score`."""
