@@ -9,20 +9,22 @@ import torch
 from safetensors.torch import load_file
 
 
-def run_two(*arguments: object, port: int, fsdp: bool = False, count: int = 2) -> subprocess.CompletedProcess[str]:
-    """Runs `accelerate launch --num_processes 2 ARGUMENTS`, with `fsdp` in its second version."""
+def run_two(
+    *arguments: object, port: int, fsdp: bool = False, count: int = 2, seconds: int = 240
+) -> subprocess.CompletedProcess[str]:
+    """Runs `accelerate launch --num_processes 2 ARGUMENTS`, `seconds` at most, with `fsdp` in its second version."""
     # `--cpu` starts one process whatever the number: `--multi_gpu` is the launcher that starts several, also on CPUs
     options = "--use_fsdp --fsdp_version 2" if fsdp else "--multi_gpu"
     options += f" --num_processes {count} --num_machines 1 --mixed_precision no --dynamo_backend no"
     options += f" --main_process_port {port}"
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds, check=False)
 
 
-def launch_two(*arguments: object, port: int, fsdp: bool = False, count: int = 2) -> None:
+def launch_two(*arguments: object, port: int, fsdp: bool = False, count: int = 2, seconds: int = 240) -> None:
     """Runs it and asserts that it ends well."""
-    done = run_two(*arguments, port=port, fsdp=fsdp, count=count)
+    done = run_two(*arguments, port=port, fsdp=fsdp, count=count, seconds=seconds)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

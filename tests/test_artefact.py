@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -261,6 +262,27 @@ def test_disk_first_then_the_name_then_the_folder(tmp_path, monkeypatch):
         (partial / "sub").mkdir()
         (partial / "sub" / "a.deep").touch()
     assert told == ["sync deep", "sync ", "sync partial", "rename", "sync "]
+
+
+class InWords(Exception):
+    """As safetensors tells of a full disk."""
+
+
+def test_a_full_disk_is_told_of_with_what_was_to_be_written(tmp_path, monkeypatch):
+    full, words = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), InWords("I/O error (os error 28)")
+    other = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/other/disk")
+    monkeypatch.chdir(tmp_path)
+    for atomic in (atomic_folder, atomic_file):
+        for error, named in ((full, "out"), (words, "out"), (other, "/other/disk")):
+            with pytest.raises(OSError, match="No space left") as found, atomic(Path("out")):
+                raise error
+            assert found.value.filename == named
+        with pytest.raises(InWords), atomic(Path("out")):
+            raise InWords("a fault of our own")
+    nested = pytest.raises(OSError, match="No space left")
+    with nested as found, atomic_folder(Path("out")) as partial, atomic_file(partial / "inner"):
+        raise full
+    assert found.value.filename == "out" and not names(tmp_path)
 
 
 def test_a_run_folder_is_one_processs_until_it_dies(tmp_path):

@@ -116,6 +116,7 @@ def test_every_command_ends_so(error, code, said, monkeypatch, capsys) -> None:
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch) -> None:
     from pocketfusion import cli
 
+    monkeypatch.setattr("sys.argv", ["pocketfusion", "info"])
     monkeypatch.setattr(cli.Commands, "get_command", lambda *arguments: {}["bug"])
     with pytest.raises(KeyError):
         cli.main()

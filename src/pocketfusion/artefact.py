@@ -7,6 +7,7 @@ on the disk before it does, so that a power failure leaves the old or the new.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -18,11 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pocketfusion.errors import PocketfusionError
+from pocketfusion.errors import PocketfusionError, number_of
 from pocketfusion.locks import fcntl, try_lock
 from pocketfusion.temporaries import NO_LINK, clean, name_for, remove, temporary
 
 _LONGEST = 220  # bytes of a name: its temporary's has 24 more and a suffix, and file systems take 255
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _cleaned: set[Path] = set()
 
 
@@ -146,11 +148,12 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     A link at `path` is replaced, and what it points to stays as it is.
     Raises PocketfusionError if `path` exists and `overwrite` is false, or if it cannot be written.
     """
-    path = _absolute(path)
+    given, path = path, _absolute(path)
     clean(path.parent)
     _check_free(path, overwrite)
     mode = _mode(path)
-    with temporary(path, folder=True, mode=0o777 if mode is None else 0o700) as partial:
+    made = temporary(path, folder=True, mode=0o777 if mode is None else 0o700)
+    with made as partial, _named(given, partial):
         yield partial
         if mode is not None:
             partial.chmod(mode)
@@ -167,6 +170,18 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def _named(path: Path, partial: Path) -> Iterator[None]:
+    """Has a full disk told of with `path`: most writers name no file, and `partial` is gone when it is read."""
+    try:
+        yield
+    except Exception as error:
+        number, name = number_of(error), getattr(error, "filename", None)
+        if number not in _FULL or (name and not Path(os.fsdecode(name)).is_relative_to(partial)):
+            raise
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
+
+
+@contextmanager
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary neighbour of `path` that replaces it only if the block ends without an exception.
 
@@ -174,10 +189,11 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     for what is made anew if a power failure damages it.
     Raises PocketfusionError if `path` cannot be written.
     """
-    path = _absolute(path)
+    given, path = path, _absolute(path)
     check_files(path)
     mode = _mode(path)
-    with temporary(path, folder=False, mode=0o666 if mode is None else 0o600) as partial:
+    made = temporary(path, folder=False, mode=0o666 if mode is None else 0o600)
+    with made as partial, _named(given, partial):
         yield partial
         if mode is not None:
             partial.chmod(mode & 0o777)

@@ -52,14 +52,22 @@ def told(error: BaseException) -> str | None:
         return f"a text cannot be read or written as it is ({_line(error)}): save it as UTF-8"
     if kind == "PanicException":  # of Rust's libraries: a BaseException
         return f"a native library gave up on the input ({_line(error)}): restore it from its source"
-    if getattr(error, "errno", None) is None and (number := _NUMBER.search(str(error))):
-        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    if getattr(error, "errno", None) is None and (number := number_of(error)):
+        error = OSError(number, os.strerror(number))
     if isinstance(error, OSError):
         where = " and ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name)
         what = error.strerror or _line(error) or kind
         cure = _CURES.get(error.errno or 0, "check the path and the disk")
         return f"{where + ': ' if where else ''}{what[:1].lower() + what[1:]}: {cure}"
     return None
+
+
+def number_of(error: BaseException) -> int | None:
+    """The errno of an OSError, or of one that a library tells of in words; None for another failure."""
+    number: int | None = getattr(error, "errno", None)
+    if number is None and (found := _NUMBER.search(str(error))):
+        return int(found[1])
+    return number
 
 
 def _line(error: BaseException) -> str:

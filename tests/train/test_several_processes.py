@@ -14,7 +14,7 @@ from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import train
 from processes import launch_two
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # on a busy core
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def alone(trained, epsilon, tiny_recipe, tiny_data, tmp_path_factory):
 def test_every_stage_equals_one_process(trained, epsilon, alone, tiny_recipe, tiny_data, tmp_path, fsdp, count, port):
     task = Path(__file__).parent / "stages_task.py"
     arguments = (task, tiny_recipe, tiny_data, trained, epsilon, tmp_path)
-    launch_two(*arguments, port=port, fsdp=fsdp, count=count)
+    launch_two(*arguments, port=port, fsdp=fsdp, count=count, seconds=1500)
     for name in STAGES:
         one, many = ([line for line in read_log(at / f"{name}.run")] for at in (alone, tmp_path))
         losses = [[line["loss"] for line in lines if "loss" in line] for lines in (one, many)]

@@ -73,8 +73,9 @@ def fill(
                 encoded += _write(partial, source, number, plan, encode, batch, workers, progress)
         except OSError as error:
             kept = sum(is_whole(out / PARTS / part.name, plan.key) for part in plan.parts)
+            where = "" if error.filename else f"{folder}: "
             raise PocketfusionError(
-                f"{folder}: {told(error)} ({kept} of {len(plan.parts)} parts are whole and stay)"
+                f"{where}{told(error)} ({kept} of {len(plan.parts)} parts are whole and stay)"
             ) from None
     return encoded
 
