@@ -120,7 +120,9 @@ def _print_origin_briefly(console: Console, about: dict[str, Any]) -> None:
     if about["licences"]:
         kinds = sorted({licence["spdx"] for licence in about["licences"] if licence.get("spdx")})
         files = f"{len(about['licences'])} files in {about['path']}/licences"
-        console.print(f"  licences    {', '.join(kinds)} ({len(about['licences'])} works)" if kinds else f"  licences    {files}")
+        console.print(
+            f"  licences    {', '.join(kinds)} ({len(about['licences'])} works)" if kinds else f"  licences    {files}"
+        )
     made = about["provenance"] or {}
     made = made.get("model", made)
     parts = []
