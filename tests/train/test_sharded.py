@@ -1,5 +1,7 @@
 """FSDP2 on two CPU processes: one process's losses and weights, checkpoints that any number of them goes on from."""
 
+import errno
+import os
 import re
 import shutil
 from copy import deepcopy
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from loop_task import LineTask, settings
 from safetensors import safe_open
 from torch import nn
@@ -18,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.train import sharded
+from pocketfusion.train.checkpoint import CheckpointWriter
 from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import train
 from processes import launch_two
@@ -77,6 +81,18 @@ def test_the_inside_of_fsdp2_is_as_it_is_asked_for(monkeypatch):
             sharded.shard(deepcopy(plain), plugin, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_disk_full_of_shards_is_told_of_and_what_was_written_goes(tmp_path):
+    def full():
+        raise dcp.api.CheckpointException("write", {1: (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), None)})
+
+    writer = CheckpointWriter(tmp_path, first=True, background=False, sharded=False)
+    partial = tmp_path / ".writing-00000002"
+    partial.mkdir()
+    with pytest.raises(OSError, match="No space left") as found:
+        writer._publish(SimpleNamespace(result=full), partial, 2)
+    assert found.value.filename == str(tmp_path / "step_00000002") and not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_sharded_is_said(monkeypatch):

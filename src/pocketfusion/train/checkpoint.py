@@ -7,6 +7,7 @@ written is read by any number of processes, sharded or not.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pocketfusion.artefact import atomic_folder
-from pocketfusion.errors import PocketfusionError
+from pocketfusion.errors import PocketfusionError, number_of
 from pocketfusion.train.average import Average
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -153,10 +154,17 @@ class CheckpointWriter:
         self._forget()
 
     def _publish(self, done: Any, partial: Path, step: int) -> None:
-        done.result()  # of the first process: all have written
+        path = self.folder / f"step_{step:08d}"
+        try:
+            done.result()  # of the first process: all have written, or have failed to
+        except BaseException as error:  # torch's is no Exception
+            if self.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            if (number := number_of(error)) is None:
+                raise
+            raise OSError(number, os.strerror(number), str(path)) from None
         if self.first:
             (partial / "state.json").write_text(json.dumps({"step": step}))
-            path = self.folder / f"step_{step:08d}"
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
             self._forget()
