@@ -6,7 +6,7 @@ Usage: python benchmarks/decoder_latency.py models/emoji/base models/emoji/final
 
 A SOURCE is a model folder or a configuration at full size (sd-1.5, sd-2.1); with `:half` or `:tiny` behind it, its
 decoder pruned by that preset; with `:taesd`, a decoder of TAESD's size (AutoencoderTiny) in its place. Protocol: as
-the latency table's (pocketfusion.latency.measure.rounds): twice `--runs` rounds, each of which runs every network
+the latency table's (pocketfusion.latency.profiling.rounds): twice `--runs` rounds, each of which runs every network
 once; the calmer half counts, by the median with minimum and maximum. The ratios are the first source's to each.
 Weights are random: latency does not depend on them.
 """
@@ -29,7 +29,7 @@ def decoder_job(source: str) -> Any:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder, tiny_shape
-    from pocketfusion.latency.backends import Job
+    from pocketfusion.latency.timing_backends import Job
     from pocketfusion.mobile.wrappers import decoder_of
     from pocketfusion.models.sd_configs import CONFIGS
     from pocketfusion.models.slim_autoencoder import load_vae
@@ -61,8 +61,8 @@ def main() -> None:
     from pocketfusion.cli.extras import quiet_libraries
 
     quiet_libraries()
-    from pocketfusion.latency.backends import make_backend
-    from pocketfusion.latency.measure import network_entry, time_jobs
+    from pocketfusion.latency.profiling import network_entry, time_jobs
+    from pocketfusion.latency.timing_backends import make_backend
 
     jobs = {source: decoder_job(source) for source in given.sources}
     measured: dict[str, dict[str, Any]] = {}

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from pocketfusion.artefact import write_json
-from pocketfusion.mobile.blocks import all_blocks, with_weights
+from pocketfusion.latency.blocks import all_blocks, with_weights
 from pocketfusion.mobile.delegate.oracle import Oracle
 from pocketfusion.mobile.delegate.stack import choose, find_stacks
 from pocketfusion.mobile.delegation import Proof, prove

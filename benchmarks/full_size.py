@@ -36,9 +36,9 @@ def child(settings: dict[str, Any]) -> None:
     from pocketfusion.cli.extras import quiet_libraries
 
     quiet_libraries()
-    from pocketfusion.latency.backends import make_backend
-    from pocketfusion.latency.measure import whole_job
+    from pocketfusion.latency.profiling import whole_job
     from pocketfusion.latency.target import load_target
+    from pocketfusion.latency.timing_backends import make_backend
     from pocketfusion.models.architecture import Architecture
     from pocketfusion.models.presets import snapfusion
 

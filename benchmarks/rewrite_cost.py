@@ -30,7 +30,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from pocketfusion.artefact import write_json
-from pocketfusion.mobile.blocks import with_weights
+from pocketfusion.latency.blocks import with_weights
 from pocketfusion.mobile.convert import convert
 from pocketfusion.mobile.flatbuffer import operations
 from pocketfusion.mobile.rewrites.convolution import SerialConv

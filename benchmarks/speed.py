@@ -30,7 +30,7 @@ def full_size(folder: Path) -> list[Path]:
     if all(file.exists() for file in files):
         return files
     from decoder_latency import decoder_job
-    from pocketfusion.latency.modules import unet_module, unet_samples, with_random_weights
+    from pocketfusion.latency.part_modules import unet_module, unet_samples, with_random_weights
     from pocketfusion.mobile.convert import convert
     from pocketfusion.mobile.quantize import quantize
     from pocketfusion.models.presets import snapfusion

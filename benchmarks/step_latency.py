@@ -3,9 +3,9 @@
 Usage: python benchmarks/step_latency.py models/emoji/base models/emoji/evolved [FOLDER …] [--runs 200] [--threads N]
            [--cache DIR] [--json FILE]
 
-Protocol: as the latency table's (pocketfusion.latency.measure.rounds): twice `--runs` rounds, each of which runs every
-network once; the calmer half counts, by the median with minimum and maximum. The ratio is to the first folder. Shapes
-are the folders', weights random: latency does not depend on them.
+Protocol: as the latency table's (pocketfusion.latency.profiling.rounds): twice `--runs` rounds, each of which runs
+every network once; the calmer half counts, by the median with minimum and maximum. The ratio is to the first folder.
+Shapes are the folders', weights random: latency does not depend on them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def main() -> None:
     from pocketfusion.cli.extras import quiet_libraries
 
     quiet_libraries()
-    from pocketfusion.latency.backends import make_backend
-    from pocketfusion.latency.measure import time_jobs, whole_job
+    from pocketfusion.latency.profiling import time_jobs, whole_job
     from pocketfusion.latency.target import load_target
+    from pocketfusion.latency.timing_backends import make_backend
     from pocketfusion.models.elastic_unet import load_elastic
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from pocketfusion.compress import calls, overview
+from pocketfusion.compress.calls import Made
 from pocketfusion.compress.chain import chain_of
 from pocketfusion.compress.overview import provenance_of, standings
 from pocketfusion.compress.records import Record, Records, content_hash, sole
 from pocketfusion.compress.runner import Span, run_chain
-from pocketfusion.compress.work import Made
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import Recipe
 

@@ -22,9 +22,9 @@ def judge(tiny_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def table(tiny_folder, tmp_path_factory) -> Path:
     """latency.json: 2 ms a cross-attention block (1 thinned), 1 ms a ResNet, 0.1 ms anything else; no overhead."""
-    from pocketfusion.latency.backends import settings_here
-    from pocketfusion.latency.parts import action_architectures, bare, base_shapes, list_parts
     from pocketfusion.latency.table import Entry, LatencyTable, Overhead, Timing, Whole
+    from pocketfusion.latency.timing_backends import settings_here
+    from pocketfusion.latency.unet_parts import action_architectures, bare, base_shapes, list_parts
     from pocketfusion.models.architecture import Architecture
 
     config = json.loads((tiny_folder / "unet" / "config.json").read_text())

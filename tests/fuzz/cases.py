@@ -272,7 +272,7 @@ def latency_case(rng: random.Random, world: World) -> Callable[[], str]:
 
 def _table() -> tuple[dict[str, Any], dict[str, Any]]:
     """A UNet's configuration and a table of it."""
-    from pocketfusion.latency.parts import base_shapes, list_parts
+    from pocketfusion.latency.unet_parts import base_shapes, list_parts
     from pocketfusion.models.architecture import Architecture
 
     config = {

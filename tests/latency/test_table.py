@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.latency.breakdown import breakdown, removal_savings
-from pocketfusion.latency.figures import plot_table
+from pocketfusion.latency.breakdown import breakdown, plot_table, removal_savings
 from pocketfusion.latency.table import LatencyTable
 from pocketfusion.models.architecture import Architecture
 

@@ -10,9 +10,9 @@ import torch
 from unets import SD1, SD2, TWO_STAGES, inputs, run, stock_unet
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.latency.measure import PartJobs
-from pocketfusion.latency.modules import meta_unet, part_module
-from pocketfusion.latency.parts import list_parts
+from pocketfusion.latency.part_modules import meta_unet, part_module
+from pocketfusion.latency.profiling import PartJobs
+from pocketfusion.latency.unet_parts import list_parts
 from pocketfusion.mobile import gate, wrappers
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.models.architecture import Architecture, Block

@@ -73,14 +73,13 @@ def profile_command(
         raise PocketfusionError(f"--runs is {runs} and --validate {validate}: choose 1 or more and 0 or more")
     batches = _batches(batch)
     with quiet():  # the libraries' import messages
-        from pocketfusion.latency import figures
-        from pocketfusion.latency import pack as packs
+        from pocketfusion.latency import breakdown
+        from pocketfusion.latency import phone_pack as packs
         from pocketfusion.latency import table as tables
-        from pocketfusion.latency.backends import make_backend
-        from pocketfusion.latency.measure import measure
-        from pocketfusion.latency.parts import base_shapes
-        from pocketfusion.latency.target import load_target
-        from pocketfusion.latency.validate import validation_architectures
+        from pocketfusion.latency.profiling import measure
+        from pocketfusion.latency.target import load_target, validation_architectures
+        from pocketfusion.latency.timing_backends import make_backend
+        from pocketfusion.latency.unet_parts import base_shapes
 
     folder = str(model_folder(Path(folder)))
     if cache:
@@ -132,7 +131,7 @@ def profile_command(
             )
     assert out is not None and isinstance(table, tables.LatencyTable)
     table.save(out)
-    figures.plot_table(table, out.with_suffix(".png"))
+    breakdown.plot_table(table, out.with_suffix(".png"))
     if as_json:
         typer.echo(printable_json(table.model_dump_json(indent=2)))
         return

@@ -1,16 +1,214 @@
-"""One function a kind of stage: calls what its command calls, and returns what was measured."""
+"""One function a kind of stage: calls what its command calls, and returns what was measured.
+
+`Work` is what it is given, `Made` what it gives back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from pocketfusion.artefact import atomic_folder, write_json
-from pocketfusion.compress import model_calls
-from pocketfusion.compress.work import Made, Work
+from pocketfusion.data.latents.reading import is_cache
+from pocketfusion.data.packed import CaptionedImages
+from pocketfusion.data.sources import open_dataset, open_training_data
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import Provenance
 from pocketfusion.quiet import quiet
+from pocketfusion.recipe import Recipe
+from pocketfusion.train.place import StageRun
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage at work. `recipe`: with its own settings; `inputs`: role → paths, each perhaps with @STEPS."""
+
+    recipe: Recipe
+    options: Any
+    inputs: Mapping[str, tuple[str, ...]]
+    place: StageRun
+    cache: Path  #: latents and prompt states, shared by the stages
+    skip_bad: bool  #: leave pictures out that cannot be read
+    progress: Progress
+
+    def path(self, role: str) -> Path:
+        """The one path of a role."""
+        return Path(self.inputs[role][0])
+
+    def maybe(self, role: str) -> Path | None:
+        """The one path of a role that may be missing."""
+        return Path(self.inputs[role][0]) if role in self.inputs else None
+
+    @property
+    def pictures(self) -> CaptionedImages:
+        """The data at the recipe's size."""
+        return _opened(self.path("data"), self.recipe.data.size, self.skip_bad)
+
+    @property
+    def latents(self) -> CaptionedImages:
+        """The same for stages that need latents alone: a cache of them will do."""
+        path, size = self.path("data"), self.recipe.data.size
+        return open_training_data(path, size) if is_cache(path) else self.pictures
+
+
+@lru_cache(maxsize=1)  # a folder of pictures is read once for all stages
+def _opened(path: Path, size: int, skip_bad: bool) -> CaptionedImages:
+    return open_dataset(path, size, skip_bad=skip_bad)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage gave: its scores, whether it is finished, the samples and seconds of all its training."""
+
+    scores: dict[str, float]
+    finished: bool = True
+    samples: int = 0
+    seconds: float = 0.0
+
+
+def _trained(provenance: Provenance) -> Made:
+    numbers = {k: v for k, v in provenance.results.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return Made(numbers, provenance.finished, provenance.samples_seen, 3600 * provenance.hours)
+
+
+def _autoencoder(work: Work) -> Made:
+    from pocketfusion.train.autoencoder import train_autoencoder
+
+    judge = work.maybe("loss-judge")
+    return _trained(train_autoencoder(work.recipe, work.pictures, work.place, loss_judge=judge))
+
+
+def _judge(work: Work, *, for_losses: bool = False) -> Made:
+    from pocketfusion.train.judge import train_judge
+
+    return _trained(train_judge(work.recipe, work.pictures, work.place, for_losses=for_losses))
+
+
+def _base(work: Work) -> Made:
+    from pocketfusion.train.teacher import train_teacher
+
+    return _trained(train_teacher(work.recipe, work.latents, work.path("autoencoder"), work.place, cache=work.cache))
+
+
+def _to_v(work: Work) -> Made:
+    from pocketfusion.distill.to_v import to_v
+
+    return _trained(to_v(work.recipe, work.latents, work.path("folder"), work.place, work.cache))
+
+
+def _elastic(work: Work) -> Made:
+    from pocketfusion.train.elastic import train_elastic
+
+    return _trained(train_elastic(work.recipe, work.latents, work.path("folder"), work.place, work.cache))
+
+
+def _evolve(work: Work) -> Made:
+    """The search; unfinished if its time is over."""
+    from pocketfusion.evolve.actions import parse_kinds
+    from pocketfusion.evolve.algorithm import OutOfTime
+    from pocketfusion.evolve.inputs import Inputs
+    from pocketfusion.evolve.run import evolve_folder
+
+    options = work.options
+    table = work.path("latency")
+    inputs = Inputs(
+        work.path("folder"),
+        work.recipe,
+        work.path("data"),
+        str(work.path("judge")),
+        table / "latency.json" if table.is_dir() else table,
+        options.samples,
+        options.steps,
+        options.seed,
+        options.precision,
+        options.force,
+        work.skip_bad,
+    )
+    try:
+        made = evolve_folder(
+            inputs,
+            work.place,
+            budget_ms=options.budget_ms,
+            budget_ratio=options.budget_ratio,
+            rounds=options.rounds,
+            group=options.group,
+            kinds=parse_kinds(",".join(options.actions)),
+            train_steps=options.train_steps,
+            cache=work.cache,
+            progress=lambda number, done, total: work.progress(f"round {number + 1}", done, total),
+        )
+    except OutOfTime:
+        return Made({}, finished=False)
+    return _trained(made)
+
+
+def _recover(work: Work) -> Made:
+    from pocketfusion.train.recovery import recover
+
+    folder, base = work.path("folder"), work.path("base")
+    return _trained(recover(work.recipe, work.latents, folder, base, work.place, work.cache))
+
+
+def _distill_steps(work: Work) -> Made:
+    from pocketfusion.distill.run_steps import distill_progressively, distill_steps
+
+    settings = work.recipe.step_distillation
+    assert settings is not None
+    run = distill_steps if work.options.schedule == "direct" else distill_progressively
+    folder, teacher = work.path("folder"), work.path("teacher")
+    return _trained(run(work.recipe, settings, work.latents, folder, teacher, work.place, work.cache))
+
+
+def _distill_guidance(work: Work) -> Made:
+    from pocketfusion.distill.guidance import distill_guidance
+
+    options = work.options
+    return _trained(
+        distill_guidance(
+            work.recipe,
+            work.latents,
+            work.path("folder"),
+            work.place,
+            work.maybe("teacher"),
+            options.fixed,
+            None,
+            options.steps,
+            work.cache,
+        )
+    )
+
+
+def _distill_consistency(work: Work) -> Made:
+    from pocketfusion.distill.run_consistency import distill_consistency
+
+    settings = work.recipe.consistency
+    assert settings is not None
+    folder, teacher = work.path("folder"), work.path("teacher")
+    return _trained(distill_consistency(work.recipe, settings, work.latents, folder, teacher, work.place, work.cache))
+
+
+def _distill_decoder(work: Work) -> Made:
+    from pocketfusion.distill.decoder import distill_decoder
+
+    settings = work.recipe.decoder
+    assert settings is not None
+    return _trained(
+        distill_decoder(
+            work.recipe,
+            work.pictures,
+            work.path("folder"),
+            work.place,
+            settings,
+            sampler=work.maybe("sampler"),
+            loss_judge=work.maybe("loss-judge"),
+            cache=work.cache,
+        )
+    )
 
 
 def _data(work: Work) -> Made:
@@ -29,11 +227,10 @@ def _data(work: Work) -> Made:
 
 def _profile(work: Work) -> Made:
     with quiet():  # the libraries' import messages
-        from pocketfusion.latency.backends import make_backend
-        from pocketfusion.latency.figures import plot_table
-        from pocketfusion.latency.measure import measure
-        from pocketfusion.latency.target import load_target
-        from pocketfusion.latency.validate import validation_architectures
+        from pocketfusion.latency.breakdown import plot_table
+        from pocketfusion.latency.profiling import measure
+        from pocketfusion.latency.target import load_target, validation_architectures
+        from pocketfusion.latency.timing_backends import make_backend
         from pocketfusion.runtime.networks import available_cores
 
     options, blocks = work.options, work.place.run / "blocks"
@@ -166,19 +363,19 @@ def _bench(work: Work) -> Made:
 
 CALLS: dict[str, Callable[[Work], Made]] = {
     "data": _data,
-    "loss-judge": partial(model_calls.judge, for_losses=True),
-    "autoencoder": model_calls.autoencoder,
-    "judge": model_calls.judge,
-    "base": model_calls.base,
-    "to-v": model_calls.to_v,
+    "loss-judge": partial(_judge, for_losses=True),
+    "autoencoder": _autoencoder,
+    "judge": _judge,
+    "base": _base,
+    "to-v": _to_v,
     "profile": _profile,
-    "elastic": model_calls.elastic,
-    "evolve": model_calls.evolve,
-    "recover": model_calls.recover,
-    "distill-steps": model_calls.distill_steps,
-    "distill-guidance": model_calls.distill_guidance,
-    "distill-consistency": model_calls.distill_consistency,
-    "distill-decoder": model_calls.distill_decoder,
+    "elastic": _elastic,
+    "evolve": _evolve,
+    "recover": _recover,
+    "distill-steps": _distill_steps,
+    "distill-guidance": _distill_guidance,
+    "distill-consistency": _distill_consistency,
+    "distill-decoder": _distill_decoder,
     "quantize": _quantize,
     "export": _export,
     "check": _check,

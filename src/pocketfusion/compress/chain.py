@@ -12,8 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pocketfusion.artefact import sha256_folder
-from pocketfusion.compress.kinds import KINDS, Kind, Takes
-from pocketfusion.compress.options import Options
+from pocketfusion.compress.kinds import KINDS, Kind, Options, Takes
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import SECTIONS, Recipe, TrainSettings, described, field_values, nearest
 from pocketfusion.train.place import Goal

@@ -219,8 +219,7 @@ class _Run:
         return True
 
     def _make(self, stage: Stage, number: int, record: Record) -> Record:
-        from pocketfusion.compress.calls import CALLS
-        from pocketfusion.compress.work import Work
+        from pocketfusion.compress.calls import CALLS, Work
 
         left = None if self.deadline is None else (self.deadline - time.monotonic()) / 60
         goal = stage.gate.goal(stage.train.steps) if stage.gate is not None and stage.train is not None else None

@@ -17,8 +17,8 @@ from pocketfusion.evaluate.generate import ModelFolder
 from pocketfusion.evolve.score import Judge, JudgeScorer, ScoreSettings, validation_set
 from pocketfusion.evolve.values import Latency
 from pocketfusion.folder import check_folder, folder_hash
-from pocketfusion.latency.backends import settings_here
 from pocketfusion.latency.table import LatencyTable
+from pocketfusion.latency.timing_backends import settings_here
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
 from pocketfusion.recipe import Recipe
 

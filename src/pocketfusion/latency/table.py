@@ -12,7 +12,7 @@ from pocketfusion import __version__
 from pocketfusion.artefact import write_json
 from pocketfusion.bounded import MB, check_numbers, read_bytes
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.latency.parts import Part, base_shapes, list_parts, unknown_part
+from pocketfusion.latency.unet_parts import Part, base_shapes, list_parts, unknown_part
 from pocketfusion.models.architecture import Architecture
 
 

@@ -13,7 +13,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from pocketfusion.mobile.blocks import all_blocks, with_weights
+from pocketfusion.latency.blocks import all_blocks, with_weights
 from pocketfusion.mobile.delegate.oracle import Oracle
 from pocketfusion.mobile.delegate.stack import GpuStack
 from pocketfusion.mobile.delegation import partitions, prove

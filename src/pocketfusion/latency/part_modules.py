@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pocketfusion.latency.parts import Part
+from pocketfusion.latency.unet_parts import Part
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.wrappers import UNet, nchw, nhwc
 from pocketfusion.models.architecture import Architecture

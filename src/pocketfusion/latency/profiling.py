@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pocketfusion.latency.backends import Backend, Job, Runner
-from pocketfusion.latency.modules import Empty, meta_unet, part_module, part_samples, unet_module, unet_samples
-from pocketfusion.latency.parts import Part, action_architectures, bare, base_shapes, list_parts, unknown_part
+from pocketfusion.latency.part_modules import Empty, meta_unet, part_module, part_samples, unet_module, unet_samples
 from pocketfusion.latency.table import Entry, LatencyTable, Overhead, Timing, Whole
 from pocketfusion.latency.target import Target
+from pocketfusion.latency.timing_backends import Backend, Job, Runner
+from pocketfusion.latency.unet_parts import Part, action_architectures, bare, base_shapes, list_parts, unknown_part
 from pocketfusion.mobile.specs import multiply_adds
 from pocketfusion.models.architecture import Architecture
 from pocketfusion.runtime.memory import available_memory

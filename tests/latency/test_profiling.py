@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.latency import measure as module
-from pocketfusion.latency.backends import Job, make_backend
-from pocketfusion.latency.measure import WARMUP, PartJobs, measure, rounds, time_jobs
-from pocketfusion.latency.modules import Empty, with_random_weights
-from pocketfusion.latency.target import Target
-from pocketfusion.latency.validate import validation_architectures
+from pocketfusion.latency import profiling as module
+from pocketfusion.latency.part_modules import Empty, with_random_weights
+from pocketfusion.latency.profiling import WARMUP, PartJobs, measure, rounds, time_jobs
+from pocketfusion.latency.target import Target, validation_architectures
+from pocketfusion.latency.timing_backends import Job, make_backend
 from pocketfusion.models.architecture import Architecture
 from pocketfusion.models.sd_configs import CONFIGS
 from tiny import MAX_LENGTH, tiny_pipeline

@@ -14,7 +14,7 @@ from torch import nn
 
 from pocketfusion.artefact import atomic_file
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.latency.modules import Empty, with_random_weights
+from pocketfusion.latency.part_modules import Empty, with_random_weights
 from pocketfusion.latency.table import Settings
 from pocketfusion.mobile.convert import convert
 from pocketfusion.mobile.pack import FORMS

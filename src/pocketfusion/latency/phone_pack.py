@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pocketfusion.artefact import atomic_folder, write_json
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.latency.backends import Backend, Job
 from pocketfusion.latency.benchmark_log import statistics
-from pocketfusion.latency.measure import (
+from pocketfusion.latency.profiling import (
     BARE,
     EMPTY,
     WHOLE,
@@ -26,9 +25,10 @@ from pocketfusion.latency.measure import (
     quiet_progress,
     whole_job,
 )
-from pocketfusion.latency.parts import bare, base_shapes
 from pocketfusion.latency.table import Entry, LatencyTable, Settings, Timing
 from pocketfusion.latency.target import Target
+from pocketfusion.latency.timing_backends import Backend, Job
+from pocketfusion.latency.unet_parts import bare, base_shapes
 from pocketfusion.models.architecture import Architecture
 
 MANIFEST, SCRIPT, LOGS = "pack.json", "run.sh", "logs"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pocketfusion.latency.measure import distinct_parts
-from pocketfusion.latency.modules import (
+from pocketfusion.latency.part_modules import (
     meta_unet,
     part_module,
     part_samples,
@@ -14,8 +13,9 @@ from pocketfusion.latency.modules import (
     unet_samples,
     with_random_weights,
 )
-from pocketfusion.latency.parts import Part, action_architectures, list_parts, stage_names
-from pocketfusion.latency.validate import validation_architectures
+from pocketfusion.latency.profiling import distinct_parts
+from pocketfusion.latency.target import validation_architectures
+from pocketfusion.latency.unet_parts import Part, action_architectures, list_parts, stage_names
 from pocketfusion.mobile.specs import multiply_adds
 from pocketfusion.mobile.wrappers import nchw, nhwc
 from pocketfusion.models.architecture import FEED_FORWARD_SHARES, Architecture, BlockName

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.latency.backends import Job, make_backend
-from pocketfusion.latency.pack import LOGS, MANIFEST, SCRIPT, import_pack, read_log, write_pack
-from pocketfusion.latency.parts import list_parts
+from pocketfusion.latency.phone_pack import LOGS, MANIFEST, SCRIPT, import_pack, read_log, write_pack
 from pocketfusion.latency.target import Target
+from pocketfusion.latency.timing_backends import Job, make_backend
+from pocketfusion.latency.unet_parts import list_parts
 from pocketfusion.models.architecture import Architecture
 from tiny import MAX_LENGTH, tiny_pipeline
 

@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from pocketfusion.latency.modules import meta_unet, part_module, part_samples
-from pocketfusion.latency.parts import list_parts
+from pocketfusion.latency.part_modules import meta_unet, part_module, part_samples
+from pocketfusion.latency.unet_parts import list_parts
 from pocketfusion.mobile.rewrites.base import shared_copy
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.wrappers import nchw, nhwc
