@@ -128,7 +128,7 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
 
-    from pocketfusion.cli.extras import quiet_libraries
+    from pocketfusion.cli.shared import quiet_libraries
 
     quiet_libraries()
     recipe = load_recipe(given.recipe)

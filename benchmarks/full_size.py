@@ -33,7 +33,7 @@ NETWORKS = ("base", "snapfusion")
 
 def child(settings: dict[str, Any]) -> None:
     """Exports or loads one network; once loaded, runs it for every line on standard input and prints ms and memory."""
-    from pocketfusion.cli.extras import quiet_libraries
+    from pocketfusion.cli.shared import quiet_libraries
 
     quiet_libraries()
     from pocketfusion.latency.profiling import whole_job

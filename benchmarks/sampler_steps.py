@@ -82,7 +82,7 @@ def main(
 ) -> None:
     """Draws what is missing and writes OUT: curve.json as `evaluate` does, steps.json, steps.md, steps.png."""
     from pocketfusion.artefact import write_json
-    from pocketfusion.cli.extras import require_compress
+    from pocketfusion.cli.shared import require_compress
 
     require_compress()
     from pocketfusion.evaluate.extractors import open_extractor

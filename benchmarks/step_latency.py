@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="keep the exported networks here")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    from pocketfusion.cli.extras import quiet_libraries
+    from pocketfusion.cli.shared import quiet_libraries
 
     quiet_libraries()
     from pocketfusion.latency.profiling import time_jobs, whole_job

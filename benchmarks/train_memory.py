@@ -37,7 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from pocketfusion.artefact import write_json
-from pocketfusion.cli.extras import quiet_libraries
+from pocketfusion.cli.shared import quiet_libraries
 from pocketfusion.data.shapes import make_shapes
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.distill.run_steps import sampling_of

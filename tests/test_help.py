@@ -1,6 +1,9 @@
 """What `--help` shows: every command under one heading, with examples that its own options accept."""
 
+import ast
 import shlex
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -35,3 +38,15 @@ def test_every_command_has_an_example():
     assert shown == set(GROUP.commands)
     data = {line.split()[1] for line in commands.every_example() if line.startswith("data ")}
     assert data == set(GROUP.commands["data"].commands)
+
+
+def test_an_option_is_declared_once():
+    """Equal words in two places would drift apart: they are shared by name (`shared_options`)."""
+    declared = Counter(
+        ast.unparse(node)
+        for file in Path(commands.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("typer.Option", "typer.Argument")
+    )
+    assert len(declared) > 100
+    assert [words for words, times in declared.items() if times > 1] == []

@@ -490,7 +490,7 @@ def test_every_command_that_reads_data_takes_skip_bad():
 
 
 def test_skip_bad_reaches_the_trainers_and_is_told(tmp_path, capsys):
-    from pocketfusion.cli.train import begin
+    from pocketfusion.cli.train_commands import begin
 
     data = one(tmp_path / "data")
     (data / "b.png").write_bytes(b"x")

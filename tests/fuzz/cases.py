@@ -144,7 +144,7 @@ def tokenizer_case(rng: random.Random, world: World) -> Callable[[], str]:
 
 def _use_bundle(rng: random.Random, path: Path) -> str:
     """What `info` and `generate` do with a bundle, on the same consoles."""
-    from pocketfusion.cli.info import _print
+    from pocketfusion.cli.look_commands import _print
     from pocketfusion.info import describe_bundle
     from pocketfusion.runtime.pipeline import Pipeline
     from pocketfusion.terminal import Console, printable_json

@@ -35,7 +35,7 @@ from pocketfusion.errors import PocketfusionError
 TIME, MEMORY = 60.0, 6 * 10**9
 KINDS = {"manifest": 4000, "tflite": 500, "tokenizer": 200, "safetensors": 200, "recipe": 200, "latency": 200}
 PRELOADED = (
-    *("pocketfusion.cli.info", "pocketfusion.info", "pocketfusion.latency.table", "pocketfusion.recipe"),
+    *("pocketfusion.cli.look_commands", "pocketfusion.info", "pocketfusion.latency.table", "pocketfusion.recipe"),
     *("pocketfusion.runtime.pipeline", "rich.box", "rich.table", "rich.markup", "yaml", "PIL.PngImagePlugin"),
     *("ai_edge_litert.schema_py_generated", "pocketfusion.runtime.footprint"),
 )

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from pocketfusion.cli import shared
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile import export as module
 from pocketfusion.mobile import gate, measure
@@ -214,10 +215,9 @@ def test_command_says_what_to_install(
     import importlib.util
 
     from pocketfusion import cli
-    from pocketfusion.cli import extras
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "torch" else found(name))
+    monkeypatch.setattr(shared, "find_spec", lambda name: None if name == "torch" else found(name))
     monkeypatch.setattr(sys, "argv", ["pocketfusion", "export", str(tiny_folder), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as caught:
         cli.main()

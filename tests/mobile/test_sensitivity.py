@@ -11,7 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from pocketfusion.cli import app
-from pocketfusion.cli import quantize as _  # noqa: F401  (registers the command)
+from pocketfusion.cli import compress_commands as _  # noqa: F401  (registers the command
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash
 from pocketfusion.mobile.budget import candidates, decibels, for_quality, for_size, stored_bytes

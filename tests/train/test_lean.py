@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from pocketfusion.cli.train import replaced
+from pocketfusion.cli.train_commands import replaced
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.recipe import StepDistillSettings, load_recipe

@@ -11,7 +11,7 @@ from loop_task import LineTask, settings
 from typer.testing import CliRunner
 
 from pocketfusion.cli import app, commands
-from pocketfusion.cli.train import shown_in
+from pocketfusion.cli.train_commands import shown_in
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import load_recipe
 from pocketfusion.train import place, throughput

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.given import parse_size
+from pocketfusion.cli.shared import parse_size
+from pocketfusion.cli.shared_options import ThreadsOpt
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def bench_command(
         list[Path] | None, typer.Argument(metavar="[BUNDLE]...", help="Bundles. Default: the embedded one.")
     ] = None,
     runs: Annotated[int, typer.Option("--runs", help="Measured pictures of each bundle.")] = 10,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads. Default: all cores.")] = None,
+    threads: ThreadsOpt = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps. Default: each bundle's.")] = None,
     mode: Annotated[str, typer.Option("--mode", help="resident, pipelined or sequential.")] = "resident",
     every: Annotated[

@@ -25,13 +25,13 @@ def bench_all(
     json_file: Path | None,
 ) -> None:
     """Measures the model folder's UNet on every runtime and prints the table; see `contest.rounds.contest`."""
-    from pocketfusion.cli.extras import require_compress
+    from pocketfusion.cli.shared import require_compress
 
     require_compress()
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from pocketfusion.artefact import check_files, write_json
-    from pocketfusion.cli.given import model_folder
+    from pocketfusion.cli.shared import model_folder
     from pocketfusion.quiet import quiet
     from pocketfusion.runtime.networks import available_cores, check_threads
     from pocketfusion.temporaries import scratch_folder

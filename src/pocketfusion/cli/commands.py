@@ -6,35 +6,19 @@ from typing import Any
 
 from pocketfusion.cli import (  # noqa: F401  (registers them)
     app,
-    architecture,
     bench,
-    check,
-    compare,
-    compress,
-    data,
-    data_cache,
-    device,
-    distill,
-    distill_consistency,
-    distill_decoder,
-    distill_guidance,
-    doctor,
-    elastic,
-    evaluate,
-    evolve,
+    bring_commands,
+    check_commands,
+    compress_commands,
+    distill_commands,
+    evolve_commands,
     export,
     generate,
-    import_model,
-    info,
-    plan,
-    profile,
-    prune,
-    quantize,
-    remove,
-    score,
+    look_commands,
+    profile_commands,
+    prove_commands,
     serve,
-    train,
-    vectors,
+    train_commands,
 )  # fmt: skip
 
 #: Heading → command → what one types, as `--help` shows it below the options.
@@ -144,7 +128,7 @@ def _arrange() -> None:
     for one in (*app.registered_commands, *app.registered_groups):
         one.rich_help_panel, examples = order[one.name or ""]
         one.epilog = _epilog(examples)
-    for one in data.data_app.registered_commands:
+    for one in bring_commands.data_app.registered_commands:
         one.epilog = _epilog(DATA[one.name or ""])
     app.registered_commands.sort(key=lambda one: list(order).index(one.name or ""))
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.given import model_folder, parse_size
-from pocketfusion.cli.targets import DeviceOption, TargetOption
+from pocketfusion.cli.shared import model_folder, parse_size
+from pocketfusion.cli.shared_options import DeviceOption, DiffusersArg, TargetOption
 from pocketfusion.terminal import Console
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _KINDS = (
 
 @app.command("export")
 def export_command(
-    folder: Annotated[Path, typer.Argument(help="Model folder (diffusers layout).", show_default=False)],
+    folder: DiffusersArg,
     out: Annotated[Path, typer.Argument(help="Bundle to write.", show_default=False)],
     device: Annotated[
         DeviceOption | None,
@@ -125,7 +125,7 @@ def export_command(
 ) -> None:
     """Convert a model folder to a bundle for LiteRT, Core ML or ONNX Runtime, checked against PyTorch."""
     from pocketfusion.cli.export_plan import show, show_next
-    from pocketfusion.cli.extras import require, require_compress, require_coreml, require_onnx
+    from pocketfusion.cli.shared import require, require_compress, require_coreml, require_onnx
 
     if target is TargetOption.coreml:
         require_coreml("--target coreml")

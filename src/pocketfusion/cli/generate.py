@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.shared_options import ThreadsOpt
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def generate_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write settings, times and memory as JSON.")
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads. Default: all cores.")] = None,
+    threads: ThreadsOpt = None,
     mode: Annotated[
         str | None,
         typer.Option(

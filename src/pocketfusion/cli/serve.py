@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.given import model_folder
+from pocketfusion.cli.shared import model_folder
+from pocketfusion.cli.shared_options import OutArg
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def serve_command(
 
 @app.command("web-build")
 def web_build_command(
-    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    out: OutArg,
     bundles: Bundles = None,
     webgpu: WebGpu = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder at OUT.")] = False,
@@ -102,7 +103,7 @@ def _entries(paths: list[Path] | None, webgpu: Path | None, console: Console) ->
 
 
 def _make_sibling(folder: Path, bundles: list, console: Console) -> None:
-    from pocketfusion.cli.extras import require, require_compress
+    from pocketfusion.cli.shared import require, require_compress
 
     require_compress()
     require("litert_torch")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketfusion.cli.check import _details
+from pocketfusion.cli.check_commands import _details
 from pocketfusion.mobile.delegate.check import check
 from pocketfusion.mobile.delegate.oracle import Parity
 from pocketfusion.mobile.delegate.report import GraphCheck

@@ -1,18 +1,24 @@
-"""`info`: what a bundle or a model folder is."""
+"""`info`, `doctor`, `architecture`, `plan`: what there is, and what would fit."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.given import model_folder
+from pocketfusion.cli.shared import model_folder
+from pocketfusion.cli.shared_options import JsonOpt, ReplaceOpt
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.terminal import Console
 
 if TYPE_CHECKING:
+    from pocketfusion.recipe import Recipe
     from pocketfusion.terminal import Console
+    from pocketfusion.train.room import Planner, Room, Work
 
 
 @app.command("info")
@@ -39,8 +45,8 @@ def info_command(
         typer.echo(printable_json(json.dumps(about, indent=2, ensure_ascii=False)))
     else:
         console = Console(markup=False, highlight=False, soft_wrap=True)
-        _print(console, about)
-        (_print_origin if full else _print_origin_briefly)(console, about)
+        _tell(console, about)
+        (_tell_origin if full else _tell_origin_briefly)(console, about)
     if about["problems"]:
         raise typer.Exit(2)
 
@@ -52,7 +58,7 @@ _GUIDANCE = {
 }
 
 
-def _print(console: Console, about: dict[str, Any]) -> None:
+def _tell(console: Console, about: dict[str, Any]) -> None:
     version = f", version {about['version']}, by {about['created_by']}" if "version" in about else ""
     console.print(f"{about['name']}: {about['kind']}{version}", style="bold")
     console.print(f"  path        {about['path']}")
@@ -100,10 +106,10 @@ def _print(console: Console, about: dict[str, Any]) -> None:
         console.print(
             f"  preview     linear, {preview['psnr_db']:.1f} dB to the decoder's pictures, R² {preview['r2']:.2f}"
         )
-    _print_networks(console, about)
+    _tell_networks(console, about)
 
 
-def _print_origin(console: Console, about: dict[str, Any]) -> None:
+def _tell_origin(console: Console, about: dict[str, Any]) -> None:
     if about["licences"]:
         console.print("licences", style="bold")
         for licence in about["licences"]:
@@ -116,7 +122,7 @@ def _print_origin(console: Console, about: dict[str, Any]) -> None:
         console.print("  none")
 
 
-def _print_origin_briefly(console: Console, about: dict[str, Any]) -> None:
+def _tell_origin_briefly(console: Console, about: dict[str, Any]) -> None:
     if about["licences"]:
         kinds = sorted({licence["spdx"] for licence in about["licences"] if licence.get("spdx")})
         files = f"{len(about['licences'])} files in {about['path']}/licences"
@@ -137,7 +143,7 @@ def _print_origin_briefly(console: Console, about: dict[str, Any]) -> None:
     console.print("  --full names the licences and tells the provenance", style="dim")
 
 
-def _print_networks(console: Console, about: dict[str, Any]) -> None:
+def _tell_networks(console: Console, about: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
@@ -186,3 +192,161 @@ def _count(n: int) -> str:
         if n >= factor:
             return f"{n / factor:.1f} {unit}"
     return str(n)
+
+
+_STYLES = {"ok": "green", "absent": "yellow", "broken": "red"}
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a list.")] = False,
+) -> None:
+    """Say what this machine and installation can do, and the command for what is missing.
+
+    Exits with code 2 if drawing does not work. What is absent is no fault: only some commands ask for it.
+    """
+    import json
+
+    from pocketfusion.doctor import examine
+    from pocketfusion.terminal import Console, printable_json
+
+    with Console(stderr=True, markup=False, highlight=False).status("looking") as status:
+        found = examine(lambda what: status.update(f"looking at {what}"))
+    if as_json:
+        typer.echo(printable_json(json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False)))
+    else:
+        console = Console(markup=False, highlight=False, soft_wrap=True)
+        section = ""
+        for one in found:
+            if one.section != section:
+                section = one.section
+                console.print(section, style="bold")
+            console.print(f"  {one.state:<7} {one.name}: {one.text}", style=_STYLES[one.state])
+            if one.cure:
+                console.print(f"          → {one.cure}")
+    if any(one.state == "broken" for one in found):
+        raise typer.Exit(2)
+
+
+@app.command("architecture")
+def architecture_command(
+    source: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Model folder, or sd-1.5 or sd-2.1.", show_default=False)
+    ],
+    preset: Annotated[str | None, typer.Option("--preset", help="Architecture to apply: snapfusion.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write FOLDER with the preset's UNet here.")] = None,
+    as_json: JsonOpt = False,
+    overwrite: ReplaceOpt = False,
+) -> None:
+    """Show a UNet's blocks per stage, parameters and multiply-adds, beside a preset's.
+
+    With --out the preset is applied to the folder: weights are carried over, nothing is trained.
+    """
+    from pocketfusion.cli.shared import require_compress
+
+    require_compress()
+    from pocketfusion.architecture_report import describe, open_base, table, write_preset
+    from pocketfusion.terminal import Console
+
+    if out is not None and preset is None:
+        raise PocketfusionError("--out alone changes nothing: name what to apply, such as --preset snapfusion")
+    base = open_base(str(model_folder(Path(source))))
+    report = describe(base, preset)
+    if out is not None and preset is not None:
+        write_preset(base, preset, out, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(table(report))
+    for note in report.notes:
+        console.print(note)
+    if out is not None:
+        console.print(f"written to {out}")
+
+
+@app.command("plan")
+def plan_command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, such as recipes/sd15.yaml.", show_default=False)],
+    gpu_gb: Annotated[
+        float | None, typer.Option("--gpu-gb", metavar="GB", help="Memory of a GPU. Default: of this machine.")
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="SECTION", help="Only that section of the recipe.")
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Processes that share a batch.")] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Weights, moments and EMA in shards (FSDP2).")] = False,
+) -> None:
+    """Say how much memory each stage's training takes, part by part, and which settings make it fit. Runs nothing."""
+    if gpu_gb is not None and not gpu_gb > 0:
+        raise PocketfusionError(f"--gpu-gb {gpu_gb:g} is not above 0: give the memory of a GPU, such as 24")
+    from pocketfusion.cli.shared import COMPRESS, quiet_libraries, require
+
+    require(*COMPRESS)
+    from pocketfusion.cli.train_commands import check_trackers_of
+    from pocketfusion.recipe import load_recipe, nearest
+
+    loaded = load_recipe(recipe)
+    check_trackers_of(loaded)
+    quiet_libraries()
+    from pocketfusion.train.room import Planner, works_of
+
+    works = works_of(loaded)
+    if stage is not None:
+        names = [work.name for work in works]
+        if stage not in names:
+            raise PocketfusionError(f"the recipe {loaded.name} trains no {stage!r}: {nearest(stage, names)}")
+        works = [work for work in works if work.name == stage]
+    _check_processes(loaded, {stage} if stage else {*(work.name for work in works), "decoder"}, processes)
+    kind, limit = _machine() if gpu_gb is None else ("cuda", 1e9 * gpu_gb)
+    planner = Planner(kind, processes, fsdp)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    where = "GPU" if kind == "cuda" else "this machine's CPU"
+    console.print(
+        f"{loaded.name}: {limit / 1e9:.1f} GB of {where}, {processes} process{'es' if processes > 1 else ''}"
+    )
+    for work in works:
+        _show(console, planner, work, limit)
+
+
+def _check_processes(recipe: Recipe, sections: set[str], processes: int) -> None:
+    """Raises PocketfusionError for a section whose batch they cannot share: else it is told hours later."""
+    from pocketfusion.train.micro_batch import parts_of
+
+    for name, section in recipe:
+        if name in sections and section is not None:
+            try:
+                parts_of(section.train, processes)
+            except PocketfusionError as error:
+                raise PocketfusionError(f"{name}: {error}") from None
+
+
+def _machine() -> tuple[str, float]:
+    import torch
+
+    from pocketfusion.runtime.memory import available_memory
+
+    if torch.cuda.is_available():
+        return "cuda", float(torch.cuda.mem_get_info()[1])
+    return "cpu", available_memory()
+
+
+def _show(console: Console, planner: Planner, work: Work, limit: float) -> None:
+    from pocketfusion.train.room import ladder
+
+    count = f"{work.student.parameters / 1e6:,.1f} M parameters"
+    console.print(f"\n{work.name}: {count}, batch {work.train.batch_size}")
+    if work.train.micro_batch != "auto":
+        room = planner.room(work)
+        verdict = "fits" if room.peak <= limit else "does not fit"
+        console.print(f"  in parts of {room.micro_batch}, as the recipe says: {_sum(room)}: {verdict}")
+    for name, train, room_found in ladder(planner, work, limit):
+        if room_found is None:
+            console.print(f"  {name}: {_sum(planner.room(work, train, 1))} for one sample: does not fit")
+        else:
+            console.print(f"  {name}: micro_batch {room_found.micro_batch}: {_sum(room_found)}")
+
+
+def _sum(room: Room) -> str:
+    terms = " + ".join(f"{name} {value / 1e9:.2f}" for name, value in room.parts.items())
+    return f"{terms} = {room.peak / 1e9:.1f} GB"

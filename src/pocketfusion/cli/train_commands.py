@@ -1,4 +1,4 @@
-"""`train-autoencoder`, `train-teacher`, `train-judge`: recipe and data in, model folder out."""
+"""`train-autoencoder`, `train-teacher`, `train-judge`, `train-elastic`, `recover`: a recipe and data to a folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.shared import model_folder
+from pocketfusion.cli.shared_options import (
+    CacheOpt,
+    DataOpt,
+    FolderArg,
+    InitOpt,
+    LogWithOpt,
+    LossJudgeOpt,
+    MinutesOpt,
+    OutOpt,
+    OverwriteOpt,
+    PicturesOpt,
+    RecipeArg,
+    RecipeOpt,
+    RunOpt,
+    SkipBadOpt,
+)
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.terminal import Console
 
@@ -21,26 +38,6 @@ if TYPE_CHECKING:
     from pocketfusion.train.place import StageRun
 
 Section = TypeVar("Section", bound="BaseModel")
-
-RecipeArg = Annotated[Path, typer.Argument(help="Recipe, such as recipes/emoji64.yaml.", show_default=False)]
-DataOpt = Annotated[
-    Path, typer.Option("--data", help="Folder of captioned pictures, or a cache of latents.", show_default=False)
-]
-PicturesOpt = Annotated[Path, typer.Option("--data", help="Folder of captioned pictures.", show_default=False)]
-OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
-RunOpt = Annotated[Path | None, typer.Option("--run", help="Checkpoints, log, previews. Default: OUT.run")]
-MinutesOpt = Annotated[float | None, typer.Option("--max-minutes", help="Stop after MIN; run again to go on.")]
-InitOpt = Annotated[Path | None, typer.Option("--init", help="Begin with the weights of this folder.")]
-LossJudgeOpt = Annotated[
-    Path | None, typer.Option("--loss-judge", help="Judge trained --for-losses, if a loss wants its features.")
-]
-CacheOpt = Annotated[Path | None, typer.Option("--cache", help="Latents and prompt states. Default: RUN/cache")]
-OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that came from other inputs.")]
-SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Leave samples out that cannot be used; counts them.")]
-LogWithOpt = Annotated[
-    list[str] | None,
-    typer.Option("--log-with", metavar="TRACKER", help="Show it there too: tensorboard, wandb, … May be repeated."),
-]
 
 
 def begin(
@@ -59,7 +56,7 @@ def begin(
 
     A command that needs the `pictures` themselves takes no cache of latents.
     """
-    from pocketfusion.cli.extras import COMPRESS, quiet_libraries, require
+    from pocketfusion.cli.shared import COMPRESS, quiet_libraries, require
 
     require(*COMPRESS)
     from pocketfusion.data.sources import open_dataset, open_training_data
@@ -189,3 +186,49 @@ def train_judge_command(
     from pocketfusion.train.judge import train_judge
 
     report(train_judge(loaded, images, stage, for_losses=for_losses), out)
+
+
+@app.command("train-elastic")
+def train_elastic_command(
+    folder: FolderArg,
+    recipe: RecipeOpt,
+    data: DataOpt,
+    out: OutOpt,
+    run: RunOpt = None,
+    max_minutes: MinutesOpt = None,
+    cache: CacheOpt = None,
+    overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
+) -> None:
+    """Train the UNet with random blocks left out (SnapFusion's robust training), so that it can be evolved."""
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
+    from pocketfusion.folder import check_folder
+    from pocketfusion.train.elastic import train_elastic
+
+    check_folder(folder := model_folder(folder))
+    report(train_elastic(loaded, images, folder, stage, cache), out)
+
+
+@app.command("recover")
+def recover_command(
+    folder: FolderArg,
+    base: Annotated[Path, typer.Option("--base", help="Model folder to learn from.", show_default=False)],
+    recipe: RecipeOpt,
+    data: DataOpt,
+    out: OutOpt,
+    run: RunOpt = None,
+    max_minutes: MinutesOpt = None,
+    cache: CacheOpt = None,
+    overwrite: OverwriteOpt = False,
+    skip_bad: SkipBadOpt = False,
+    log_with: LogWithOpt = None,
+) -> None:
+    """Train an evolved UNet to follow its base, stage by stage (BK-SDM's feature distillation)."""
+    loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
+    from pocketfusion.folder import check_folder
+    from pocketfusion.train.recovery import recover
+
+    check_folder(folder := model_folder(folder))
+    check_folder(base := model_folder(base))
+    report(recover(loaded, images, folder, base, stage, cache), out)

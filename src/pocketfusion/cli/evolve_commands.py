@@ -1,4 +1,4 @@
-"""`evolve` and `plot-drops`: SnapFusion's search for a faster architecture, and its Figure 5."""
+"""`evolve`, `plot-drops`, `remove`, `prune`: a smaller UNet, searched, compared, cut."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.given import model_folder
-from pocketfusion.cli.train import CacheOpt, DataOpt, MinutesOpt, OverwriteOpt, RunOpt, SkipBadOpt
+from pocketfusion.cli.shared import model_folder
+from pocketfusion.cli.shared_options import (
+    CacheOpt,
+    DataOpt,
+    JsonOpt,
+    MinutesOpt,
+    ModelArg,
+    OutOpt,
+    OverwriteOpt,
+    RecipeOpt,
+    ReplaceOpt,
+    RunOpt,
+    SkipBadOpt,
+)
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.terminal import Console
 
 if TYPE_CHECKING:
     from pocketfusion.evolve.algorithm import Progress
 
-FolderArg = Annotated[Path, typer.Argument(help="Model folder.", show_default=False)]
-RecipeOpt = Annotated[Path, typer.Option("--recipe", help="Recipe of that model.", show_default=False)]
 LatencyOpt = Annotated[Path, typer.Option("--latency", help="Table that `profile` wrote.", show_default=False)]
 MsOpt = Annotated[float | None, typer.Option("--budget-ms", help="Milliseconds of one guided UNet step.")]
 RatioOpt = Annotated[float | None, typer.Option("--budget-ratio", help="Share of the base's latency, such as 0.5.")]
 ForceOpt = Annotated[bool, typer.Option("--force", help="Use a latency table though it does not match.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 class Precision(str, Enum):
@@ -36,7 +45,7 @@ class Precision(str, Enum):
 
 @app.command("evolve")
 def evolve_command(
-    folder: FolderArg,
+    folder: ModelArg,
     recipe: RecipeOpt,
     data: DataOpt,
     judge: Annotated[
@@ -71,7 +80,7 @@ def evolve_command(
 
     SnapFusion's Algorithm 1. Evaluations are kept in OUT.run: a killed search goes on where it was.
     """
-    from pocketfusion.cli.extras import COMPRESS, quiet_libraries, require
+    from pocketfusion.cli.shared import COMPRESS, quiet_libraries, require
 
     require(*COMPRESS)
     from pocketfusion.evolve.actions import parse_kinds
@@ -197,7 +206,7 @@ def plot_drops_command(
 ) -> None:
     """Draw the score that each removed block costs, before and after robust training (SnapFusion's Figure 5)."""
     from pocketfusion.artefact import atomic_file
-    from pocketfusion.cli.extras import require
+    from pocketfusion.cli.shared import require
 
     require("matplotlib")
     from pocketfusion.evolve.figures import plot_drops, removal_drops
@@ -211,3 +220,127 @@ def plot_drops_command(
     with atomic_file(out) as partial:
         plot_drops(drops[0], drops[1], partial)
     typer.echo(f"written to {out}")
+
+
+class Method(str, Enum):
+    """How `remove` chooses blocks."""
+
+    bk_sdm = "bk-sdm"
+    random = "random"
+
+
+@app.command("remove")
+def remove_command(
+    folder: ModelArg,
+    latency: LatencyOpt,
+    out: OutOpt,
+    method: Annotated[Method, typer.Option("--method", help="Order of removal.")] = Method.bk_sdm,
+    budget_ms: MsOpt = None,
+    budget_ratio: RatioOpt = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of a random removal.")] = 0,
+    as_json: JsonOpt = False,
+    overwrite: ReplaceOpt = False,
+    force: ForceOpt = False,
+) -> None:
+    """Remove blocks to a latency budget without looking at quality: by BK-SDM's order, or at random.
+
+    What an evolved network is compared with; nothing is trained, `recover` does that.
+    """
+    from pocketfusion.artefact import check_new
+    from pocketfusion.cli.shared import require_compress
+
+    check_new(out, overwrite)
+    require_compress()
+    from pocketfusion.evolve.removal import remove_folder
+
+    folder = model_folder(folder)
+    made = remove_folder(
+        folder,
+        latency,
+        out,
+        method=method.value,
+        budget_ms=budget_ms,
+        budget_ratio=budget_ratio,
+        seed=seed,
+        force=force,
+        overwrite=overwrite,
+    )
+    results = made.results
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{out}: {results['blocks']} blocks, {results['latency_ms']:.4g} ms a guided step, "
+        f"{results['latency_ratio']:.2f} of the base"
+    )
+    console.print(f"removed: {', '.join(results['removed'])}")
+
+
+class Rule(str, Enum):
+    """How `prune` chooses units."""
+
+    uniform = "uniform"
+    sensitivity = "sensitivity"
+
+
+@app.command("prune")
+def prune_command(
+    folder: ModelArg,
+    out: OutOpt,
+    rule: Annotated[Rule, typer.Option("--rule", help="Which units go.")] = Rule.uniform,
+    ratio: Annotated[float, typer.Option("--ratio", help="Share of the UNet's parameters to remove.")] = 0.11,
+    data: Annotated[Path | None, typer.Option("--data", help="Captioned pictures to measure on.")] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Pictures to measure on.")] = 128,
+    seed: Annotated[int, typer.Option("--seed", help="Of the noise.")] = 0,
+    as_json: JsonOpt = False,
+    overwrite: ReplaceOpt = False,
+    skip_bad: SkipBadOpt = False,
+) -> None:
+    """Prune ResNet channels, attention heads and feed-forward units of the UNet; `recover` trains it afterwards.
+
+    `uniform` takes the same share of the largest layers (Squeezing); `sensitivity` what harms the output least.
+    """
+    from pocketfusion.artefact import check_new
+    from pocketfusion.cli.shared import quiet_libraries, require_compress
+
+    check_new(out, overwrite)
+    require_compress()
+    quiet_libraries()
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pocketfusion.prune.run import prune_folder
+
+    folder = model_folder(folder)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring" if rule == Rule.sensitivity else "pruning", total=None)
+        made = prune_folder(
+            folder,
+            out,
+            rule=rule.value,
+            ratio=ratio,
+            data=data,
+            samples=samples,
+            seed=seed,
+            overwrite=overwrite,
+            skip_bad=skip_bad,
+            done=lambda count, total: bar.update(task, completed=count, total=total),
+        )
+    results = made.results
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for part, lines in results["units"].items():
+        console.print(f"{part.replace('_', ' ')}: {', '.join(lines)}")
+    saved = 1 - results["multiply_adds"] / results["base_multiply_adds"]
+    console.print(
+        f"{out}: {results['parameters'] / 1e6:.2f} M parameters of {results['base_parameters'] / 1e6:.2f} M "
+        f"({results['removed']:.1%} less), multiply-adds {saved:.1%} less"
+    )
+    if noise := results.get("noise"):
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in noise.items())
+        console.print(f"noise over signal on held-out latents: {shown}")
+    if made.data:
+        console.print(f"measured on {made.data['name']}")

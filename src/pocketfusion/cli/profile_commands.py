@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketfusion.cli import app
-from pocketfusion.cli.given import model_folder
+from pocketfusion.cli.shared import model_folder
 
 if TYPE_CHECKING:
     from pocketfusion.latency.table import LatencyTable
@@ -45,7 +45,7 @@ def profile_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT or the pack.")] = False,
 ) -> None:
     """Time every block of a UNet on the target runtime, and predict whole networks from the blocks."""
-    from pocketfusion.cli.extras import require, require_compress
+    from pocketfusion.cli.shared import require, require_compress
     from pocketfusion.errors import PocketfusionError
 
     require_compress()

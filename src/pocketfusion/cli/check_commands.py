@@ -1,4 +1,4 @@
-"""`check`: does a bundle or a `.tflite` file run on a phone, all of it and rightly."""
+"""`check`, `device-pack`, `device-report`, `vectors`: does a bundle run on a phone, rightly, and in a port."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocketfusion.cli import app
+from pocketfusion.cli.shared_options import BundleArg, OutArg, ReplaceOutOpt
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def check_command(
             timeout=timeout,
             progress=status.update,
         )
-    _print(report, static, console)
+    _print_check(report, static, console)
     if json_file:
         write_json(json_file, report.as_dict())
     if not report.passed:
@@ -82,7 +83,7 @@ def _check_coreml(path: Path, json_file: Path | None) -> None:
     from rich.table import Table
 
     from pocketfusion.artefact import write_json
-    from pocketfusion.cli.extras import require_coreml
+    from pocketfusion.cli.shared import require_coreml
     from pocketfusion.quiet import quiet
     from pocketfusion.terminal import Console
 
@@ -118,7 +119,7 @@ def _check_coreml(path: Path, json_file: Path | None) -> None:
         raise typer.Exit(1)
 
 
-def _print(report: Report, static: bool, console: Console) -> None:
+def _print_check(report: Report, static: bool, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
@@ -215,3 +216,83 @@ def _details(graph: GraphCheck, console: Console) -> None:
         console.print(f"{graph.network}:")
         for line in lines:
             console.print(line)
+
+
+@app.command("device-pack")
+def device_pack_command(
+    bundle: BundleArg,
+    out: OutArg,
+    overwrite: ReplaceOutOpt = False,
+) -> None:
+    """Write all that one run of a bundle on an Android phone needs, over adb.
+
+    The bundle, a script around LiteRT's own benchmark, the C++ example's source, a reference picture. The benchmark
+    itself is LiteRT's to fetch. `device-report` reads the results.
+    """
+    from pocketfusion.port.device_pack import SCRIPT, write_device_pack
+    from pocketfusion.terminal import Console
+
+    console, notes = (Console(stderr=error, highlight=False, markup=False, soft_wrap=True) for error in (False, True))
+    with notes.status("drawing the reference"):
+        opened = write_device_pack(bundle, out, overwrite=overwrite)
+    console.print(
+        f"{out}: {opened.manifest.name}; with a phone on adb: {out}/{SCRIPT} BENCHMARK_MODEL [LIBRARIES] "
+        f"({out}/README.md), then pocketfusion device-report {out} REPORT.md"
+    )
+
+
+@app.command("device-report")
+def device_report_command(
+    pack: Annotated[Path, typer.Argument(help="Pack whose run.sh a phone has run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT.md", help="Report, with OUT.json.", show_default=False)],
+) -> None:
+    """Write what a phone said of a device pack: device, driver, times, partitions, its pictures' PSNR."""
+    from pocketfusion.artefact import atomic_file, check_files, write_json
+    from pocketfusion.port.device_report import device_report, markdown, row
+    from pocketfusion.terminal import Console
+
+    if out.suffix.lower() != ".md":
+        raise PocketfusionError(f"the output is {out}: give it a name that ends in .md")
+    check_files(out, beside := out.with_suffix(".json"))
+    report = device_report(pack)
+    with atomic_file(out) as page:
+        page.write_text(markdown(report), encoding="utf-8")
+    write_json(beside, report)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(row(report))
+    console.print(f"written: {out}, {beside}")
+
+
+@app.command("vectors")
+def vectors_command(
+    bundle: BundleArg,
+    out: OutArg,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Of the picture. Default: a red apple.")] = None,
+    threads: Annotated[int, typer.Option("--threads", help="CPU threads; more than one may change last bits.")] = 1,
+    overwrite: ReplaceOutOpt = False,
+) -> None:
+    """Write what a port of the runtime compares itself with, as plain JSON and .npy.
+
+    Token ids of 50 odd prompts, noise, every sampler's coefficients, each network's inputs and outputs, the latents
+    after every step, the picture. docs/port.md has the rules.
+    """
+    from pocketfusion.port.vectors import PROMPT, write_vectors
+    from pocketfusion.runtime.networks import check_threads
+    from pocketfusion.terminal import Console
+
+    check_threads(threads)
+    console, notes = (Console(stderr=error, highlight=False, markup=False, soft_wrap=True) for error in (False, True))
+    with notes.status("opening the bundle") as status:
+        index = write_vectors(
+            bundle,
+            out,
+            prompt=PROMPT if prompt is None else prompt,
+            num_threads=threads,
+            overwrite=overwrite,
+            progress=status.update,
+        )
+    picture = index["picture"]
+    console.print(
+        f"{out}: {index['bundle']['name']}, {picture['prompt']!r} with seed {picture['seed']} in "
+        f"{picture['num_inference_steps']} steps of {picture['sampler']}; docs/port.md has the rules"
+    )
