@@ -28,7 +28,7 @@ from pocketfusion.folder import PROVENANCE
 
 #: Says how, when, where and from what a result was made: two that are otherwise equal are the same.
 _NOT_CONTENT = {"bundle.json": ("provenance",), "weights.yaml": ("model",), "config.json": ("_name_or_path",)}
-BEGUN, FINISHED = "begun", "finished"
+_BEGUN, FINISHED = "begun", "finished"
 
 
 class Record(BaseModel):
@@ -141,7 +141,7 @@ class Records:
         if record is None or self._shelf(name, key).is_dir():
             self._move(name, key, aside=False)
             record = self.get(name)
-        if record is not None and record.state == BEGUN and record.made_of != made_of:
+        if record is not None and record.state == _BEGUN and record.made_of != made_of:
             self.clear(name)  # its run has seen other makings of its inputs
             record = None
         if record is None:

@@ -67,7 +67,7 @@ def open_out(chain: Chain, out: Path) -> None:
     check_writable_parent(out)
     if out.exists() and not out.is_dir():
         raise PocketfusionError(f"{out} is a file: give a folder for the recipe's results")
-    known = recipe_name(out)
+    known = _recipe_name(out)
     if known is None and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise PocketfusionError(f"{out} holds something else: give a new folder, or one that compress made")
     if known not in (None, chain.recipe.name):
@@ -84,7 +84,7 @@ def _check_given(stage: Stage) -> None:
         check_folder(stage.given)
 
 
-def recipe_name(out: Path) -> str | None:
+def _recipe_name(out: Path) -> str | None:
     """Of the recipe that a folder belongs to; None if it is no compress's."""
     try:
         return str(json.loads((out / "compress.json").read_text(encoding="utf-8"))["recipe"]["name"])
@@ -137,7 +137,7 @@ def planned(chain: Chain, records: Records) -> Iterator[tuple[Stage, str]]:
             continue
         record = records.get(stage.name)
         known = all(name in kept for name in stage.parents)
-        if record is None or not known or record.key != key_of(chain, stage, kept):
+        if record is None or not known or record.key != _key_of(chain, stage, kept):
             yield stage, "run"
         elif records.finished(stage.name, record) and not _to_train_on(stage, record):
             kept[stage.name] = record.sha256
@@ -146,7 +146,7 @@ def planned(chain: Chain, records: Records) -> Iterator[tuple[Stage, str]]:
             yield stage, "go on"
 
 
-def key_of(chain: Chain, stage: Stage, hashes: dict[str, str]) -> dict[str, Any]:
+def _key_of(chain: Chain, stage: Stage, hashes: dict[str, str]) -> dict[str, Any]:
     """All that a stage's result depends on: of the recipe, and what its inputs hold."""
     seen = {name: getattr(chain[name].options, "skip_bad", False) for name in stage.parents}
     parents = {name: f"{hashes[name]}{' without bad ones' if seen[name] else ''}" for name in stage.parents}
@@ -186,7 +186,7 @@ class _Run:
         """A stage before those that may run: known if it is finished, and else only missed by who needs it."""
         record = self.records.get(stage.name)
         known = all(name in self.hashes for name in stage.parents)
-        if record and known and record.key == key_of(self.chain, stage, self.hashes) and self._is_done(stage, record):
+        if record and known and record.key == _key_of(self.chain, stage, self.hashes) and self._is_done(stage, record):
             self._keep(stage, record)
 
     def _is_done(self, stage: Stage, record: Record) -> bool:
@@ -200,7 +200,7 @@ class _Run:
         for name in stage.parents:
             if name not in self.hashes:
                 raise _missing(stage, name)
-        key = key_of(self.chain, stage, self.hashes)
+        key = _key_of(self.chain, stage, self.hashes)
         record = self.records.begin(stage.name, key, {name: self.made[name] for name in stage.parents})
         skipped = self._is_done(stage, record)
         if not skipped:

@@ -46,7 +46,7 @@ class Annotations:
             id_, name = self._fields(entry, "images", id=int, file_name=str)
             if id_ in self.images:
                 raise PocketfusionError(f"{file} lists the image id {id_} twice: fetch it again")
-            if not is_plain(name):
+            if not _is_plain(name):
                 raise PocketfusionError(f"{file} names the picture {name!r}: a plain file name is needed")
             self.images[id_] = name
         for entry in self._section(values, "annotations"):
@@ -89,7 +89,7 @@ class Annotations:
         return chosen
 
 
-def is_plain(name: str) -> bool:
+def _is_plain(name: str) -> bool:
     """Whether a file's name leads nowhere else and can be written as UTF-8."""
     return Path(name).name == name != "" and "\0" not in name and not any("\ud800" <= c <= "\udfff" for c in name)
 
@@ -104,7 +104,7 @@ def list_sha256(captions: Iterable[Caption]) -> str:
     return sha256(lines.encode()).hexdigest()
 
 
-def find_annotations(folder: Path) -> Path:
+def _find_annotations(folder: Path) -> Path:
     """The one `captions_*.json` in `folder/annotations` or `folder`, without those of training splits if others are.
 
     Raises PocketfusionError if there is none or a choice.
@@ -220,10 +220,12 @@ def open_coco(
     if size < 32:
         raise PocketfusionError(f"pictures of {size} px are too small to score: COCO is scored at 256 or 512 px")
     notes = []
-    listed = Annotations(annotations or find_annotations(folder))
+    listed = Annotations(annotations or _find_annotations(folder))
     pictures = _pictures_folder(folder, listed.file)
     try:
-        present = {file.name for file in pictures.iterdir() if file.suffix.lower() in PICTURES and is_plain(file.name)}
+        present = {
+            file.name for file in pictures.iterdir() if file.suffix.lower() in PICTURES and _is_plain(file.name)
+        }
     except OSError as error:
         raise PocketfusionError(f"{pictures} cannot be listed ({error.strerror})") from None
     if not present:

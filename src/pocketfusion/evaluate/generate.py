@@ -39,7 +39,7 @@ class SamplerSettings:
             raise PocketfusionError(f"--guidance {self.guidance_scale} is no guidance scale: give a number such as 4")
 
 
-def later_seed(seed: int) -> int:
+def _later_seed(seed: int) -> int:
     """The seed of what noise a sampler adds at its steps: the picture's, as far as `generate` takes seeds."""
     return seed % (MAX_SEED + 1)
 
@@ -171,7 +171,7 @@ class ModelFolder:
 
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         shape = side, side, channels
-        streams = [NoiseStream(later_seed(seed), *shape) for seed in seeds]
+        streams = [NoiseStream(_later_seed(seed), *shape) for seed in seeds]
 
         def draw() -> np.ndarray:
             return np.stack([stream.draw() for stream in streams])
@@ -235,7 +235,7 @@ class BundleSystem:
                     num_inference_steps=settings.num_inference_steps,
                     guidance_scale=settings.guidance_scale,
                     latents=self.pipeline.noise(seed),
-                    seed=later_seed(seed),
+                    seed=_later_seed(seed),
                     sampler=settings.sampler,
                 )
             except PocketfusionError as error:

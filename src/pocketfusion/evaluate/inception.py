@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pocketfusion.errors import PocketfusionError
 
 FEATURES = 2048
-SIDE = 299
+_SIDE = 299
 
 Size = int | tuple[int, int]
 
@@ -176,7 +176,7 @@ class FidInception(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, H, W] → [B, 2048]; resized to 299 px and scaled to [-1, 1] as pytorch-fid does."""
-        x = F.interpolate(images.float() / 255, (SIDE, SIDE), mode="bilinear", align_corners=False)
+        x = F.interpolate(images.float() / 255, (_SIDE, _SIDE), mode="bilinear", align_corners=False)
         return self.pool3(2 * x - 1)
 
     def pool3(self, x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ def fixed_prompts() -> list[Prompt]:
     ]
 
 
-MOST = 10_000
+_MOST = 10_000
 _BYTES = 1 << 24
 #: Plain things and scenes, with words that any model of the family knows, and two that it may not.
 BUILT_IN = (
@@ -64,8 +64,8 @@ def read_prompts(file: str | None, count: int | None = None) -> list[str]:
     A line is a prompt, blank ones are none. If the first begins with { or ", all are JSON: a string, or an object with
     `prompt`. Raises PocketfusionError for a file without prompts, with too many, or one that cannot be read.
     """
-    if count is not None and not 1 <= count <= MOST:
-        raise PocketfusionError(f"--count {count} is out of range: choose 1 to {MOST:,}")
+    if count is not None and not 1 <= count <= _MOST:
+        raise PocketfusionError(f"--count {count} is out of range: choose 1 to {_MOST:,}")
     if file is None:
         return list(BUILT_IN[:count])
     where = "the standard input" if file == "-" else file
@@ -79,8 +79,10 @@ def read_prompts(file: str | None, count: int | None = None) -> list[str]:
         prompts = [line for _, line in lines]
     if not prompts:
         raise PocketfusionError(f"{where} has no prompts: write one a line")
-    if len(prompts) > MOST and count is None:
-        raise PocketfusionError(f"{where} has {len(prompts):,} prompts: take the first with --count, {MOST:,} at most")
+    if len(prompts) > _MOST and count is None:
+        raise PocketfusionError(
+            f"{where} has {len(prompts):,} prompts: take the first with --count, {_MOST:,} at most"
+        )
     return prompts[:count]
 
 

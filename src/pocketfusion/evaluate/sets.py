@@ -32,12 +32,12 @@ class EvaluationSet:
         return self.name in TRAIN_SPLITS
 
 
-def label_words(row: dict) -> set[str]:
+def _label_words(row: dict) -> set[str]:
     """The words of a picture's label (its plainest caption if it has none), in lower case."""
     return set(re.findall(r"\w+", row.get("label", row["captions"][0]).lower()))
 
 
-def by_hash(text: str) -> str:
+def _by_hash(text: str) -> str:
     """A sort key that no one chose."""
     return sha256(f"evaluate-v1|{text}".encode()).hexdigest()
 
@@ -51,8 +51,8 @@ def members(data: CaptionedImages) -> dict[str, np.ndarray]:
     """Every name that `--sets` takes → indices: the data's splits, and test concepts by known and new words."""
     named = dict(data.splits)
     if "test_concept" in named and "train" in named:
-        known = set().union(*(label_words(data.rows[i]) for i in named["train"]))
-        is_known = np.array([label_words(data.rows[i]) <= known for i in named["test_concept"]])
+        known = set().union(*(_label_words(data.rows[i]) for i in named["train"]))
+        is_known = np.array([_label_words(data.rows[i]) <= known for i in named["test_concept"]])
         named[KNOWN_WORDS], named[NEW_WORDS] = named["test_concept"][is_known], named["test_concept"][~is_known]
     return {name: indices for name, indices in named.items() if len(indices) >= 2}
 
@@ -73,7 +73,7 @@ def choose_sets(data: CaptionedImages, names: Sequence[str] | None, samples: int
         raise PocketfusionError(f"{data.name} has no set named {', '.join(unknown) or 'anything'}: it has {known}")
     chosen = []
     for name in dict.fromkeys(names):
-        order = sorted(available[name], key=lambda i: by_hash(data.rows[i]["id"]))[:samples]
+        order = sorted(available[name], key=lambda i: _by_hash(data.rows[i]["id"]))[:samples]
         captions = tuple(data.rows[i]["captions"][0] for i in order)
         chosen.append(EvaluationSet(name, np.array(order), captions))
     return chosen

@@ -136,7 +136,7 @@ def system_spec(
     return _folder_spec(path, steps, precision, sampler or "ddim")
 
 
-def parse_steps(text: str | None, count: int) -> list[int | None]:
+def _parse_steps(text: str | None, count: int) -> list[int | None]:
     """Reads `--steps`: one number for all systems or one for each, with commas; None is each one's default."""
     if text is None:
         return [None] * count
@@ -180,7 +180,7 @@ def named_systems(
     specs: list[SystemSpec] = []
     if precision not in ("fp32", "bf16"):
         raise PocketfusionError(f"--precision {precision} is unknown: choose fp32 or bf16")
-    for name, given in zip(names, parse_steps(steps, len(names)), strict=True):
+    for name, given in zip(names, _parse_steps(steps, len(names)), strict=True):
         path, own = Path(name), given
         sampler: SamplerName | None = None
         if "@" in name and not path.exists():

@@ -28,7 +28,7 @@ from pocketfusion.models.sd_configs import CONFIGS
 _MAX_SIDE = 128
 #: Activations in Stable Diffusion's residual stream: a few units wide, with outlier channels of twenty times that.
 #: An assumption, on the safe side of what public ranges of SD-1.5 say.
-ACTIVATION_STD, OUTLIERS, OUTLIER_CHANNELS = 2.0, 20.0, 0.01
+_ACTIVATION_STD, _OUTLIERS, _OUTLIER_CHANNELS = 2.0, 20.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class _TextLayers(nn.Module):
         return {"y": self.text_encoder(input_ids)[0]}
 
 
-def unet_blocks(name: str) -> Iterator[Block]:
+def _unet_blocks(name: str) -> Iterator[Block]:
     """The UNet's distinct parts of the configuration `name`; its `snapfusion` preset has no others."""
     config = CONFIGS[name]["unet"] | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
     architecture = Architecture.stock(config)
@@ -89,7 +89,7 @@ def unet_blocks(name: str) -> Iterator[Block]:
         yield Block(f"{name} unet {part.key}", part_module(unet, part), samples)
 
 
-def decoder_blocks(name: str) -> Iterator[Block]:
+def _decoder_blocks(name: str) -> Iterator[Block]:
     """The decoder's distinct parts, at 512 x 512 up to `_MAX_SIDE` and at that size above."""
     config = CONFIGS[name]["vae"]
     with torch.device("meta"):
@@ -122,7 +122,7 @@ def decoder_blocks(name: str) -> Iterator[Block]:
     yield block("conv_out", end, config["block_out_channels"][0], side)
 
 
-def text_blocks(name: str, layers: int = 2) -> Iterator[Block]:
+def _text_blocks(name: str, layers: int = 2) -> Iterator[Block]:
     """The text encoder with `layers` of its layers, which are all alike."""
     config = CONFIGS[name]["text_encoder"] | {"num_hidden_layers": layers}
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def all_blocks(scale: float = 1.0) -> Iterator[Block]:
     """Every distinct block of both configurations, with weights; `scale` multiplies the residual stream."""
     seen = set()
     for name in CONFIGS:
-        for block in (*unet_blocks(name), *text_blocks(name), *decoder_blocks(name)):
+        for block in (*_unet_blocks(name), *_text_blocks(name), *_decoder_blocks(name)):
             key = block.name.removeprefix(name)
             if key not in seen:
                 samples = {n: x * scale if n in ("x", "skip") else x for n, x in block.samples.items()}
@@ -173,6 +173,6 @@ _NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 def _activations(x: torch.Tensor) -> torch.Tensor:
     """Unit noise [..., C] at the scale of a residual stream, with its outlier channels."""
-    scale = torch.full((x.shape[-1],), ACTIVATION_STD)
-    scale[: round(x.shape[-1] * OUTLIER_CHANNELS)] *= OUTLIERS
+    scale = torch.full((x.shape[-1],), _ACTIVATION_STD)
+    scale[: round(x.shape[-1] * _OUTLIER_CHANNELS)] *= _OUTLIERS
     return x * scale

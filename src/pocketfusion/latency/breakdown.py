@@ -14,7 +14,7 @@ from pocketfusion.latency.table import LatencyTable
 from pocketfusion.latency.unet_parts import KIND_NAMES, level_sizes, list_parts, stage_names
 from pocketfusion.models.architecture import Architecture
 
-OTHER = "other"  #: samplers, conv_in, conv_out, time embedding
+_OTHER = "other"  #: samplers, conv_in, conv_out, time embedding
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ def breakdown(table: LatencyTable, batch: int) -> list[Row]:
     for stage in dict.fromkeys(names.values()):
         for kind in ("attention", "resnet"):
             rows[stage, kind] = Row(stage, KIND_NAMES[kind], 0, 0, 0, 0.0)  # type: ignore[index]
-    rows["", OTHER] = Row("", OTHER, 0, 0, 0, 0.0)
+    rows["", _OTHER] = Row("", _OTHER, 0, 0, 0, 0.0)
     for part in list_parts(table.base, Architecture.stock(table.base), table.text_length):
         entry = table.parts[part.key]
         place = (names.get(part.stage, ""), part.kind)
-        row = rows[place if place in rows else ("", OTHER)]
-        rows[row.stage, part.kind if row.kind != OTHER else OTHER] = Row(
+        row = rows[place if place in rows else ("", _OTHER)]
+        rows[row.stage, part.kind if row.kind != _OTHER else _OTHER] = Row(
             row.stage,
             row.kind,
             row.blocks + 1,
@@ -89,7 +89,7 @@ def plot_table(table: LatencyTable, path: Path) -> None:
     axes[1].set_xlabel("stage (Mid: the lowest level's down, mid and up) and its latents' size")
     axes[0].legend(frameon=False, ncols=2, loc="upper left")
     overhead, settings = table.overhead[batch], table.settings
-    other = sum(row.ms for row in rows if row.kind == OTHER)
+    other = sum(row.ms for row in rows if row.kind == _OTHER)
     figure.suptitle(
         f"UNet at batch {batch}: {overhead.whole.median:,.1f} ms whole, {overhead.parts:,.1f} ms as the sum of its "
         f"parts ({other:,.1f} ms in other parts)\n{settings.runtime}, {settings.backend}, {settings.weights} weights, "

@@ -16,7 +16,7 @@ from pocketfusion.models.architecture import Architecture
 from pocketfusion.models.elastic_unet import ElasticUNet
 
 #: Standard deviation of random weights: activations stay finite through any number of blocks.
-WEIGHT_STD = 0.02
+_WEIGHT_STD = 0.02
 
 
 class ConvIn(nn.Module):
@@ -136,7 +136,7 @@ def with_random_weights(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     module = copy.deepcopy(module).to_empty(device="cpu")
     for parameter in module.parameters():
-        parameter.data.normal_(0.0, WEIGHT_STD, generator=generator)
+        parameter.data.normal_(0.0, _WEIGHT_STD, generator=generator)
     return module.requires_grad_(False).eval()
 
 

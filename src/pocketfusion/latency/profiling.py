@@ -200,7 +200,7 @@ def time_jobs(
         path = backend.prepare(job)
         size += path.stat().st_size if path else 4 * sum(p.numel() for p in job.module().parameters())
     progress(f"{stage}: preparing", len(jobs), len(jobs))
-    release_memory()
+    _release_memory()
     wholes = [key for key in jobs if key.startswith(WHOLE)]
     together = not wholes or _RESIDENT * size < available_memory()
     groups = [list(jobs)] if together else [[k for k in jobs if k not in wholes], *([key] for key in wholes)]
@@ -213,11 +213,11 @@ def time_jobs(
         progress(f"{stage}: loading", len(keys), len(keys))
         times |= rounds(runners, runs, progress, f"{stage}: timing")
         del runners
-        release_memory()
+        _release_memory()
     return times, together
 
 
-def release_memory() -> None:
+def _release_memory() -> None:
     """Gives freed memory back to the system: an export of full size leaves gigabytes behind, which loading needs."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -52,7 +52,7 @@ class Backend(Protocol):
         """Loads the network. The runner's resources are freed with it."""
 
 
-def litert_version() -> str:
+def _litert_version() -> str:
     """`ai-edge-litert 2.3.0`."""
     return f"ai-edge-litert {version('ai-edge-litert')}"
 
@@ -174,7 +174,7 @@ _KINDS = ("litert-cpu", "litert-gpu", "torch")
 
 def settings_here(name: str, weights: str, threads: int) -> Settings:
     """What a table measured on this machine says of it."""
-    runtime = f"torch {torch.__version__}" if name == "torch" else litert_version()
+    runtime = f"torch {torch.__version__}" if name == "torch" else _litert_version()
     return Settings(device=cpu_name(), backend=name, runtime=runtime, weights=weights, threads=threads)
 
 

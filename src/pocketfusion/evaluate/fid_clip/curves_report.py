@@ -38,7 +38,7 @@ def write_curves(
     write_json(folder / "curve.json", result.model_dump())
     (folder / "curve.md").write_text(markdown(result), encoding="utf-8")
     plot_curves(result, folder / "curve.png")
-    system_sheet(captions, rows, folder / "pictures.png")
+    _system_sheet(captions, rows, folder / "pictures.png")
 
 
 def _measured(estimate: Estimate | None, digits: int = 2, scale: float = 1.0) -> str:
@@ -172,7 +172,7 @@ def _distance(point: Point) -> Estimate:
     return point.frechet or Estimate(value, value - std, value + std)
 
 
-def system_sheet(captions: Sequence[str], rows: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
+def _system_sheet(captions: Sequence[str], rows: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
     """A row a system, named below each picture; its caption stands below the first row (PNG)."""
     pictures = [Image.fromarray(image) for _, images in rows for image in images]
     texts = [f"{name}: {caption}" for name, _ in rows for caption in captions]

@@ -49,15 +49,15 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 SHOWN = 8  #: captions on the sheet of pictures
-WAIT = timedelta(days=2)  #: a process may draw for long after another has finished
+_WAIT = timedelta(days=2)  #: a process may draw for long after another has finished
 _CHUNK = 512  #: pictures that go through the extractor at once
 
 Progress = Callable[[str, int, int], None]  #: what is done, pictures done, pictures in all
-OnScored = Callable[[int], None]  #: how many more pictures went through the extractor
+_OnScored = Callable[[int], None]  #: how many more pictures went through the extractor
 
 
 def _extract(
-    get: Callable[[np.ndarray], np.ndarray], count: int, extractor: Extractor, on_scored: OnScored
+    get: Callable[[np.ndarray], np.ndarray], count: int, extractor: Extractor, on_scored: _OnScored
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features [count, F] and embeddings [count, E] of pictures that `get` gives by number, a chunk at a time."""
     features, embeddings = [], []
@@ -71,7 +71,7 @@ def _extract(
 
 
 @dataclass(frozen=True)
-class RealSide:
+class _RealSide:
     """What the extractor says of the real pictures and of the captions."""
 
     real: RealFeatures  #: [M, F], of the pictures that FID and KID compare with
@@ -81,8 +81,12 @@ class RealSide:
 
     @classmethod
     def of(
-        cls, reference: CaptionedReference, extractor: Extractor, cache: Path, on_scored: OnScored = lambda count: None
-    ) -> RealSide:
+        cls,
+        reference: CaptionedReference,
+        extractor: Extractor,
+        cache: Path,
+        on_scored: _OnScored = lambda count: None,
+    ) -> _RealSide:
         """Kept in the folder `cache`, since real pictures can be many."""
         captions = tuple(reference.captions)
         key = json.dumps({"extractor": extractor.identity(), "reference": reference.fingerprint}, sort_keys=True)
@@ -111,13 +115,13 @@ def measure(
     shelf: Shelf,
     plan: Plan,
     reference: CaptionedReference,
-    side: RealSide,
+    side: _RealSide,
     extractor: Extractor,
     spec: SystemSpec,
     guidance_scale: float,
     *,
     kid_only: bool = False,
-    on_scored: OnScored = lambda count: None,
+    on_scored: _OnScored = lambda count: None,
 ) -> Point:
     """Scores the pictures of one system at one scale; raises PocketfusionError if one is not in the store."""
     what = f"{spec.name} at guidance {guidance_scale:g}"
@@ -148,7 +152,7 @@ def processes() -> PartialState:
     """This process among those that `accelerate launch` started; outside of it, the only one."""
     from pocketfusion.processes import process_state
 
-    return process_state(WAIT)
+    return process_state(_WAIT)
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,7 @@ def evaluate_systems(
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    side = RealSide.of(reference, extractor, run)
+    side = _RealSide.of(reference, extractor, run)
     total, scored, curves = len(plan.pictures) * sum(point is None for point in done.values()), 0, []
     for line in lines:
         measured = []

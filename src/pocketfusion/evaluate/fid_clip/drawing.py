@@ -22,7 +22,7 @@ from pocketfusion.evaluate.generate import SamplerSettings, System
 from pocketfusion.evaluate.reference import CaptionedReference
 from pocketfusion.evaluate.sets import picture_seed
 
-DRAWN_WITH = "drawn_with.json"
+_DRAWN_WITH = "drawn_with.json"
 
 
 class Wanted(NamedTuple):
@@ -76,9 +76,9 @@ class PictureStore:
         digest = sha256(json.dumps(dict(drawn_with), sort_keys=True).encode()).hexdigest()[:12]
         existing = sorted(self.folder.glob(f"*-{digest}"))
         folder = existing[0] if existing else self.folder / f"{name}-{digest}"
-        if not (folder / DRAWN_WITH).is_file():
+        if not (folder / _DRAWN_WITH).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / DRAWN_WITH, dict(drawn_with))
+            write_json(folder / _DRAWN_WITH, dict(drawn_with))
         return Shelf(folder / f"g{float(guidance_scale)!r}", size)
 
 

@@ -15,12 +15,12 @@ from PIL import Image
 from pocketfusion.data.emoji.scenes import BACKGROUNDS, Scene
 
 # Chosen on train_scene pictures, clean and with blur and noise added; the shares are of the picture's side.
-FOREGROUND = 32  #: a pixel is foreground if one channel is further than this from the background
-GAP = 2 / 64  #: drawings are told apart by an empty row or column band at least this wide
+_FOREGROUND = 32  #: a pixel is foreground if one channel is further than this from the background
+_GAP = 2 / 64  #: drawings are told apart by an empty row or column band at least this wide
 SMALLEST = 0.2  #: a part whose longer side is below this is a loose piece of a drawing, not a drawing
-CROP = 0.525  #: side of the square shown to the judge: a drawing of 0.42 fills it as one of 0.8 fills a picture
+_CROP = 0.525  #: side of the square shown to the judge: a drawing of 0.42 fills it as one of 0.8 fills a picture
 
-Box = tuple[int, int, int, int]  # top, bottom, left, right
+_Box = tuple[int, int, int, int]  # top, bottom, left, right
 
 
 class Scorer(Protocol):
@@ -39,7 +39,7 @@ class Reading:
 
     background: str
     colour: np.ndarray  #: the border's median, [3]
-    boxes: tuple[Box, ...]
+    boxes: tuple[_Box, ...]
 
 
 def border_colour(image: np.ndarray) -> np.ndarray:
@@ -49,9 +49,9 @@ def border_colour(image: np.ndarray) -> np.ndarray:
     return np.median(np.concatenate([edge, sides]), axis=0)
 
 
-def foreground(image: np.ndarray, colour: np.ndarray) -> np.ndarray:
+def _foreground(image: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Pixels unlike the background, bool [H, W]; a 3×3 majority vote drops specks and hairlines."""
-    mask = np.abs(image.astype(np.float32) - colour).max(axis=-1) > FOREGROUND
+    mask = np.abs(image.astype(np.float32) - colour).max(axis=-1) > _FOREGROUND
     padded = np.pad(mask, 1).astype(np.uint8)
     height, width = mask.shape
     votes = sum(padded[y : y + height, x : x + width] for y in range(3) for x in range(3))
@@ -63,12 +63,12 @@ def _runs(occupied: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.diff(np.concatenate([[0], occupied.astype(np.int8), [0]]))).reshape(-1, 2)
 
 
-def cut(mask: np.ndarray, gap: int) -> list[Box]:
+def cut(mask: np.ndarray, gap: int) -> list[_Box]:
     """Recursive XY cut (Nagy & Seth 1984): splits at the widest empty row or column band of at least `gap` pixels.
 
     Unlike connected components it does not count the loose pieces of one drawing unless a whole band parts them.
     """
-    boxes: list[Box] = []
+    boxes: list[_Box] = []
 
     def divide(top: int, bottom: int, left: int, right: int) -> None:
         part = mask[top:bottom, left:right]
@@ -97,12 +97,12 @@ def read_scene(image: np.ndarray) -> Reading:
     names, values = list(BACKGROUNDS), np.array(list(BACKGROUNDS.values()))
     name = names[int(np.argmin(((values - colour) ** 2).sum(axis=1)))]
     size = image.shape[0]
-    parts = cut(foreground(image, colour), max(1, round(GAP * size)))
+    parts = cut(_foreground(image, colour), max(1, round(_GAP * size)))
     boxes = tuple(b for b in parts if max(b[1] - b[0], b[3] - b[2]) >= SMALLEST * size)
     return Reading(name, colour, boxes)
 
 
-def in_order(reading: Reading, relation: str) -> tuple[Box, Box] | None:
+def _in_order(reading: Reading, relation: str) -> tuple[_Box, _Box] | None:
     """The two drawings as (left, right) or (upper, lower); None if there are not two, or they lie the other way."""
     if len(reading.boxes) != 2:
         return None
@@ -113,12 +113,12 @@ def in_order(reading: Reading, relation: str) -> tuple[Box, Box] | None:
     return (a, b) if (dx if relation == "left of" else dy) > 0 else (b, a)
 
 
-def crop(image: np.ndarray, box: Box, colour: np.ndarray) -> np.ndarray:
+def crop(image: np.ndarray, box: _Box, colour: np.ndarray) -> np.ndarray:
     """One drawing alone on its background, as large as on a picture of its own: uint8 [H, W, 3]."""
     size = image.shape[0]
     top, bottom, left, right = box
     height, width = bottom - top, right - left
-    side = max(round(CROP * size), height, width)
+    side = max(round(_CROP * size), height, width)
     canvas = np.empty((side, side, 3), np.uint8)
     canvas[:] = np.round(colour)
     y, x = (side - height) // 2, (side - width) // 2
@@ -137,7 +137,7 @@ def check_scenes(images: np.ndarray, scenes: Sequence[dict], judge: Scorer) -> d
     background = [reading.background == scene["background"] for reading, scene in zip(readings, scenes, strict=True)]
     number = [len(reading.boxes) == len(scene["labels"]) for reading, scene in zip(readings, scenes, strict=True)]
     pairs = [
-        (image, reading, scene, in_order(reading, scene["relation"]))
+        (image, reading, scene, _in_order(reading, scene["relation"]))
         for image, reading, scene in zip(images, readings, scenes, strict=True)
         if scene["kind"] == "relation"
     ]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-SIZE = 32
+_SIZE = 32
 _BLOCK = 2048
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W, 3] → box-averaged uint8 [N, 32, 32, 3]."""
-    small = [Image.fromarray(np.asarray(image)).resize((SIZE, SIZE), Image.Resampling.BOX) for image in images]
+    small = [Image.fromarray(np.asarray(image)).resize((_SIZE, _SIZE), Image.Resampling.BOX) for image in images]
     return np.stack([np.asarray(picture) for picture in small])
 
 

@@ -44,7 +44,7 @@ from pocketfusion.evaluate.score.score_report import (
 from pocketfusion.evaluate.sets import TRAIN_SPLITS, EvaluationSet, choose_sets, picture_seed, shuffled_order
 from pocketfusion.folder import folder_hash, machine, read_provenance
 
-PAIRS = 12  #: nearest pairs shown
+_PAIRS = 12  #: nearest pairs shown
 _FEATURE_BATCH = 512
 
 Progress = Callable[[str, int, int], None]  #: stage, done, total
@@ -83,7 +83,7 @@ class Outcome:
     pairs: list[Pair]  #: the generated pictures nearest to a training picture, nearest first
 
 
-def training_gallery(data: CaptionedImages, judge: Scorer, progress: Progress) -> Gallery:
+def _training_gallery(data: CaptionedImages, judge: Scorer, progress: Progress) -> Gallery:
     """All training pictures, scenes included; raises PocketfusionError if the data has none."""
     indices = data.indices(TRAIN_SPLITS)
     small, features = [], []
@@ -117,7 +117,7 @@ def _scene_scores(images: np.ndarray, scenes: Sequence[dict], judge: Scorer) -> 
     return SceneScores(background=bootstrap(found["background"]), number=bootstrap(found["number"]), **relation)
 
 
-def set_result(
+def _set_result(
     chosen: EvaluationSet,
     real: Scored,
     generated: Scored,
@@ -202,7 +202,7 @@ def score_system(
             f"{data.name} has pictures of {data.size} px but the model draws {system.image_size} px: "
             "open the data at that size"
         )
-    gallery = training_gallery(data, judge, progress)
+    gallery = _training_gallery(data, judge, progress)
     drawn, prompt_images = _draw(system, sets, data, sampler, seed, progress)
     real, generated, texts = [], [], []
     for done, (chosen, images) in enumerate(zip(sets, drawn, strict=True), 1):
@@ -214,7 +214,7 @@ def score_system(
     threshold = float(np.percentile(np.concatenate(held_out or [scored.nearest.rms for scored in real]), 5))
     results = []
     for i, chosen in enumerate(sets):
-        result = set_result(chosen, real[i], generated[i], texts[i], gallery, threshold)
+        result = _set_result(chosen, real[i], generated[i], texts[i], gallery, threshold)
         scenes = [data.rows[k].get("scene") for k in chosen.indices]
         if all(scenes):
             shuffled = [scenes[k] for k in shuffled_order(chosen.captions)]
@@ -227,7 +227,7 @@ def score_system(
     every = EvaluationSet("all", np.concatenate([s.indices for s in sets]), tuple(c for s in sets for c in s.captions))
     all_generated = _join(generated)
     if len(sets) > 1:
-        results.append(set_result(every, _join(real), all_generated, np.concatenate(texts), gallery, threshold))
+        results.append(_set_result(every, _join(real), all_generated, np.concatenate(texts), gallery, threshold))
     report = Report(
         protocol={
             "system": system.identity(),
@@ -251,7 +251,7 @@ def score_system(
 
 def _nearest_pairs(every: EvaluationSet, generated: Scored, gallery: Gallery, data: CaptionedImages) -> list[Pair]:
     pairs = []
-    for i in np.argsort(generated.nearest.rms, kind="stable")[:PAIRS]:
+    for i in np.argsort(generated.nearest.rms, kind="stable")[:_PAIRS]:
         source = int(gallery.indices[generated.nearest.position[i]])
         picture = np.asarray(data.images[source])
         caption = data.rows[source]["captions"][0]

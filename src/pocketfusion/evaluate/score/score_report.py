@@ -81,7 +81,7 @@ HEADER = (
     "set", "pictures", "CLIP score", "top-1 %", "top-5 %", "Fréchet to real", "Fréchet to train", "nearest RMS",
     "nearest cosine", "suspicious %",
 )  # fmt: skip
-SCENE_HEADER = ("pictures", "background %", "number %", "layout %", "relation %")
+_SCENE_HEADER = ("pictures", "background %", "number %", "layout %", "relation %")
 KINDS = {"real": "real", "generated": "generated", "shuffled": "shuffled captions"}
 _STYLES = (("real", "#2a9d3f", "o"), ("generated", "#1f5fbf", "D"), ("shuffled", "#999999", "x"))
 _MEASURES = (
@@ -124,7 +124,7 @@ def score_rows(report: Report) -> list[tuple[str, ...]]:
 
 
 def scene_rows(report: Report) -> list[tuple[str, ...]]:
-    """The scene table's cells, under SCENE_HEADER; empty without scenes."""
+    """The scene table's cells, under _SCENE_HEADER; empty without scenes."""
     rows = []
     for result in report.sets:
         for kind, scores in (result.scenes or {}).items():
@@ -199,7 +199,7 @@ def markdown(report: Report) -> str:
         _markdown_table(HEADER, score_rows(report)),
     ]
     if scenes := scene_rows(report):
-        parts += ["Composed scenes, share found right:", _markdown_table(SCENE_HEADER, scenes)]
+        parts += ["Composed scenes, share found right:", _markdown_table(_SCENE_HEADER, scenes)]
     parts.append("\n".join(f"- {line}" for line in remarks(report)))
     return "\n\n".join(parts) + "\n"
 
