@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -27,3 +30,21 @@ class Console(RichConsole):
 
     def render_str(self, text: str, **settings: Any) -> Text:
         return super().render_str(printable(text), **settings)
+
+
+_part_of: ContextVar[str] = ContextVar("part_of", default="")
+
+
+@contextmanager
+def part_of(work: str) -> Iterator[None]:
+    """Bars that are begun in this block are headed by `work`."""
+    token = _part_of.set(work)
+    try:
+        yield
+    finally:
+        _part_of.reset(token)
+
+
+def titled(what: str) -> str:
+    """The description of a bar that shows `what`."""
+    return f"{_part_of.get()} · {what}" if _part_of.get() else what

@@ -22,7 +22,7 @@ from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.models.surgery import with_architecture
 from pocketfusion.models.text_encoder import TextEncoder
 from pocketfusion.recipe import load_recipe
-from pocketfusion.runtime import guidance as runtime
+from pocketfusion.runtime import denoise as runtime
 from pocketfusion.train.sample import noise_batch, sample_images
 from pocketfusion.train.start import open_start
 from processes import launch_two

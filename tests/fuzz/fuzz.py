@@ -37,7 +37,7 @@ KINDS = {"manifest": 4000, "tflite": 500, "tokenizer": 200, "safetensors": 200, 
 PRELOADED = (
     *("pocketfusion.cli.look_commands", "pocketfusion.info", "pocketfusion.latency.table", "pocketfusion.recipe"),
     *("pocketfusion.runtime.pipeline", "rich.box", "rich.table", "rich.markup", "yaml", "PIL.PngImagePlugin"),
-    *("ai_edge_litert.schema_py_generated", "pocketfusion.runtime.footprint"),
+    *("ai_edge_litert.schema_py_generated", "pocketfusion.runtime.budget"),
 )
 WRONG = ("traceback", "crash", "hang", "escape", "outside")
 

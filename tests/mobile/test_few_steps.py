@@ -22,8 +22,8 @@ from pocketfusion.folder import load_pipeline
 from pocketfusion.mobile.export import ExportReport, export
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.models.sampling import Sampling, write_sampling
+from pocketfusion.runtime.denoise import NoiseStream
 from pocketfusion.runtime.manifest import Bundle
-from pocketfusion.runtime.noise import NoiseStream
 from pocketfusion.runtime.pipeline import Pipeline
 
 PROMPT = "a red apple"

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.runtime import budget, footprint
+from pocketfusion.runtime import budget
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.memory import memory
 from pocketfusion.runtime.pipeline import Pipeline
@@ -98,7 +98,7 @@ def test_the_estimate_counts_packed_weights_by_their_form(tmp_path):
     layer = torch.nn.Linear(1000, 1000, bias=False).eval()
     litert_torch.convert(layer, (torch.zeros(500, 1000),)).export(str(file))
     casting = {"algorithm_key": algorithm_manager.AlgorithmName.FLOAT_CASTING}
-    sizes = {"float32": footprint.estimate(file)}
+    sizes = {"float32": budget.estimate(file)}
     for kind, method, bits, more in (
         ("float16", "add_weight_only_config", 16, casting),
         ("int8", "add_weight_only_config", 8, {}),
@@ -108,13 +108,13 @@ def test_the_estimate_counts_packed_weights_by_their_form(tmp_path):
         getattr(worker, method)(".*", qtyping.TFLOperationName.FULLY_CONNECTED, bits, **more)
         path = tmp_path / f"{kind}.tflite"
         path.write_bytes(worker.quantize().quantized_model)
-        sizes[kind] = footprint.estimate(path)
-    megabytes = {kind: (size / footprint.MARGIN - footprint.OVERHEAD) / MB for kind, size in sizes.items()}
+        sizes[kind] = budget.estimate(path)
+    megabytes = {kind: (size / budget.MARGIN - budget.OVERHEAD) / MB for kind, size in sizes.items()}
     assert megabytes == pytest.approx({"float32": 8, "float16": 8.5, "int8": 13, "int8-dynamic": 5}, abs=0.1)
 
 
 def test_the_estimate_of_the_embedded_bundle_lies_near_what_is_measured():
     bundle = Bundle.open(embedded_bundle(), verify=False)
     for name, spec in bundle.manifest.networks:
-        measured = footprint.measure(bundle.file(name), spec)
-        assert footprint.estimate(bundle.file(name)) == pytest.approx(measured, rel=0.3, abs=8 * MB), name
+        measured = budget.measure(bundle.file(name), spec)
+        assert budget.estimate(bundle.file(name)) == pytest.approx(measured, rel=0.3, abs=8 * MB), name

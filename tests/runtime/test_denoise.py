@@ -7,15 +7,13 @@ import pytest
 from diffusers.models.embeddings import get_timestep_embedding
 
 import pocketfusion
-from pocketfusion.runtime.denoise import Denoiser
+from pocketfusion.runtime.denoise import Denoiser, NoiseStream, timestep_embedding
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.networks import Network
-from pocketfusion.runtime.noise import NoiseStream
 from pocketfusion.runtime.pipeline import Pipeline
 from pocketfusion.runtime.samplers.linear_step import NoiseLevels
 from pocketfusion.runtime.samplers.sampler import Sampler
 from pocketfusion.runtime.specs import MULTISTEP, SAMPLERS, TimeEmbedding
-from pocketfusion.runtime.time_embedding import timestep_embedding
 
 STEPS = 5
 

@@ -38,7 +38,7 @@ print(time.process_time() - start)
     "code",
     [
         "import pocketfusion",
-        "import pocketfusion.runtime.pipeline, pocketfusion.runtime.sheet, pocketfusion.runtime.output",
+        "import pocketfusion.runtime.pipeline, pocketfusion.runtime.result, pocketfusion.runtime.output",
         RUN.format(["--help"]),
         RUN.format(["generate", "--help"]),
     ],

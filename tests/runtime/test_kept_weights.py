@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pocketfusion.runtime import kept_weights, networks
-from pocketfusion.runtime.kept_weights import KeptWeights
+from pocketfusion.runtime import networks
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
+from pocketfusion.runtime.networks import KeptWeights
 from pocketfusion.runtime.pipeline import Pipeline
 
 
@@ -64,11 +64,11 @@ def test_those_of_another_build_or_processor_are_replaced(decode, tmp_path, monk
 def test_the_processor_and_the_build_are_in_the_name(monkeypatch, tmp_path):
     here = KeptWeights._machine()
     assert here == KeptWeights._machine()
-    monkeypatch.setattr(kept_weights.platform, "machine", lambda: "another")
+    monkeypatch.setattr(networks.platform, "machine", lambda: "another")
     assert KeptWeights._machine() != here
     monkeypatch.undo()
     (tmp_path / "libLiteRt.so").write_bytes(b"another")
-    monkeypatch.setattr(kept_weights.ai_edge_litert, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(networks.ai_edge_litert, "__file__", str(tmp_path / "__init__.py"))
     assert KeptWeights._machine() != here
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.pipeline import Pipeline
-from pocketfusion.runtime.preview import LinearPreview
+from pocketfusion.runtime.specs import LinearPreview
 
 BY_HAND = LinearPreview(matrix=[[0.5, 0.0, 0.0], [0.0, 0.25, -2.0]], bias=[0.5, 0.0, 0.0], psnr_db=20.0, r2=0.9)
 

@@ -7,7 +7,7 @@ import pytest
 from stepwise import PREDICTIONS, SPACINGS, ends, errors, reference, spec
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.runtime.noise import NoiseStream, seeded_noise
+from pocketfusion.runtime.denoise import NoiseStream, seeded_noise
 from pocketfusion.runtime.samplers.linear_step import NoiseLevels
 from pocketfusion.runtime.samplers.sampler import Sampler
 from pocketfusion.runtime.specs import SAMPLERS, most_steps

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pocketfusion.runtime.sheet import contact_sheet
+from pocketfusion.runtime.result import contact_sheet
 
 
 def squares(n: int, size: int = 64) -> list[Image.Image]:

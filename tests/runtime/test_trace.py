@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pocketfusion.runtime import trace_picture
+from pocketfusion.runtime import trace
 from pocketfusion.runtime.memory import memory
 from pocketfusion.runtime.pipeline import Pipeline
 
@@ -26,7 +26,7 @@ def test_a_trace_and_its_picture(run, tiny_bundle, tmp_path):
     assert [span["step"] for span in runs] == [1, 2, 3, 4]
     assert all(span["begin"] <= span["end"] for span in trace["spans"])
     assert [s["begin"] for s in trace["spans"]] == sorted(s["begin"] for s in trace["spans"])
-    assert Image.open(tmp_path / "trace.png").size == (trace_picture.WIDTH, trace_picture.HEIGHT)
+    assert Image.open(tmp_path / "trace.png").size == (trace.WIDTH, trace.HEIGHT)
 
 
 @pytest.mark.skipif(memory() is None, reason="the system does not tell a process's memory")
@@ -54,13 +54,13 @@ def test_samples_are_this_process_s_on_the_spans_clock(tiny_bundle, tmp_path):
 def test_a_trace_that_cannot_be_written(run, tiny_bundle, tmp_path):
     (tmp_path / "folder.json").mkdir()
     out = tmp_path / "a.png"
-    for trace, part in (
+    for file, part in (
         (tmp_path / "no" / "t.json", "does not exist"),
         ("/proc/t.json", "cannot write into /proc"),
         (tmp_path / "folder.json", "is a folder"),
         (tmp_path / "t.txt", "ends in .json"),
     ):
-        code, printed, notes = run("generate", "cat", "-o", out, "--bundle", tiny_bundle, "--trace", trace)
+        code, printed, notes = run("generate", "cat", "-o", out, "--bundle", tiny_bundle, "--trace", file)
         assert code == 2 and printed == "" and part in notes and notes.count("\n") == 1
         assert not out.exists()
 
@@ -89,16 +89,16 @@ def test_the_picture_shows_where_and_when(tmp_path):
         **{"bundle": "b", "mode": "pipelined", "steps": 1, "spans": spans},
         "memory": [{"seconds": t, "anon": mb * 10**6, "file": 0} for t, mb in samples],
     }
-    trace_picture.draw(record, tmp_path / "p.png")
+    trace.draw(record, tmp_path / "p.png")
     image = Image.open(tmp_path / "p.png").convert("RGB")
-    left, right, top = trace_picture._LEFT, trace_picture.WIDTH - trace_picture._RIGHT, trace_picture._TOP
+    left, right, top = trace._LEFT, trace.WIDTH - trace._RIGHT, trace._TOP
     middle, upper = (left + right) // 2, (top + 60, top + 180)
-    blue = tuple(bytes.fromhex(trace_picture._ANON[1:]))
+    blue = tuple(bytes.fromhex(trace._ANON[1:]))
     assert blue not in colours(image, (left, upper[0], middle - 5, upper[1]))
     assert blue in colours(image, (middle + 5, upper[0], right, upper[1]))
-    lane = top + trace_picture._CHART + 30 + trace_picture._LANE + trace_picture._GAP
-    there, running = (tuple(bytes.fromhex(c[1:])) for c in trace_picture._LANES["unet"][:0:-1])
-    box = (lane + 10, lane + trace_picture._LANE - 12)
+    lane = top + trace._CHART + 30 + trace._LANE + trace._GAP
+    there, running = (tuple(bytes.fromhex(c[1:])) for c in trace._LANES["unet"][:0:-1])
+    box = (lane + 10, lane + trace._LANE - 12)
     assert not {there, running} & colours(image, (left, box[0], middle - 8, box[1]))
     quarter = (middle + right) // 2
     assert there in colours(image, (middle + 8, box[0], quarter - 8, box[1]))
@@ -107,5 +107,5 @@ def test_the_picture_shows_where_and_when(tmp_path):
 
 def test_a_picture_without_samples(tmp_path):
     record = {"bundle": "b", "mode": "resident", "steps": 1, "spans": [], "memory": []}
-    trace_picture.draw(record, tmp_path / "p.png")
-    assert Image.open(tmp_path / "p.png").size == (trace_picture.WIDTH, trace_picture.HEIGHT)
+    trace.draw(record, tmp_path / "p.png")
+    assert Image.open(tmp_path / "p.png").size == (trace.WIDTH, trace.HEIGHT)

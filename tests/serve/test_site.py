@@ -15,9 +15,8 @@ from serving import SECRET
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.serve import site as sites
-from pocketfusion.serve.site import bundle_entries, model_of, page_entries, page_folder
-from pocketfusion.serve.static_site import write_site
-from pocketfusion.serve.webgpu import cached, make_sibling, with_siblings
+from pocketfusion.serve.application import cached, make_sibling, with_siblings
+from pocketfusion.serve.site import bundle_entries, model_of, page_entries, page_folder, write_site
 
 
 def test_only_the_page_and_what_manifests_name_is_listed(page, site):

@@ -41,10 +41,9 @@ def test_an_exported_bundle_passes_its_self_check(vitest, tmp_path: Path, chromi
 
 def test_the_self_check_is_of_the_networks(drawn: Path) -> None:
     """By hand: noise in every row, the middle timestep; the decoder's image in means over a latent's pixels."""
+    from pocketfusion.runtime.denoise import seeded_noise, timestep_embedding
     from pocketfusion.runtime.manifest import Bundle
     from pocketfusion.runtime.networks import Network
-    from pocketfusion.runtime.noise import seeded_noise
-    from pocketfusion.runtime.time_embedding import timestep_embedding
 
     bundle = Bundle.open(drawn / "gpu")
     unet, decoder = (Network(bundle.file(n), getattr(bundle.manifest.networks, n), 1) for n in ("unet", "decoder"))

@@ -18,8 +18,7 @@ from PIL import Image
 import pocketfusion
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.output import png_text, save_png
-from pocketfusion.serve.site import bundle_entries, page_entries, page_folder
-from pocketfusion.serve.static_site import write_site
+from pocketfusion.serve.site import bundle_entries, page_entries, page_folder, write_site
 
 #: Of a picture's values between the browser's kernels and Python's.
 CLOSE = 2

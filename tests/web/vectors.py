@@ -15,12 +15,11 @@ from PIL.PngImagePlugin import PngInfo
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.port.odd_prompts import odd_prompts
 from pocketfusion.port.vectors import sampler_table, token_rows
-from pocketfusion.runtime.guidance import guidance_embedding
+from pocketfusion.runtime.denoise import guidance_embedding, timestep_embedding
 from pocketfusion.runtime.manifest import TokenizerSpec, embedded_bundle
 from pocketfusion.runtime.samplers.sampler import Sampler
 from pocketfusion.runtime.specs import SAMPLERS, SchedulerSpec, TimeEmbedding, most_steps
 from pocketfusion.runtime.tiles import starts
-from pocketfusion.runtime.time_embedding import timestep_embedding
 from pocketfusion.runtime.tokenizer import PromptTokenizer
 
 
@@ -197,9 +196,8 @@ class _MadeUp:
 
 def denoising() -> list[dict[str, Any]]:
     """Whole pictures' latents by every kind of guidance and form of UNet, of a made-up one."""
-    from pocketfusion.runtime.denoise import Denoiser
+    from pocketfusion.runtime.denoise import Denoiser, NoiseStream
     from pocketfusion.runtime.manifest import Manifest
-    from pocketfusion.runtime.noise import NoiseStream
     from pocketfusion.runtime.samplers.sampler import resolve_sampler
 
     good = json.loads((embedded_bundle() / "bundle.json").read_text())
@@ -237,7 +235,7 @@ def denoising() -> list[dict[str, Any]]:
 
 def previews() -> dict[str, Any]:
     """A linear preview and the decoder's pixels: levels at and around every rounding."""
-    from pocketfusion.runtime.preview import LinearPreview
+    from pocketfusion.runtime.specs import LinearPreview
 
     chance = np.random.Generator(np.random.PCG64(9))
     matrix, bias = chance.normal(0, 0.4, (16, 3)), chance.normal(0, 0.2, 3)

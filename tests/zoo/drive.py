@@ -23,8 +23,8 @@ from pocketfusion.info import describe
 from pocketfusion.mobile import export as module
 from pocketfusion.models.bring.importer import import_file
 from pocketfusion.quiet import quiet
+from pocketfusion.runtime.denoise import NoiseStream
 from pocketfusion.runtime.manifest import NETWORKS
-from pocketfusion.runtime.noise import NoiseStream
 from pocketfusion.runtime.pipeline import Pipeline
 
 PROMPT, SEED, STEPS = "a red cat and <cat-toy>", 5, 4

@@ -108,7 +108,7 @@ class _Shown:
     def _progress(self, what: str, done: int, total: int) -> None:
         from rich import progress
 
-        from pocketfusion.progress import titled
+        from pocketfusion.terminal import titled
 
         if not self.console.is_terminal:
             return

@@ -218,7 +218,7 @@ def _save_preview(picture: Image.Image, folder: Path, image: tuple[int, int], st
 
 def _save(pipeline: Pipeline, result: GenerationResult, output: Path) -> tuple[list[Path], Path | None]:
     from pocketfusion.runtime.output import png_text, save_png
-    from pocketfusion.runtime.sheet import contact_sheet
+    from pocketfusion.runtime.result import contact_sheet
 
     count = len(result.images)
     files = _names(output, count)

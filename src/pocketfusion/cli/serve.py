@@ -74,7 +74,7 @@ def web_build_command(
 ) -> None:
     """Write the page and bundles as a static site for any host."""
     from pocketfusion.artefact import check_new
-    from pocketfusion.serve.static_site import write_site
+    from pocketfusion.serve.site import write_site
     from pocketfusion.terminal import Console
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -88,8 +88,8 @@ def web_build_command(
 def _entries(paths: list[Path] | None, webgpu: Path | None, console: Console) -> list[Entry]:
     """The site of the bundles at `paths`, all verified; says which they are."""
     from pocketfusion.runtime.manifest import Bundle, embedded_bundle
+    from pocketfusion.serve.application import with_siblings
     from pocketfusion.serve.site import bundle_entries, page_entries, page_folder
-    from pocketfusion.serve.webgpu import with_siblings
 
     bundles = [Bundle.open(path) for path in paths or [embedded_bundle()]]
     page = page_entries(page_folder())
@@ -107,7 +107,7 @@ def _make_sibling(folder: Path, bundles: list, console: Console) -> None:
 
     require_compress()
     require("litert_torch")
-    from pocketfusion.serve.webgpu import make_sibling
+    from pocketfusion.serve.application import make_sibling
 
     with console.status("making the WebGPU form") as status:
         make_sibling(folder, bundles, lambda stage, index, count: status.update(f"WebGPU form: {stage}"))

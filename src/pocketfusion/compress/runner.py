@@ -17,7 +17,7 @@ from pocketfusion.compress.page import write_page
 from pocketfusion.compress.records import FINISHED, Record, Records, given_hash, new_making, sole
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder
-from pocketfusion.progress import part_of
+from pocketfusion.terminal import part_of
 from pocketfusion.train.place import StageRun
 
 Progress = Callable[[str, int, int], None]

@@ -127,8 +127,8 @@ class Exported:
         return Prepared(tuple(str(file) for file in sorted(stored.iterdir())), about)
 
     def load(self, subject: Subject, prepared: Prepared, weights: str) -> Loaded:
+        from pocketfusion.runtime.denoise import timestep_embedding
         from pocketfusion.runtime.specs import Network, TimeEmbedding
-        from pocketfusion.runtime.time_embedding import timestep_embedding
 
         about = prepared.about
         time = TimeEmbedding.model_validate(about["time"]) if about["time"] else None

@@ -19,8 +19,7 @@ from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.loading import assemble, empty_part, load_part
 from pocketfusion.models.sampling import usual_sampling
 from pocketfusion.quiet import quiet
-from pocketfusion.runtime.guidance import guidance_embedding
-from pocketfusion.runtime.noise import NoiseStream
+from pocketfusion.runtime.denoise import NoiseStream, guidance_embedding
 from pocketfusion.runtime.samplers.sampler import Sampler
 
 PROMPT = PROMPTS[1]

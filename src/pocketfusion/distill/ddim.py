@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.runtime.samplers.spacing import trailing_timesteps
+from pocketfusion.runtime.samplers.linear_step import trailing_timesteps
 
 #: z_t [B, C, h, w] and times [B] → ṽ [B, C, h, w]
 Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -30,8 +30,8 @@ from pocketfusion.models.guidance import guidance_of, guided_prediction
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import Sampling, read_sampling
 from pocketfusion.models.text_encoder import TextEncoder
-from pocketfusion.progress import titled
 from pocketfusion.recipe import DecoderDistillSettings
+from pocketfusion.terminal import titled
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.cache import CaptionTable
 from pocketfusion.train.sample import noise_batch

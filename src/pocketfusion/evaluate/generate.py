@@ -167,7 +167,7 @@ class ModelFolder:
         import torch
 
         from pocketfusion.models.guidance import guided_predictor, remembered_text
-        from pocketfusion.runtime.noise import NoiseStream, seeded_noise
+        from pocketfusion.runtime.denoise import NoiseStream, seeded_noise
 
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         shape = side, side, channels

@@ -17,7 +17,7 @@ from torch import nn
 from pocketfusion.mobile.inputs import GateInputs
 from pocketfusion.mobile.wrappers import nhwc
 from pocketfusion.models.tiny_autoencoder import latents_of
-from pocketfusion.runtime.preview import LinearPreview
+from pocketfusion.runtime.specs import LinearPreview
 
 #: Pictures of so many latents a side, drawn with so many discs each, encoded so many at a time.
 _PICTURES, _SIDE, _DISCS, _BATCH = 32, 8, 4, 8

@@ -13,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketfusion.mobile.measure import Run
-from pocketfusion.runtime.guidance import guidance_embedding
-from pocketfusion.runtime.noise import NoiseStream
+from pocketfusion.runtime.denoise import NoiseStream, guidance_embedding, timestep_embedding
 from pocketfusion.runtime.specs import SchedulerSpec, TensorSpec, TimeEmbedding
-from pocketfusion.runtime.time_embedding import timestep_embedding
 
 Array = npt.NDArray[np.float32]
 

@@ -19,15 +19,13 @@ from pocketfusion import __version__
 from pocketfusion.artefact import atomic_folder, check_new, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.port.odd_prompts import odd_prompts
-from pocketfusion.runtime.guidance import guidance_embedding
+from pocketfusion.runtime.denoise import NoiseStream, guidance_embedding, timestep_embedding
 from pocketfusion.runtime.manifest import NETWORKS, Bundle, embedded_bundle
 from pocketfusion.runtime.networks import Array, Network
-from pocketfusion.runtime.noise import NoiseStream
 from pocketfusion.runtime.output import cpu_name, png_text, save_png
 from pocketfusion.runtime.pipeline import MAX_SEED, Pipeline
 from pocketfusion.runtime.samplers.sampler import Sampler, resolve_sampler
 from pocketfusion.runtime.specs import most_steps
-from pocketfusion.runtime.time_embedding import timestep_embedding
 from pocketfusion.runtime.tokenizer import PromptTokenizer, clean_text
 
 FORMAT, VERSION = "pocketfusion-vectors", 1

@@ -1,4 +1,4 @@
-"""The denoising loop: a sampler's guided steps on a UNet's own buffers, copying no more than each step changes.
+"""The denoising loop: noise of a seed, guidance, a sampler's steps on a UNet's own buffers, copying only what changes.
 
 What stays the same for a prompt (its embeddings, the guidance scale's) is written once. With the scheduler step folded
 into the graph (input `step_coefficients`) the latents stay in the runtime's buffers from step to step, and are only
@@ -7,16 +7,93 @@ copied out to be checked and shown.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.runtime.guidance import guidance_embedding
 from pocketfusion.runtime.manifest import Manifest
 from pocketfusion.runtime.networks import Network
-from pocketfusion.runtime.noise import NoiseStream
 from pocketfusion.runtime.samplers.sampler import Sampler
-from pocketfusion.runtime.time_embedding import timestep_embedding
+from pocketfusion.runtime.specs import TimeEmbedding
+
+
+def timestep_embedding(timestep: float, spec: TimeEmbedding) -> Array:
+    """`timestep_embedding` [1, spec.dim], as diffusers' `get_timestep_embedding` gives it (max_period 10,000).
+
+    Sin then cos (or cos then sin, flipped) of t / 10000^(i / (dim/2 - shift)). The angles are computed in float32, as
+    there: at t = 1000 its rounding is part of what the UNet was trained with. Functions are computed in float64 and
+    then rounded: numpy's own float32 ones differ by their last bit from processor to processor.
+    """
+    half = spec.dim // 2
+    exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
+    frequencies = np.exp((exponent / np.float32(half - spec.downscale_freq_shift)).astype(np.float64))
+    angles = (np.float32(timestep) * frequencies.astype(np.float32)).astype(np.float64)
+    parts = [np.sin(angles), np.cos(angles)]
+    values = np.concatenate([*(parts[::-1] if spec.flip_sin_to_cos else parts), np.zeros(spec.dim % 2, np.float32)])
+    return values.astype(np.float32)[None]
+
+
+class NoiseStream:
+    """Standard normal latents of a seed, [height, width, channels] float32 each: numpy's PCG64, one call a draw.
+
+    The first are the starting noise; samplers that add noise take the following ones, a draw for each step that does.
+    """
+
+    def __init__(self, seed: int, height: int, width: int, channels: int) -> None:
+        self._generator = np.random.Generator(np.random.PCG64(seed))
+        self._shape = (height, width, channels)
+
+    def draw(self) -> npt.NDArray[np.float32]:
+        """The next latents of the stream."""
+        return self._generator.standard_normal(self._shape, np.float32)
+
+
+def seeded_noise(seed: int, height: int, width: int, channels: int) -> npt.NDArray[np.float32]:
+    """The starting noise of `seed`, [height, width, channels]."""
+    return NoiseStream(seed, height, width, channels).draw()
+
+
+def guidance_embedding(guidance_scale: float, dim: int) -> Array:
+    """`timestep_cond` [1, dim] of a guidance scale, as diffusers' stock pipeline passes it.
+
+    Sin then cos of 1000 (w - 1) / 10000^(i / (dim/2 - 1)), in float64: the angles are thousands of radians.
+    """
+    half = dim // 2
+    angles = 1000.0 * (guidance_scale - 1) * 10000.0 ** -(np.arange(half) / max(half - 1, 1))
+    values = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(dim % 2)])
+    return values.astype(np.float32)[None]
+
+
+def resolve_guidance(
+    manifest: Manifest, guidance_scale: float | None, negative_prompt: str, warnings: list[str]
+) -> float:
+    """The scale to draw with: the one asked for or the bundle's default. Warns of one that the UNet was not taught.
+
+    Raises PocketfusionError for what the bundle's guidance cannot follow: a scale that is not the folded one, or a
+    negative prompt where there is no unconditional prediction.
+    """
+    default = manifest.defaults.guidance_scale
+    scale = default if guidance_scale is None else float(guidance_scale)
+    if manifest.guidance == "classifier-free":
+        return scale
+    if negative_prompt.strip():
+        raise PocketfusionError(
+            f"this bundle's guidance is {manifest.guidance}, so a negative prompt has no effect: leave it out or take "
+            "a bundle of classifier-free guidance"
+        )
+    if manifest.guidance == "folded" and scale != default:
+        raise PocketfusionError(
+            f"the guidance scale is {scale:g}, but this bundle has {default:g} folded in and draws with no other: "
+            "leave it out"
+        )
+    if manifest.guidance_range is not None:
+        low, high = manifest.guidance_range
+        if not low <= scale <= high:
+            warnings.append(f"the guidance scale {scale:g} is outside {low:g} to {high:g}, which the UNet was taught")
+    return scale
+
 
 Array = npt.NDArray[np.float32]
 

@@ -16,7 +16,6 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pocketfusion.artefact import sha256_file
 from pocketfusion.bounded import MB, check_numbers, read_json
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.runtime.preview import LinearPreview
 from pocketfusion.runtime.specs import (
     MULTISTEP,
     SAMPLERS,
@@ -26,6 +25,7 @@ from pocketfusion.runtime.specs import (
     ImageSpec,
     LatentSpec,
     Licence,
+    LinearPreview,
     Networks,
     OnnxSpec,
     SamplerName,
@@ -59,7 +59,7 @@ SELF_CHECK = "selfcheck"
 ONNX_DATA = "_data"
 
 #: What guidance costs. `classifier-free`: two predictions a step; `embedded`: one, of a UNet with the scale as its
-#: input `timestep_cond` [B, E] (Meng et al., arXiv 2210.03142; `runtime.guidance` makes it); `folded`: one, of a UNet
+#: input `timestep_cond` [B, E] (Meng et al., arXiv 2210.03142; `runtime.denoise` makes it); `folded`: one, of a UNet
 #: that was distilled at one scale, `defaults.guidance_scale`.
 Guidance = Literal["classifier-free", "embedded", "folded"]
 

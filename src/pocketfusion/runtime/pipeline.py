@@ -14,21 +14,24 @@ from PIL import Image
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.budget import choose_mode
-from pocketfusion.runtime.denoise import Denoiser, check_finite
-from pocketfusion.runtime.guidance import resolve_guidance
-from pocketfusion.runtime.kept_weights import KeptWeights
+from pocketfusion.runtime.denoise import Denoiser, NoiseStream, check_finite, resolve_guidance, seeded_noise
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.memory import peak_rss
-from pocketfusion.runtime.networks import ACCELERATORS, Accelerator, Network, available_cores, check_threads
-from pocketfusion.runtime.noise import NoiseStream, seeded_noise
-from pocketfusion.runtime.residency import Mode, Residency, check_mode
+from pocketfusion.runtime.networks import (
+    ACCELERATORS,
+    Accelerator,
+    KeptWeights,
+    Network,
+    available_cores,
+    check_threads,
+)
+from pocketfusion.runtime.residency import Mode, Residency, Turns, check_mode, in_turn
 from pocketfusion.runtime.result import Cancelled, GenerationResult, Timings
 from pocketfusion.runtime.runtimes import choose_runtime
 from pocketfusion.runtime.samplers.sampler import Sampler, resolve_sampler
 from pocketfusion.runtime.tiles import decode_tiled
 from pocketfusion.runtime.tokenizer import PromptTokenizer, clean_text
 from pocketfusion.runtime.trace import Trace
-from pocketfusion.runtime.turns import Turns, in_turn
 
 Array = npt.NDArray[np.float32]
 Callback = Callable[[int, float, Array], "bool | None"]

@@ -1,9 +1,14 @@
-"""The server's one function: an address in, what the site lists there out (ASGI, on Starlette)."""
+"""The server's one function: an address in, what the site lists there out (ASGI, on Starlette).
+
+A bundle for CPUs has operations that WebGPU does not take; its sibling for WebGPU is another export of the same
+folder, made once and kept in the user's cache, as it is too large for the package.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Final
 
 from starlette.applications import Starlette
@@ -15,7 +20,10 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pocketfusion.serve.site import Entry, state_of
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.quiet import quiet
+from pocketfusion.runtime.manifest import MANIFEST, Bundle
+from pocketfusion.serve.site import Entry, model_of, state_of
 
 #: WebAssembly is compiled, and nothing is evaluated; nothing is fetched from or sent to anywhere else.
 POLICY: Final = (
@@ -106,3 +114,54 @@ class _WithHeaders:
             await send(message)
 
         await self.app(scope, receive, with_headers)
+
+
+_TARGET = "litert-gpu"
+
+
+def cached(model: str) -> Path:
+    """Where the WebGPU bundle of a model is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketfusion"
+    return cache / f"webgpu-{model[:16]}-{model.rpartition('-')[2]}"
+
+
+def with_siblings(bundles: Iterable[Bundle]) -> list[Bundle]:
+    """The bundles, each with its WebGPU sibling behind it if the cache has one and it is not among them already."""
+    given = list(bundles)
+    models = {model_of(bundle) for bundle in given if bundle.manifest.target == _TARGET}
+    found = []
+    for bundle in given:
+        found.append(bundle)
+        model = model_of(bundle)
+        if model and model not in models and (cached(model) / MANIFEST).is_file():
+            models.add(model)
+            found.append(Bundle.open(cached(model)))
+    return found
+
+
+def make_sibling(folder: Path, bundles: Iterable[Bundle], progress: Callable[[str, int, int], None]) -> Path:
+    """The WebGPU bundle of `folder`, as `export --for browser` makes it, in the cache; made now unless it is there.
+
+    It has the name, the defaults and the pictures' size of the one of `bundles` that was made from `folder`.
+    Raises PocketfusionError if there is none, or as `export`.
+    """
+    from pocketfusion.folder import check_folder, folder_hash
+
+    check_folder(folder)
+    made = folder_hash(folder)
+    found = ((bundle, model) for bundle in bundles if (model := model_of(bundle)) and model.startswith(made))
+    bundle, model = next(found, (None, ""))
+    if bundle is None:
+        raise PocketfusionError(
+            f"{folder} is not the model folder of any bundle given: give the one that it was exported from"
+        )
+    out, manifest = cached(model), bundle.manifest
+    if not (out / MANIFEST).is_file():
+        with quiet():  # the libraries' import messages
+            from pocketfusion.mobile.export import export
+            from pocketfusion.mobile.outlook import prepare
+        out.parent.mkdir(parents=True, exist_ok=True)
+        given = {**manifest.defaults.model_dump(), "size": (manifest.image.height, manifest.image.width)}
+        options = prepare(folder, out, given, "browser", overwrite=True).options
+        export(folder, out, name=manifest.name, overwrite=True, progress=progress, **options)
+    return out

@@ -1,7 +1,7 @@
 """What a site holds: the built page, the list of bundles and the bundles' files, by the paths of their addresses.
 
 Only what is listed here is ever served. The page lies in the package as `npm run build` leaves it: files that compress
-well are kept as `NAME.gz` alone.
+well are kept as `NAME.gz` alone. `web-build` writes the same as files for any host.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import MANIFEST, Bundle
 
@@ -149,3 +150,27 @@ def _file_entry(name: str, path: Path, sha256: str) -> Entry:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """A site that was written: number of files, bytes of all, and of the page alone as a first visit fetches it."""
+
+    out: str
+    files: int
+    size: int
+
+
+def write_site(entries: Iterable[Entry], out: Path, *, overwrite: bool = False) -> SiteReport:
+    """Writes every entry at its path below `out`, and `NAME.gz` beside those that gzip makes smaller, for hosts that
+    send such files by themselves; PocketfusionError if `out` exists and `overwrite` is false, or cannot be written."""
+    files = size = 0
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        for entry in entries:
+            target = partial / entry.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content := entry.read())
+            files, size = files + 1, size + len(content)
+            if entry.gzipped is not None:
+                target.with_name(target.name + ".gz").write_bytes(entry.gzipped)
+    return SiteReport(str(out), files, size)

@@ -26,7 +26,7 @@ from pocketfusion.folder import machine
 from pocketfusion.models.judge import pool_states
 from pocketfusion.models.text_encoder import TextEncoder
 from pocketfusion.processes import lost_processes_are_told, process_state
-from pocketfusion.progress import titled
+from pocketfusion.terminal import titled
 from pocketfusion.train.autoencoder import to_tensor
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 
 from pocketfusion.artefact import atomic_file
-from pocketfusion.progress import titled
 from pocketfusion.recipe import TrainSettings
+from pocketfusion.terminal import titled
 from pocketfusion.train.throughput import Meter
 
 if TYPE_CHECKING:

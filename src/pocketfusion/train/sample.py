@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from pocketfusion.models.guidance import guided_predictor, remembered_text
 from pocketfusion.models.sampling import Guidance
 from pocketfusion.models.text_encoder import TextEncoder
-from pocketfusion.runtime.noise import seeded_noise
+from pocketfusion.runtime.denoise import seeded_noise
 from pocketfusion.train.autoencoder import to_uint8
 
 

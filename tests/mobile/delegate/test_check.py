@@ -17,8 +17,8 @@ from pocketfusion.mobile.delegate.check import check
 from pocketfusion.mobile.delegate.graph import load
 from pocketfusion.mobile.delegate.ranges import calibrate
 from pocketfusion.mobile.delegate.stack import GpuStack
+from pocketfusion.runtime.denoise import seeded_noise
 from pocketfusion.runtime.manifest import NETWORKS, embedded_bundle, read_manifest
-from pocketfusion.runtime.noise import seeded_noise
 
 UNET = read_manifest(embedded_bundle())[0].networks.unet
 

@@ -218,7 +218,7 @@ def licence_text(styles: tuple[str, ...]) -> str:
 def _contact_sheet(images: np.ndarray, rows: list[dict], path: Path) -> None:
     from PIL import Image
 
-    from pocketfusion.runtime.sheet import contact_sheet
+    from pocketfusion.runtime.result import contact_sheet
 
     order = sorted(range(len(rows)), key=lambda i: sha256(rows[i]["id"].encode()).digest())
     scenes = [i for i in order if rows[i]["kind"] == "scene"][:12]

@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pocketfusion.progress import titled
-from pocketfusion.terminal import Console
+from pocketfusion.terminal import Console, titled
 
 
 class PartsBar:

@@ -1,6 +1,6 @@
 """A model folder drawn by diffusers' own pipeline and scheduler: what bundles of it are held against.
 
-Latents, and what noise a scheduler adds at its steps, are the runtime's (`runtime.noise`).
+Latents, and what noise a scheduler adds at its steps, are the runtime's (`runtime.denoise`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pocketfusion.mobile.specs import CLASSES
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import read_sampling
-from pocketfusion.runtime.noise import NoiseStream
+from pocketfusion.runtime.denoise import NoiseStream
 from pocketfusion.runtime.specs import LatentSpec, SamplerName, SchedulerSpec
 
 _OPTIONS: dict[SamplerName, dict[str, Any]] = {

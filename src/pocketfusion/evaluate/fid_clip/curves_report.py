@@ -13,7 +13,7 @@ from rich.table import Table
 from pocketfusion.artefact import write_json
 from pocketfusion.evaluate.fid_clip.curves import Curve, Curves, Point, at_equal_clip
 from pocketfusion.evaluate.metrics import Estimate
-from pocketfusion.runtime.sheet import contact_sheet
+from pocketfusion.runtime.result import contact_sheet
 
 HEADER = ("system", "guidance", "Fréchet", "KID ×1000", "CLIP score", "top-5 %", "diversity")
 _STYLES = (

@@ -15,7 +15,7 @@ from rich.table import Table
 from pocketfusion.evaluate.metrics import Estimate
 from pocketfusion.evaluate.prompts import COLUMNS, Prompt
 from pocketfusion.evaluate.score.copying import Pair
-from pocketfusion.runtime.sheet import contact_sheet
+from pocketfusion.runtime.result import contact_sheet
 
 
 class _Record(BaseModel):

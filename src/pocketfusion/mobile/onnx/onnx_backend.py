@@ -16,7 +16,7 @@ from pocketfusion.mobile.onnx.weight_storage import store
 from pocketfusion.mobile.outside_loops import check_guidance
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.runtime.manifest import NETWORKS, ONNX_DATA, Manifest
-from pocketfusion.runtime.onnx_engine import session
+from pocketfusion.runtime.runtimes import session
 
 _THREADS = 2  #: of the gate's
 

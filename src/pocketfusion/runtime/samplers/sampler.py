@@ -9,12 +9,8 @@ import numpy.typing as npt
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import Manifest
-from pocketfusion.runtime.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_karras
-from pocketfusion.runtime.samplers.euler import euler, euler_ancestral
-from pocketfusion.runtime.samplers.implicit import ddim
-from pocketfusion.runtime.samplers.lcm import lcm
 from pocketfusion.runtime.samplers.linear_step import Schedule
-from pocketfusion.runtime.samplers.tcd import tcd
+from pocketfusion.runtime.samplers.solvers import ddim, dpmpp_2m, dpmpp_2m_karras, euler, euler_ancestral, lcm, tcd
 from pocketfusion.runtime.specs import SAMPLERS, SamplerName, SchedulerSpec, most_steps
 
 Array = npt.NDArray[np.float32]
