@@ -27,7 +27,7 @@ def test_bundle(run, tiny_bundle):
     assert code == 0
     for part in ("tiny: bundle, version 1", "SHA-256 match", "64×64 px", "unet", "SQNR", "v_prediction, trailing"):
         assert part in printed
-    assert "--full names" in printed and "provenance\n" not in printed
+    assert "--full names" in printed and "\nprovenance\n" not in printed
     code, printed, _ = run("info", tiny_bundle, "--full")
     assert code == 0 and "\nprovenance\n" in printed and "--full names" not in printed
     code, printed, _ = run("info", tiny_bundle, "--json")
