@@ -297,7 +297,7 @@ def test_what_is_refused(embedded, trained, tiny_recipe, tiny_data, tmp_path, cl
     (damaged / "sampling.json").write_text("{")
     for folder, recipe, more, words in (
         (base, tiny_recipe, ("--fixed", "4", "--guidance-range", "1,8"), "give one of them"),
-        (base, tiny_recipe, ("--guidance-range", "fast"), "give two numbers, such as 1,14"),
+        (base, tiny_recipe, ("--guidance-range", "fast"), "give two numbers as 2,14"),
         (base, tiny_recipe, ("--guidance-range", "8,2"), "the guidance range is 8 to 2"),
         (base, tiny_recipe, ("--steps", "3"), "--steps is 3 but the teacher is sampled in 8"),
         (base, tiny_recipe, ("--teacher", other), r"differ in noise schedule's beta_end (0.012 and 0.02)"),
