@@ -26,7 +26,7 @@ from pocketfusion.evaluate.extractors import JudgeExtractor
 from pocketfusion.evaluate.generate import SamplerSettings
 from pocketfusion.evaluate.metrics import clip_score, kid, retrieval
 from pocketfusion.evaluate.systems import system_spec
-from pocketfusion.folder import load_pipeline
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.runtime.result import contact_sheet
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # down [r, in, …], up [out, r, …]

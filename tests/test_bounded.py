@@ -12,9 +12,9 @@ import pytest
 
 from pocketfusion.bounded import check_numbers, parse_json, read_bytes, read_yaml
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.info import read_safetensors_header
 from pocketfusion.mobile.weight_recipe import WeightRecipe
 from pocketfusion.recipe import load_recipe
+from pocketfusion.safetensors_header import read_safetensors_header
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 LISTS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

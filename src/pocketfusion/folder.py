@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pocketfusion import __version__
 from pocketfusion.artefact import sha256_folder, write_json
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.recognise import OTHER_INPUTS, PICKLED, what_file
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
     from torch import nn
 
 PROVENANCE = "provenance.json"
@@ -37,15 +37,12 @@ _OTHER_PIPELINES = {
     "Depth2Img": "depth-to-image",
     "Kandinsky": "Kandinsky",
 }
-#: What a UNet takes beside the latents, by the channels of its input beyond those of its output.
-OTHER_INPUTS = {5: "inpainting", 4: "InstructPix2Pix", 3: "upscaling", 1: "depth-to-image"}
 _LFS = b"version https://git-lfs"
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+))?\.safetensors")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 #: What of an autoencoder makes the latents, by the names of its weights.
 ENCODER = ("encoder.", "quant_conv.")
 _NO_WEIGHT = ("position_ids",)  # a buffer that some transformers versions save
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Provenance(BaseModel):
@@ -161,8 +158,6 @@ def check_folder(path: Path, components: tuple[str, ...] = COMPONENTS) -> None:
     Another family is refused by its name, and so is a file that git-lfs has not fetched.
     """
     if path.is_file():
-        from pocketfusion.models.bring.recognise import what_file
-
         raise PocketfusionError(what_file(path))
     if not path.is_dir():
         raise PocketfusionError(f"there is no model folder at {path}: check the path")
@@ -221,18 +216,3 @@ def check_finite(module: nn.Module, name: str) -> None:
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not math.isfinite(float(tensor.float().abs().sum())):
             raise PocketfusionError(f"{name}: the weight {key} holds NaN or infinity: the folder cannot be used")
-
-
-def load_pipeline(path: Path) -> StableDiffusionPipeline:
-    """Loads a model folder as a stock diffusers pipeline in fp32, whole and finite.
-
-    A safety checker is left out, there or not; learnt tokens of several vectors are spelt out by the tokenizer (see
-    `models.learnt_tokens`). Raises PocketfusionError if it is not a model folder of the family, holds pickled weights,
-    a component does not load, lacks a weight, or a weight is NaN.
-    """
-    from pocketfusion.models.loading import assemble
-
-    check_folder(path)
-    pipeline = assemble(path)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

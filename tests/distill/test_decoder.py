@@ -16,12 +16,13 @@ from pocketfusion.distill.decoder_pool import LatentSampler, Pool, PoolSettings,
 from pocketfusion.distill.decoder_pruning import prune_decoder
 from pocketfusion.distill.decoder_scores import error_parts, ssim
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import load_pipeline, read_provenance
+from pocketfusion.folder import read_provenance
 from pocketfusion.info import describe
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.judge import JudgeModel
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.recipe import DecoderDistillSettings, PictureLossSettings, TrainSettings, load_recipe

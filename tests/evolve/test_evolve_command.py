@@ -12,8 +12,9 @@ from pocketfusion.cli import main
 from pocketfusion.evolve.actions import Action
 from pocketfusion.evolve.figures import removal_drops
 from pocketfusion.evolve.inputs import open_latency
-from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
+from pocketfusion.folder import folder_hash, read_provenance
 from pocketfusion.models.elastic_unet import load_elastic
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.surgery import with_architecture
 
 

@@ -195,7 +195,8 @@ def safetensors_case(rng: random.Random, world: World) -> Callable[[], str]:
     file = world.put("model.safetensors", content)
 
     def use() -> str:
-        from pocketfusion.info import _unsound, read_safetensors_header
+        from pocketfusion.info import _unsound
+        from pocketfusion.safetensors_header import read_safetensors_header
 
         list(_unsound(file, *read_safetensors_header(file)))
         return "sound"

@@ -10,11 +10,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from pocketfusion.folder import Provenance, folder_hash, load_pipeline, write_provenance
+from pocketfusion.folder import Provenance, folder_hash, write_provenance
 from pocketfusion.mobile import gate, specs
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
 from pocketfusion.mobile.export import STAGES, export
 from pocketfusion.mobile.flatbuffer import operations
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.runtime.manifest import Bundle
 
 PROMPT = "a red apple, noto style"

@@ -18,9 +18,9 @@ from diffusers import LatentConsistencyModelPipeline
 from typer.testing import CliRunner
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import load_pipeline
 from pocketfusion.mobile.export import ExportReport, export
 from pocketfusion.mobile.export_settings import ExportSettings
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sampling import Sampling, write_sampling
 from pocketfusion.runtime.denoise import NoiseStream
 from pocketfusion.runtime.manifest import Bundle

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from guided import RANGE, SCALE, STEPS, small_unet
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.comparison.compare import Asked, compare
-from pocketfusion.folder import load_pipeline
 from pocketfusion.mobile import gate, measure
 from pocketfusion.mobile.export import export
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sampling import Sampling, write_sampling
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.networks import Network

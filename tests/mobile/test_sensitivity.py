@@ -118,7 +118,7 @@ def analysed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_command_writes_a_recipe_of_every_layer(analysed: Path, tiny_folder: Path) -> None:
-    from pocketfusion.folder import load_pipeline
+    from pocketfusion.models.loading import load_pipeline
 
     recipe = WeightRecipe.load(analysed / "r.yaml")
     assert recipe.model == folder_hash(tiny_folder) and recipe.target == "litert-cpu"
@@ -172,19 +172,19 @@ def test_an_existing_recipe_is_kept(analysed: Path, tiny_folder: Path) -> None:
 
 def test_packed_layers_bear_the_simulated_ones_names(tiny_bundle: Path, tiny_folder: Path) -> None:
     """A recipe made in PyTorch finds its layers in the file: every one of them, and no other."""
-    from pocketfusion.folder import load_pipeline
     from pocketfusion.mobile.flatbuffer import read, weights
+    from pocketfusion.models.loading import load_pipeline
 
     layers = set(quantizable(load_pipeline(tiny_folder).unet))
     assert {weight.module for weight in weights(read(tiny_bundle / "unet.tflite"))} == layers
 
 
 def test_simulated_is_what_the_packed_file_computes(tiny_bundle: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    from pocketfusion.folder import load_pipeline
     from pocketfusion.mobile import gate, specs
     from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
     from pocketfusion.mobile.pack import pack
     from pocketfusion.mobile.wrappers import wrap
+    from pocketfusion.models.loading import load_pipeline
 
     pipeline = load_pipeline(tiny_folder)
     network, samples = wrap(pipeline)["unet"], specs.samples(pipeline, 2)["unet"]

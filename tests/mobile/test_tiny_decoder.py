@@ -15,7 +15,6 @@ from diffusers import AutoencoderTiny
 import taesd
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import load_pipeline
 from pocketfusion.info import describe
 from pocketfusion.mobile import export as module
 from pocketfusion.mobile import gate
@@ -25,6 +24,7 @@ from pocketfusion.mobile.flatbuffer import operations
 from pocketfusion.mobile.quantize import quantize
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.tiny_decoder import TinyDecoder
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.pipeline import Pipeline
 

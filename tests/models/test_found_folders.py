@@ -28,7 +28,7 @@ from found import (
     with_other_weights_beside,
 )
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_folder, load_pipeline, weight_files
+from pocketfusion.folder import check_folder, weight_files
 from pocketfusion.info import describe
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.specs import scheduler_spec
@@ -37,6 +37,7 @@ from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.base import copy_with_unet
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.guidance import guided_prediction
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.noise_schedule import ddim_scheduler, read_ddim_scheduler
 from pocketfusion.models.sampling import Sampling, usual_sampling
 from pocketfusion.models.slim_autoencoder import load_vae

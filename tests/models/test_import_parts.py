@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 from ldm import ldm_state, ldm_vae, miniature, save
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import load_pipeline, read_provenance
+from pocketfusion.folder import read_provenance
 from pocketfusion.models.bring import door, hub
 from pocketfusion.models.bring.door import open_model
 from pocketfusion.models.bring.hub import fetch
 from pocketfusion.models.bring.importer import Changes, import_file, import_folder
+from pocketfusion.models.loading import load_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from transformers import CLIPTextModel
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import load_pipeline
 from pocketfusion.mobile import specs
 from pocketfusion.models.learnt_tokens import add_embedding, spell_out
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.text_encoder import load_text_encoder
 from pocketfusion.recipe import TextSettings
 from pocketfusion.runtime.tokenizer import PromptTokenizer

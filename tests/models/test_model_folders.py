@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from pocketfusion.distill.decoder import copy_with_vae
 from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder
-from pocketfusion.folder import load_pipeline
 from pocketfusion.models.base import copy_folder, copy_with_unet, write_scheduler
 from pocketfusion.models.elastic_unet import load_elastic
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.slim_autoencoder import load_vae
 
 CHECKER = {

@@ -15,10 +15,11 @@ from unets import ONE_LAYER, SD1, inputs, run, stock_unet
 from pocketfusion.architecture_report import describe, open_base, table
 from pocketfusion.cli import main
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
+from pocketfusion.folder import folder_hash, read_provenance
 from pocketfusion.mobile.cost import unet_cost
 from pocketfusion.models.architecture import Architecture
 from pocketfusion.models.elastic_unet import as_elastic
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.presets import snapfusion, stage_counts
 from pocketfusion.models.sd_configs import CONFIGS
 from pocketfusion.models.surgery import with_architecture

@@ -14,9 +14,10 @@ from diffusers import StableDiffusionPipeline
 
 from ldm import ldm_state, leftovers, miniature, save
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import load_pipeline, read_provenance
+from pocketfusion.folder import read_provenance
 from pocketfusion.info import describe
 from pocketfusion.models.bring.importer import Changes, import_file
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sd_configs import CONFIGS
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -254,7 +255,7 @@ def test_the_derived_configurations_are_the_published_ones() -> None:
 
     from ldm import clip_text, ldm_unet, ldm_vae, open_clip_text
     from pocketfusion.models.bring.configs import text_config, unet_config, vae_config
-    from pocketfusion.models.bring.recognise import Checkpoint
+    from pocketfusion.recognise import Checkpoint
 
     for name, config in CONFIGS.items():
         with torch.device("meta"):
@@ -286,7 +287,7 @@ def test_what_an_sd2_file_predicts_is_known_by_what_it_says(
     metadata: dict, extra: tuple, asked: Any, wanted: tuple, tmp_path: Path
 ) -> None:
     from pocketfusion.models.bring.prediction import scheduler, stated_prediction
-    from pocketfusion.models.bring.recognise import recognise
+    from pocketfusion.recognise import recognise
 
     names = {IN: (32, 4, 3, 3), OUT_: (4, 32, 3, 3), "model.diffusion_model.input_blocks.1.1.proj_in.weight": (8, 8),
              "cond_stage_model.model.ln_final.weight": (1,), **dict.fromkeys(extra, (1,))}  # fmt: skip

@@ -10,7 +10,8 @@ import pytest
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, write_provenance
-from pocketfusion.info import describe, read_safetensors_header
+from pocketfusion.info import describe
+from pocketfusion.safetensors_header import read_safetensors_header
 
 
 @pytest.fixture
@@ -66,9 +67,9 @@ def test_altered_bundle_is_shown_and_exits_with_2(run, bundle):
 
 
 def test_model_folder_equals_what_torch_counts(run, folder):
-    from pocketfusion.folder import load_pipeline
     from pocketfusion.mobile.specs import multiply_adds, samples
     from pocketfusion.mobile.wrappers import wrap
+    from pocketfusion.models.loading import load_pipeline
 
     write_provenance(folder, Provenance(stage="teacher", settings={"width": 16}, samples_seen=12345))
     pipeline = load_pipeline(folder)

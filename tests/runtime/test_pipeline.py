@@ -32,7 +32,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_draws_what_stock_diffusers_draws(pipeline, tiny_folder, guidance_scale):
     import torch
 
-    from pocketfusion.folder import load_pipeline
+    from pocketfusion.models.loading import load_pipeline
 
     latents = pipeline.noise(3)
     settings = {"num_inference_steps": 6, "guidance_scale": guidance_scale, "negative_prompt": "a blue cat"}

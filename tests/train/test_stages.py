@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_folder, folder_hash, load_pipeline, read_provenance, write_provenance
+from pocketfusion.folder import check_folder, folder_hash, read_provenance, write_provenance
 from pocketfusion.models.judge import load_judge
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import TextSettings, load_recipe
 from pocketfusion.train.judge import contrastive_loss

@@ -29,13 +29,13 @@ from pocketfusion.folder import (
     folder_hash,
     weights_hash,
 )
-from pocketfusion.info import read_safetensors_header
 from pocketfusion.locks import hold
 from pocketfusion.models.base import copy_folder
 from pocketfusion.models.judge import JudgeModel, load_judge
 from pocketfusion.models.slim_autoencoder import DecoderShape, SlimAutoencoderKL, load_vae
 from pocketfusion.processes import process_state
 from pocketfusion.recipe import DataSettings, DecoderDistillSettings, Recipe
+from pocketfusion.safetensors_header import read_safetensors_header
 from pocketfusion.train.autoencoder import psnr, to_tensor, to_uint8
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.held_out import shared, spread

@@ -24,9 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pocketfusion.artefact import sha256_folder
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import load_pipeline
 from pocketfusion.locks import try_lock
 from pocketfusion.models.guidance import guidance_of, guided_prediction
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import Sampling, read_sampling
 from pocketfusion.models.text_encoder import TextEncoder

@@ -78,9 +78,10 @@ class ModelFolder:
         """
         import torch
 
-        from pocketfusion.folder import folder_hash, load_pipeline
+        from pocketfusion.folder import folder_hash
         from pocketfusion.mobile.specs import scheduler_spec
         from pocketfusion.models.guidance import guidance_of
+        from pocketfusion.models.loading import load_pipeline
         from pocketfusion.models.noise_schedule import ddim_scheduler
         from pocketfusion.models.sampling import read_sampling
         from pocketfusion.models.text_encoder import TextEncoder

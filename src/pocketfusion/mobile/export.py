@@ -19,7 +19,7 @@ from torch import nn
 from pocketfusion import __version__
 from pocketfusion.artefact import atomic_folder, sha256_file, write_json
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import folder_hash, load_pipeline, read_provenance
+from pocketfusion.folder import folder_hash, read_provenance
 from pocketfusion.locks import locked
 from pocketfusion.mobile import specs
 from pocketfusion.mobile.backends import backend_of
@@ -35,6 +35,7 @@ from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.guidance import guidance_of
 from pocketfusion.models.learnt_tokens import add_embedding
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sampling import read_sampling
 from pocketfusion.models.tiny_autoencoder import load_decoder, vae_hash
 from pocketfusion.quiet import quiet

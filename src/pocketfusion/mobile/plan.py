@@ -9,7 +9,7 @@ from typing import Any
 
 from pocketfusion.artefact import check_files
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_folder, folder_hash, load_pipeline
+from pocketfusion.folder import check_folder, folder_hash
 from pocketfusion.mobile.budget import Choice, candidates, decibels, for_quality, for_size
 from pocketfusion.mobile.inputs import reference_runs
 from pocketfusion.mobile.pack import FORMS, Form
@@ -19,6 +19,7 @@ from pocketfusion.mobile.targets import TargetName
 from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.guidance import guidance_of
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sampling import usual_sampling
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.manifest import NETWORKS

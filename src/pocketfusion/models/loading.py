@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertModel, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import check_finite, read_json, weight_files
+from pocketfusion.folder import check_finite, check_folder, read_json, weight_files
 from pocketfusion.models.learnt_tokens import spell_out
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -59,7 +59,7 @@ def load_part(kind: type[Network], folder: Path, **options: Any) -> Network:
 def _check_config(folder: Path, files: list[Path]) -> None:
     """Raises PocketfusionError if `config.json` asks for a far larger network than its weights are: it would be built
     first, for hours or past the memory, and then lack them."""
-    from pocketfusion.info import read_safetensors_header
+    from pocketfusion.safetensors_header import read_safetensors_header
 
     try:
         headers = [read_safetensors_header(file)[0] for file in files]
@@ -164,3 +164,16 @@ def _loaded(read: Callable[[], Any], folder: Path) -> Any:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PocketfusionError(f"{folder} could not be loaded ({reason[:200]})") from None
+
+
+def load_pipeline(path: Path) -> StableDiffusionPipeline:
+    """Loads a model folder as a stock diffusers pipeline in fp32, whole and finite.
+
+    A safety checker is left out, there or not; learnt tokens of several vectors are spelt out by the tokenizer (see
+    `models.learnt_tokens`). Raises PocketfusionError if it is not a model folder of the family, holds pickled weights,
+    a component does not load, lacks a weight, or a weight is NaN.
+    """
+    check_folder(path)
+    pipeline = assemble(path)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

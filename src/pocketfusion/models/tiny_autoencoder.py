@@ -18,10 +18,11 @@ from torch import nn
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import PICKLED, check_finite, folder_hash, read_json
-from pocketfusion.info import read_safetensors_header
+from pocketfusion.folder import check_finite, folder_hash, read_json
 from pocketfusion.models.loading import load_part
 from pocketfusion.models.slim_autoencoder import vae_class
+from pocketfusion.recognise import PICKLED
+from pocketfusion.safetensors_header import read_safetensors_header
 
 Half = Literal["encoder", "decoder"]
 _LAYER = re.compile(r"(?:(encoder|decoder)\.layers\.)?(\d+)\.(.+)")

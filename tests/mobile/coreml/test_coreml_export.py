@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import load_pipeline
 from pocketfusion.info import describe
 from pocketfusion.mobile import gate
 from pocketfusion.mobile.coreml import packages
@@ -22,6 +21,7 @@ from pocketfusion.mobile.coreml.executor import Executor
 from pocketfusion.mobile.coreml.verdict import judge
 from pocketfusion.mobile.export import export
 from pocketfusion.mobile.gate import sqnr
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.runtime.manifest import NETWORKS, Bundle
 
 

@@ -14,11 +14,11 @@ import torch
 from drive import against
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import load_pipeline
 from pocketfusion.info import describe
 from pocketfusion.mobile import gate
 from pocketfusion.mobile.export import export
 from pocketfusion.mobile.gate import sqnr
+from pocketfusion.models.loading import load_pipeline
 from pocketfusion.runtime.manifest import NETWORKS, Bundle
 from pocketfusion.runtime.pipeline import Pipeline
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.bring.clip_words import VOCABULARY
-from pocketfusion.models.bring.recognise import CLIP, OPEN_CLIP, UNET, VAE, Checkpoint, short
+from pocketfusion.recognise import CLIP, OPEN_CLIP, UNET, VAE, Checkpoint, short
 
 GROUPS = 32
 _HEAD = 64  #: channels of a head of SD-2's UNet and of CLIP's text encoders

@@ -12,7 +12,7 @@ from pocketfusion.artefact import check_writable_parent, sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import read_provenance
 from pocketfusion.locks import fcntl
-from pocketfusion.models.bring.recognise import recognise
+from pocketfusion.recognise import recognise
 
 SUFFIX = ".pocketfusion"  #: of the folder beside a checkpoint that its import is kept in
 

@@ -15,7 +15,6 @@ import diffusers
 from pocketfusion.artefact import atomic_folder, check_new, check_space, sha256_file, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, check_folder, folder_hash, machine, read_json, write_provenance
-from pocketfusion.info import read_safetensors_header
 from pocketfusion.models.base import copy_folder, load_text_encoder_in_fp32
 from pocketfusion.models.bring.clip_words import clip_merges, clip_tokenizer
 from pocketfusion.models.bring.configs import vae_factor
@@ -30,8 +29,9 @@ from pocketfusion.models.bring.prediction import (
     scheduler,
     stated_prediction,
 )
-from pocketfusion.models.bring.recognise import EMA, LEFTOVERS, VAE, Checkpoint, recognise, short
 from pocketfusion.models.licences import LicenceNote, write_licences
+from pocketfusion.recognise import EMA, LEFTOVERS, VAE, Checkpoint, recognise, short
+from pocketfusion.safetensors_header import read_safetensors_header
 
 _NAMED = 8  #: unused tensors that a report names
 _SMALL = 32 << 20  #: bytes of disk for what is written beside the weights

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from pocketfusion.artefact import write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.bring.configs import text_config, unet_config, vae_config
-from pocketfusion.models.bring.recognise import CLIP, OPEN_CLIP, UNET, VAE, Checkpoint, short
+from pocketfusion.recognise import CLIP, OPEN_CLIP, UNET, VAE, Checkpoint, short
 
 _TYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HALF = torch.float16  #: what weights of 8-bit floats become

@@ -16,9 +16,9 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import ENCODER, read_json, tensors, weights_hash
 from pocketfusion.models.bring.configs import vae_factor
 from pocketfusion.models.bring.networks import write_vae
-from pocketfusion.models.bring.recognise import recognise_vae
 from pocketfusion.models.learnt_tokens import learn
 from pocketfusion.models.slim_autoencoder import load_vae
+from pocketfusion.recognise import recognise_vae
 
 _FACTOR = 8  #: pixels of a latent's side in Stable Diffusion
 _SAME = 0.5  #: correlation of two encoders' latents of one picture, from which on they are taken for the same space

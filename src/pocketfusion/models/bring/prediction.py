@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.bring.recognise import Checkpoint
+from pocketfusion.recognise import Checkpoint
 
 PredictionType = Literal["epsilon", "v_prediction"]
 #: Correlation of a UNet's answer to noise at the last step with that noise: above, it predicts it; below, it does not.

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import OTHER_INPUTS, PICKLED
-from pocketfusion.info import read_safetensors
+from pocketfusion.safetensors_header import read_safetensors
+
+#: What a UNet takes beside the latents, by the channels of its input beyond those of its output.
+OTHER_INPUTS = {5: "inpainting", 4: "InstructPix2Pix", 3: "upscaling", 1: "depth-to-image"}
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
