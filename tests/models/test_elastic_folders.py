@@ -113,7 +113,7 @@ def test_a_written_folder_loads_in_a_process_of_its_own(tiny_folder, evolved, tm
     described = describe_model_folder(out)  # counts the evolved network's multiply-adds, not the stock one's
     assert described["networks"]["unet"]["class"] == "ElasticUNet"
     assert described["multiply_adds"]["unet"] < describe_model_folder(tiny_folder)["multiply_adds"]["unet"]
-    alone = "import sys, pathlib; from pocketfusion.folder import load_pipeline; "
+    alone = "import sys, pathlib; from pocketfusion.models.loading import load_pipeline; "
     alone += "print(type(load_pipeline(pathlib.Path(sys.argv[1])).unet).__name__)"  # nothing else imports the class
     done = subprocess.run([sys.executable, "-c", alone, str(out)], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "ElasticUNet", done.stderr
