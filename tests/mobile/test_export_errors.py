@@ -198,7 +198,7 @@ def test_a_recipe_for_another_target(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_command(tiny_folder: Path, tmp_path: Path, fast_conversion: None) -> None:
     from pocketfusion.cli import app
-    from pocketfusion.cli import export as _  # noqa: F401  (registers the command)
+    from pocketfusion.cli import export_commands as _  # noqa: F401  (registers the command)
 
     arguments = ["export", str(tiny_folder), str(tmp_path / "out"), "--json", str(tmp_path / "r.json"), "--name", "n"]
     result = CliRunner().invoke(app, arguments)

@@ -261,7 +261,7 @@ def test_an_adapter_of_another_base_is_refused(plain: Path, tmp_path: Path) -> N
 
 
 def test_the_command(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketfusion.cli import app, export_plan
+    from pocketfusion.cli import app, export_commands
     from pocketfusion.cli import export as _  # noqa: F401  (registers the command)
     from pocketfusion.mobile import export as exporter
     from pocketfusion.mobile import outlook
@@ -277,7 +277,7 @@ def test_the_command(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(outlook, "prepare", prepare)
     monkeypatch.setattr(exporter, "export", export)
     for name in ("show", "show_next"):
-        monkeypatch.setattr(export_plan, name, lambda *rest: None)
+        monkeypatch.setattr(export_commands, name, lambda *rest: None)
     given = ("--few-steps", "hyper", "--sampler", "tcd", "--eta", "0.9", "--lora", "x.safetensors")
     result = CliRunner().invoke(app, ["export", str(plain), str(tmp_path / "b"), *given])
     assert result.exit_code == 0, result.output

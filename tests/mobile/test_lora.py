@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from pocketfusion.cli.export import _parse_lora
+from pocketfusion.cli.export_commands import _parse_lora
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.lora import _names, merge_lora
 from pocketfusion.mobile.lora_file import LoraLayer, check_lora

@@ -6,18 +6,17 @@ from typing import Any
 
 from pocketfusion.cli import (  # noqa: F401  (registers them)
     app,
-    bench,
+    bench_commands,
     bring_commands,
     check_commands,
     compress_commands,
     distill_commands,
+    draw_commands,
     evolve_commands,
-    export,
-    generate,
+    export_commands,
     look_commands,
     profile_commands,
     prove_commands,
-    serve,
     train_commands,
 )  # fmt: skip
 
