@@ -22,9 +22,8 @@ import torch
 from torch.nn import functional as F
 
 from pocketfusion.data.sources import open_dataset
-from pocketfusion.distill.decoder import DecoderNetwork
+from pocketfusion.distill.decoder import DecoderNetwork, error_parts
 from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder
-from pocketfusion.distill.decoder_scores import error_parts
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.train.autoencoder import psnr, to_tensor
 

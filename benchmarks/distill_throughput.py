@@ -26,8 +26,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from full_size_cost import distillation_multiply_adds
 from pocketfusion.artefact import write_json
 from pocketfusion.data.sources import open_dataset
-from pocketfusion.distill.run_steps import sampling_of
-from pocketfusion.distill.steps import StepTask
+from pocketfusion.distill.steps import StepTask, sampling_of
 from pocketfusion.folder import machine
 from pocketfusion.mobile.cost import unet_cost
 from pocketfusion.models.elastic_unet import load_elastic

@@ -30,7 +30,7 @@ def main() -> None:
     from pocketfusion.data.sources import open_dataset
     from pocketfusion.models.loading import load_part
     from pocketfusion.train.autoencoder import VALIDATION, psnr, to_tensor
-    from pocketfusion.train.held_out import spread
+    from pocketfusion.train.batch import spread
 
     data = open_dataset(given.data, given.size)
     pixels = to_tensor(data.images[spread(data.indices(VALIDATION), given.pictures)])

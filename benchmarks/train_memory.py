@@ -40,8 +40,7 @@ from pocketfusion.artefact import write_json
 from pocketfusion.cli.shared import quiet_libraries
 from pocketfusion.data.shapes import make_shapes
 from pocketfusion.data.sources import open_dataset
-from pocketfusion.distill.run_steps import sampling_of
-from pocketfusion.distill.steps import StepTask
+from pocketfusion.distill.steps import StepTask, sampling_of
 from pocketfusion.folder import machine
 from pocketfusion.models.bring.clip_words import clip_tokenizer
 from pocketfusion.recipe import Recipe

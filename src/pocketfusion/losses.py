@@ -15,8 +15,8 @@ from pocketfusion.distill.objectives import CFGAware, Mixed, Vanilla, distillati
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.models.guidance import guidance_embedding, guided_prediction, guided_predictor
 from pocketfusion.train.elastic import random_blocks
-from pocketfusion.train.objectives import DenoisingObjective
 from pocketfusion.train.recovery import StageFeatures, feature_loss
+from pocketfusion.train.teacher import DenoisingObjective
 
 __all__ = [
     "CFGAware",

@@ -77,7 +77,7 @@ class DataSettings(_Settings):
 
 
 class PictureLossSettings(_Settings):
-    """How a drawn picture is compared with the wanted one: weights of the terms of `train.picture_losses`.
+    """How a drawn picture is compared with the wanted one: weights of the terms of `train.autoencoder.PictureLoss`.
 
     `feature_start`: the share of training after which the feature distance counts.
     """

@@ -18,8 +18,16 @@ from safetensors.torch import load_file
 from pocketfusion.cli import main
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.distill import ddim
-from pocketfusion.distill.consistency import ConsistencyTask, consistency_loss, consistency_target, phase_times
-from pocketfusion.distill.run_consistency import cautions, check_scales, distill_consistency, student_sampling
+from pocketfusion.distill.consistency import (
+    ConsistencyTask,
+    cautions,
+    check_scales,
+    consistency_loss,
+    consistency_target,
+    distill_consistency,
+    phase_times,
+    student_sampling,
+)
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.models.text_encoder import TextEncoder

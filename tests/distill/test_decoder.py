@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from pocketfusion.data.sources import open_dataset
-from pocketfusion.distill.decoder import DecoderTask, decoder_shape, distill_decoder
+from pocketfusion.distill.decoder import DecoderTask, decoder_shape, distill_decoder, error_parts, ssim
 from pocketfusion.distill.decoder_pool import LatentSampler, Pool, PoolSettings, decode, pool_settings
 from pocketfusion.distill.decoder_pruning import prune_decoder
-from pocketfusion.distill.decoder_scores import error_parts, ssim
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import read_provenance
 from pocketfusion.info import describe

@@ -11,8 +11,13 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file
 
 from pocketfusion.data.sources import open_dataset
-from pocketfusion.distill.guidance import GuidanceTask, with_guidance_input
-from pocketfusion.distill.guidance_plan import grid_timesteps, guidance_settings, plan_sampling
+from pocketfusion.distill.guidance import (
+    GuidanceTask,
+    grid_timesteps,
+    guidance_settings,
+    plan_sampling,
+    with_guidance_input,
+)
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, read_provenance
 from pocketfusion.models.base import copy_with_unet

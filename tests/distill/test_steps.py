@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.distill import ddim
-from pocketfusion.distill.run_steps import distill_progressively, distill_steps, sampling_of
-from pocketfusion.distill.steps import StepTask
-from pocketfusion.distill.targets import TargetCache
+from pocketfusion.distill.objectives import TargetCache
+from pocketfusion.distill.steps import StepTask, distill_progressively, distill_steps, sampling_of
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, read_provenance
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling

@@ -13,8 +13,7 @@ from torch import nn
 
 from pocketfusion.processes import mean_over_processes
 from pocketfusion.recipe import TrainSettings
-from pocketfusion.train.batch import Batch, BatchPlan
-from pocketfusion.train.held_out import shared
+from pocketfusion.train.batch import Batch, BatchPlan, shared
 from pocketfusion.train.loop import train
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.data.sources import open_dataset
+from pocketfusion.distill.consistency import distill_consistency
 from pocketfusion.distill.decoder import distill_decoder
 from pocketfusion.distill.guidance import distill_guidance
-from pocketfusion.distill.run_consistency import distill_consistency
-from pocketfusion.distill.run_steps import distill_steps
+from pocketfusion.distill.steps import distill_steps
 from pocketfusion.distill.to_v import to_v
 from pocketfusion.recipe import Recipe, load_recipe
 from pocketfusion.train.autoencoder import train_autoencoder

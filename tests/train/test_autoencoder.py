@@ -13,12 +13,14 @@ from pocketfusion.models.judge import JudgeModel, load_judge
 from pocketfusion.recipe import PictureLossSettings, load_recipe
 from pocketfusion.train.autoencoder import (
     AutoencoderTask,
+    PictureLoss,
     TrainableAutoencoder,
+    colour_loss,
     fold_whitening,
+    gradient_loss,
     latent_statistics,
     to_tensor,
 )
-from pocketfusion.train.picture_losses import PictureLoss, colour_loss, gradient_loss
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from pocketfusion.train.batch import BatchPlan
-from pocketfusion.train.bucketed import BucketedPlan, in_buckets, of_one_bucket
+from pocketfusion.train.batch import BatchPlan, BucketedPlan, in_buckets, of_one_bucket
 
 BUCKETS = np.array([0] * 60 + [1] * 30 + [2] * 10)
 POOLS = [(np.arange(0, 100, 2), 0.75), (np.arange(1, 100, 2), 0.25)]

@@ -18,14 +18,13 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.recipe import StepDistillSettings, load_recipe
 from pocketfusion.train import micro_batch
-from pocketfusion.train.average import Average, update_ema
 from pocketfusion.train.batch import BatchPlan
+from pocketfusion.train.checkpoint import Average, update_ema
 from pocketfusion.train.lean import InputsAs, checkpoint_activations, slim_teachers
-from pocketfusion.train.log import read_log
+from pocketfusion.train.log import ModelFlops, read_log
 from pocketfusion.train.loop import train
 from pocketfusion.train.micro_batch import parts_of
 from pocketfusion.train.room import Planner, works_of
-from pocketfusion.train.throughput import ModelFlops
 
 
 @pytest.fixture(scope="module")

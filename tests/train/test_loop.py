@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.train import checkpoint, held_out
-from pocketfusion.train.average import Average, update_ema
+from pocketfusion.train import batch, checkpoint
 from pocketfusion.train.batch import BatchPlan
-from pocketfusion.train.divergence import DivergenceWatch
+from pocketfusion.train.checkpoint import Average, update_ema
 from pocketfusion.train.log import read_log
-from pocketfusion.train.loop import learning_rate_at, train
+from pocketfusion.train.loop import DivergenceWatch, learning_rate_at, train
 from pocketfusion.train.place import Goal
 from processes import launch_two, run_two
 
@@ -258,21 +257,21 @@ def test_held_out_figures_are_the_same_bits_for_any_number_of_processes(monkeypa
         return model(values[rows]).detach()
 
     seen: list[int] = []
-    whole = held_out.shared(101, 2, evaluate)
-    block_means = held_out.shared(101, 2, lambda rows: model(values[rows]).detach().mean(0))
+    whole = batch.shared(101, 2, evaluate)
+    block_means = batch.shared(101, 2, lambda rows: model(values[rows]).detach().mean(0))
     assert torch.allclose(sum(block_means).float(), model(values).sum(0), rtol=1e-4)
     parts = []
     for index in range(processes):
         state = SimpleNamespace(process_index=index, num_processes=processes)
-        monkeypatch.setattr(held_out, "process_state", lambda state=state: state)
-        parts.append(held_out.shared(101, 2, evaluate))
+        monkeypatch.setattr(batch, "process_state", lambda state=state: state)
+        parts.append(batch.shared(101, 2, evaluate))
     assert torch.equal(sum(parts), whole) and seen == [32, 32, 32, 5, *seen[4:]] and sum(seen) == 202
     assert torch.allclose(whole.float(), model(values))
 
 
 def test_held_out_samples_are_spread_and_capped():
-    assert held_out.spread(np.arange(10, 20), 4).tolist() == [10, 12, 15, 17]
-    assert held_out.spread(np.arange(3), 4).tolist() == [0, 1, 2]
+    assert batch.spread(np.arange(10, 20), 4).tolist() == [10, 12, 15, 17]
+    assert batch.spread(np.arange(3), 4).tolist() == [0, 1, 2]
 
 
 def test_log_and_pictures_are_there(tmp_path):

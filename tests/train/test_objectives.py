@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 
-from pocketfusion.train.objectives import DenoisingObjective
+from pocketfusion.train.teacher import DenoisingObjective
 
 SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

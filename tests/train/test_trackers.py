@@ -14,7 +14,7 @@ from pocketfusion.cli import app, commands
 from pocketfusion.cli.train_commands import shown_in
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import load_recipe
-from pocketfusion.train import place, throughput
+from pocketfusion.train import log, place
 from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import train
 
@@ -25,7 +25,7 @@ def test_the_log_says_how_fast_and_how_large_a_step_is(tmp_path, monkeypatch):
     assert all(line["samples_per_second"] > 0 and line["memory_gb"] > 0.1 for line in lines)
     assert all("model_tflops" in line and "peak_share" not in line for line in lines)
     assert result.finished and ["model_flop_per_sample" in line for line in lines] == [True] + 11 * [False]
-    meter = throughput.Meter(torch.device("cpu"), "bf16", 2)
+    meter = log.Meter(torch.device("cpu"), "bf16", 2)
     meter.flops.per_sample, meter.peak = 5e9, 0.5
     figures = meter.figures(100, 2.0)
     assert figures["samples_per_second"] == 50 and figures["model_tflops"] == 0.25
@@ -45,7 +45,7 @@ def test_the_log_says_how_fast_and_how_large_a_step_is(tmp_path, monkeypatch):
 )
 def test_the_peak_is_that_of_the_named_device_or_left_out(monkeypatch, name, precision, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert throughput.peak_tflops(torch.device("cuda"), precision) == peak
+    assert log.peak_tflops(torch.device("cuda"), precision) == peak
 
 
 def test_trackers_are_told_everything(tmp_path, monkeypatch):

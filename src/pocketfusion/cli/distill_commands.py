@@ -98,7 +98,7 @@ def distill_steps_command(
 ) -> None:
     """Train a student to draw in N steps what its teacher draws in 2N or more (CFG-aware step distillation)."""
     loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
-    from pocketfusion.distill.run_steps import distill_progressively, distill_steps
+    from pocketfusion.distill.steps import distill_progressively, distill_steps
     from pocketfusion.folder import check_folder
 
     settings = loaded.step_distillation
@@ -171,7 +171,7 @@ def distill_consistency_command(
     if mode is Mode.folded and scales:
         raise PocketfusionError("a folded guidance is one scale and --guidance-range are many: give one of them")
     loaded, images, stage = begin(recipe, data, out, run, max_minutes, overwrite, skip_bad, log_with)
-    from pocketfusion.distill.run_consistency import cautions, distill_consistency
+    from pocketfusion.distill.consistency import cautions, distill_consistency
 
     settings = loaded.consistency
     if settings is None:

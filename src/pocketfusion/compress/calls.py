@@ -155,7 +155,7 @@ def _recover(work: Work) -> Made:
 
 
 def _distill_steps(work: Work) -> Made:
-    from pocketfusion.distill.run_steps import distill_progressively, distill_steps
+    from pocketfusion.distill.steps import distill_progressively, distill_steps
 
     settings = work.recipe.step_distillation
     assert settings is not None
@@ -184,7 +184,7 @@ def _distill_guidance(work: Work) -> Made:
 
 
 def _distill_consistency(work: Work) -> Made:
-    from pocketfusion.distill.run_consistency import distill_consistency
+    from pocketfusion.distill.consistency import distill_consistency
 
     settings = work.recipe.consistency
     assert settings is not None

@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from pydantic import ValidationError
 from torch import nn
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.distill.compatible import check_teacher
-from pocketfusion.distill.guidance_plan import guidance_settings, plan_sampling
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.models.guidance import guidance_embedding, guidance_of, guided_prediction
 from pocketfusion.models.noise_schedule import read_ddim_scheduler
 from pocketfusion.models.sampling import Guidance, Sampling, read_sampling
-from pocketfusion.recipe import GuidanceDistillSettings, Recipe
-from pocketfusion.train.batch import Batch
-from pocketfusion.train.held_out import shared
+from pocketfusion.recipe import GuidanceDistillSettings, Recipe, field_values
+from pocketfusion.train.batch import Batch, shared
 from pocketfusion.train.place import StageRun
 from pocketfusion.train.stage import finished_result
 from pocketfusion.train.start import Start, identity, open_start, train_on
@@ -199,3 +198,72 @@ def distill_guidance(
 def _guidance(folder: Path, unet: Any) -> Guidance:
     stated = read_sampling(folder)
     return guidance_of(unet, stated.guidance if stated else None)
+
+
+def guidance_settings(recipe: Recipe, scale_range: tuple[float, float] | None = None) -> GuidanceDistillSettings:
+    """The recipe's, with `scale_range` in place of its own; raises PocketfusionError if it has none or is no range."""
+    if recipe.guidance is None:
+        raise PocketfusionError(f"the recipe {recipe.name} has no section 'guidance': see recipes/emoji64.yaml")
+    if scale_range is None:
+        return recipe.guidance
+    try:
+        return GuidanceDistillSettings(**{**field_values(recipe.guidance), "scale_range": scale_range})
+    except ValidationError:
+        raise PocketfusionError(
+            f"the guidance range is {scale_range[0]:g} to {scale_range[1]:g}: give two ascending scales from 1 up, "
+            "such as 1,14"
+        ) from None
+
+
+def grid_timesteps(scheduler: DDIMScheduler, num_inference_steps: int) -> torch.Tensor:
+    """The timesteps that sampling in so many steps visits, [N] int64; raises PocketfusionError if there are none."""
+    scheduler = DDIMScheduler.from_config(scheduler.config)
+    table = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= table:
+        raise PocketfusionError(f"--steps is {num_inference_steps}: choose 1 to {table}")
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps = scheduler.timesteps
+    if len(timesteps.unique()) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= table:
+        raise PocketfusionError(
+            f"--steps is {num_inference_steps}, for which the scheduler's {scheduler.config.timestep_spacing} spacing "
+            f"has no grid: choose a divisor of its {table} timesteps"
+        )
+    return timesteps
+
+
+def plan_sampling(
+    recipe: Recipe,
+    settings: GuidanceDistillSettings,
+    scheduler: DDIMScheduler,
+    stated: Sampling | None,
+    fixed: float | None,
+    steps: int | None,
+) -> tuple[Sampling, torch.Tensor | None]:
+    """How the student is meant to be sampled, and the timesteps [N] that it is trained on (None: all of them).
+
+    `scheduler` and `stated` are the teacher's; the steps that its `sampling.json` states are the grid unless `steps`
+    says otherwise, and as many steps as the table has timesteps mean all of them. Raises PocketfusionError for a scale
+    or a grid that cannot be.
+    """
+    if fixed is not None and not 1 < fixed < float("inf"):
+        raise PocketfusionError(f"--fixed is {fixed:g}: choose a guidance scale above 1, which guides nothing")
+    table = scheduler.config.num_train_timesteps
+    grid = steps if steps is not None else stated.num_inference_steps if stated else None
+    timesteps = grid_timesteps(scheduler, grid) if grid is not None and grid != table else None
+    if stated and timesteps is not None and stated.num_inference_steps % len(timesteps):
+        raise PocketfusionError(
+            f"--steps is {grid} but the teacher is sampled in {stated.num_inference_steps} steps: choose a divisor of "
+            "those, whose timesteps it knows"
+        )
+    given = stated or Sampling(
+        num_inference_steps=recipe.teacher.num_inference_steps, guidance_scale=recipe.teacher.guidance_scale
+    )
+    drawn = given.num_inference_steps if timesteps is None else len(timesteps)
+    if fixed is not None:
+        return Sampling(num_inference_steps=drawn, guidance_scale=fixed, guidance="folded"), timesteps
+    low, high = settings.scale_range
+    scale = min(max(given.guidance_scale, low), high)
+    sampling = Sampling(
+        num_inference_steps=drawn, guidance_scale=scale, guidance="embedded", guidance_range=(low, high)
+    )
+    return sampling, timesteps

@@ -6,11 +6,17 @@ The two differ in the guidance scale alone: L_vani has w = 1, L_cfg draws w, so 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
+from pocketfusion.artefact import atomic_file
 from pocketfusion.distill.ddim import Level, truncated_snr_in_v
 from pocketfusion.train.batch import Batch
 
@@ -99,3 +105,25 @@ def dynamic_scale(distilled: torch.Tensor, original: torch.Tensor) -> float:
     SnapFusion section 4.2 and appendix C: without it, L_ori outweighs a distillation loss that shrinks.
     """
     return distilled.item() / max(original.item(), 1e-12)
+
+
+class TargetCache:
+    """Tensors by training step, in a folder named by the hash of all they depend on; fp32 `.npy` files.
+
+    Runs with the same teacher, data, seed, grid and guidance draws (another student, or another γ) find each other's.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        key = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+        self.folder = folder / f"targets-{key}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, batch: Batch, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` gives for this part of this step, on the CPU; read if an earlier run has written it."""
+        file = self.folder / f"{batch.step:07d}-{batch.start}-{len(batch.indices)}of{batch.total}.npy"
+        if file.is_file():
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        made = make()
+        with atomic_file(file) as partial:
+            np.save(partial, made.cpu().numpy())
+        return made

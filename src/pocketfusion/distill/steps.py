@@ -1,9 +1,13 @@
-"""`distill-steps`: CFG-aware step distillation (SnapFusion, arXiv 2306.00980, section 4 and appendix C)."""
+"""`distill-steps`: CFG-aware step distillation (SnapFusion, arXiv 2306.00980, section 4 and appendix C).
+
+One pair of step counts is direct distillation; successive halvings are progressive (Salimans & Ho 2022).
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +16,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from pocketfusion.data.packed import CaptionedImages
+from pocketfusion.distill.compatible import check_teacher
 from pocketfusion.distill.ddim import (
     NoiseSchedule,
     Span,
@@ -24,16 +29,24 @@ from pocketfusion.distill.ddim import (
     v_of,
     v_target,
 )
-from pocketfusion.distill.objectives import distillation_loss, dynamic_scale, evenly_shared, step_objective
-from pocketfusion.distill.targets import TargetCache
+from pocketfusion.distill.objectives import (
+    TargetCache,
+    distillation_loss,
+    dynamic_scale,
+    evenly_shared,
+    step_objective,
+)
+from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import Provenance, folder_hash
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.models.guidance import guidance_of, guided_prediction, guided_predictor, remembered_text
-from pocketfusion.models.sampling import Guidance, Sampling
+from pocketfusion.models.sampling import Guidance, Sampling, read_sampling
 from pocketfusion.processes import mean_over_processes
 from pocketfusion.recipe import Recipe, StepDistillSettings
-from pocketfusion.train.batch import Batch
-from pocketfusion.train.held_out import shared
-from pocketfusion.train.start import Start
+from pocketfusion.train.batch import Batch, shared
+from pocketfusion.train.place import StageRun
+from pocketfusion.train.stage import finished_result
+from pocketfusion.train.start import Start, identity, open_start, train_on
 from pocketfusion.train.teacher import TeacherTask
 
 
@@ -198,3 +211,112 @@ def targets_depend_on(settings: StepDistillSettings, num_train_timesteps: int) -
     times = spans(torch.arange(settings.steps), settings.teacher_steps, settings.steps, num_train_timesteps, discrete)
     named = {"steps", "teacher_steps", "guidance_probability", "guidance_range", "grid", "teacher_precision"}
     return settings.model_dump(mode="json", include=named) | {"times": [value.tolist() for value in times]}
+
+
+def sampling_of(start: Start, steps: int, guidance_scale: float) -> Sampling:
+    """How a folder is sampled at `steps` steps: its own guidance, or what its UNet asks for."""
+    stated = read_sampling(start.folder)
+    guidance = guidance_of(start.unet, stated.guidance if stated else None)
+    if guidance == "folded" and stated is not None:
+        guidance_scale = stated.guidance_scale
+    known = stated.guidance_range if stated else None
+    return Sampling(num_inference_steps=steps, guidance_scale=guidance_scale, guidance=guidance, guidance_range=known)
+
+
+def distill_steps(
+    recipe: Recipe,
+    settings: StepDistillSettings,
+    data: CaptionedImages,
+    folder: Path,
+    teacher: Path,
+    stage: StageRun,
+    cache: Path | None = None,
+    targets: Path | None = None,
+) -> Provenance:
+    """Trains `folder`'s UNet to do in `settings.steps` what `teacher` does in `settings.teacher_steps`.
+
+    `teacher` is the base (SnapFusion's SD teacher), the folder itself (self-teacher), or a distilled folder (the
+    CFG-distilled teacher of the paper's last run). `targets`: a folder where runs share the teacher's targets.
+    Raises PocketfusionError as `train`, `open_start` and `check_teacher` do, if the steps do not divide, or if one is
+    an ε-model.
+    """
+    step_ratio(settings.teacher_steps, settings.steps)
+    predicts = recipe.teacher.scheduler.get("prediction_type", "epsilon")
+    if predicts != "v_prediction":
+        raise PocketfusionError(f"the recipe {recipe.name} is of a model that predicts {predicts}: run to-v first")
+    low, high = settings.guidance_range
+    if not 1 <= low <= high:
+        raise PocketfusionError(
+            f"the guidance range {low:g},{high:g} is none: give two rising numbers from 1, as 2,14"
+        )
+    parents = {"student": folder_hash(folder), "teacher": folder_hash(teacher)}
+    made_by = identity("distill-steps", settings.model_dump(mode="json"), recipe, data, parents)
+    if (finished := finished_result(stage, made_by)) is not None:
+        return finished
+    check_teacher(folder, teacher)
+    student, taught_by = open_start(folder, recipe), open_start(teacher, recipe)
+    scale = recipe.teacher.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    sampling = sampling_of(student, settings.steps, scale)
+    guided_by = sampling_of(taught_by, settings.teacher_steps, scale)
+    if "folded" in (sampling.guidance, guided_by.guidance) and settings.guidance_probability:
+        raise PocketfusionError(
+            "a folder with folded guidance knows one scale, so it cannot be distilled over a range: set "
+            f"guidance_probability {settings.guidance_probability:g} to 0"
+        )
+    if settings.guidance_normalised and sampling.guidance != "classifier-free":
+        raise PocketfusionError(
+            f"{folder} has {sampling.guidance} guidance, whose errors no scale multiplies: set guidance_normalised "
+            "to false"
+        )
+    shared = None
+    if targets is not None:
+        table = DDIMScheduler(**recipe.teacher.scheduler).config.num_train_timesteps
+        depends = {"teacher": parents["teacher"], "data": made_by["data"], "seed": settings.train.seed}
+        depends |= {
+            "draws": "by sample",
+            "batch": settings.train.batch_size,
+            "settings": targets_depend_on(settings, table),
+        }
+        depends |= {key: made_by["settings"][key] for key in ("data", "text", "objective")}
+        shared = TargetCache(targets, {"of": depends})
+    task = StepTask(recipe, settings, data, student, taught_by.unet, (guided_by, sampling), shared)
+    return train_on(stage, task, settings.train, made_by, student, cache, sampling, task.scheduler)
+
+
+def distill_progressively(
+    recipe: Recipe,
+    settings: StepDistillSettings,
+    data: CaptionedImages,
+    folder: Path,
+    teacher: Path,
+    stage: StageRun,
+    cache: Path | None = None,
+    targets: Path | None = None,
+) -> Provenance:
+    """`distill_steps` by successive halvings (Salimans & Ho), each with `settings.train`, the last in `stage.out`.
+
+    64 → 8 is 64 → 32, 32 → 16, 16 → 8: every student starts from the one before and is taught by it, the first by
+    `teacher`. Intermediate folders lie in the run folder. Raises PocketfusionError if the ratio is no power of two.
+    """
+    ratio = step_ratio(settings.teacher_steps, settings.steps)
+    if ratio & (ratio - 1):
+        raise PocketfusionError(
+            f"{settings.teacher_steps} steps cannot be halved down to {settings.steps}: give a power of two times "
+            f"{settings.steps}, such as {2 * settings.steps}"
+        )
+    made: Provenance | None = None
+    steps = settings.teacher_steps
+    while steps > settings.steps:
+        steps //= 2
+        last = steps == settings.steps
+        part = settings.model_copy(update={"steps": steps, "teacher_steps": 2 * steps})
+        place = stage
+        if not last:
+            stage.run.mkdir(parents=True, exist_ok=True)
+            place = StageRun.at(stage.run / f"steps-{steps}", None, stage.max_minutes, overwrite=stage.overwrite)
+        made = distill_steps(recipe, part, data, folder, teacher, place, cache, targets)
+        if not made.finished:
+            return made
+        folder = teacher = place.out
+    assert made is not None
+    return made

@@ -1,17 +1,21 @@
 """Which samples and which random numbers belong to a step: a function of the seed, the step and the sample's place.
 
 So a resumed run repeats the uninterrupted one to the sample, and several processes (or accumulation parts) draw for
-their own samples, and for those alone, what one process would have drawn.
+their own samples, and for those alone, what one process would have drawn. Of pictures of several sizes each batch is
+of one bucket, chosen the same way; held-out figures are of a fixed choice of samples, which the processes share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
+
+from pocketfusion.processes import process_state, sum_over_processes
 
 
 def _stream(seed: int, step: int, place: int, of: int) -> np.random.Generator:
@@ -112,3 +116,90 @@ class BatchPlan:
     def slice(self, step: int, start: int, size: int) -> Batch:
         """The `size` samples from `start` on of the step's batch."""
         return Batch(self.indices(step)[start : start + size], start, self.batch_size, step, self.seed)
+
+
+_CYCLE = 256  #: steps in which every bucket gets its share
+
+
+def of_one_bucket(indices: np.ndarray, buckets: np.ndarray) -> np.ndarray:
+    """Those of the bucket that most of `indices` are of; `buckets` [N]: every picture's."""
+    counts = np.bincount(buckets[indices])
+    return indices[buckets[indices] == counts.argmax()]
+
+
+def in_buckets(pools: list[tuple[np.ndarray, float]], batch_size: int, seed: int, buckets: np.ndarray) -> BatchPlan:
+    """A `BatchPlan` of the pools' samples whose batches are of one bucket; `buckets` [N]: every sample's."""
+    kinds = np.unique(np.concatenate([buckets[indices] for indices, share in pools if share > 0]))
+    if len(kinds) == 1:
+        return BatchPlan(pools, batch_size, seed)
+    return BucketedPlan(pools, batch_size, seed, buckets, kinds)
+
+
+class BucketedPlan(BatchPlan):
+    """A plan for each bucket, and whose turn it is: in each cycle of steps every bucket has turns by its samples.
+
+    A bucket's samples are traversed in passes, as a pool's are without buckets; a rare bucket has one turn at least.
+    """
+
+    def __init__(
+        self,
+        pools: list[tuple[np.ndarray, float]],
+        batch_size: int,
+        seed: int,
+        buckets: np.ndarray,
+        kinds: np.ndarray,
+    ):
+        super().__init__(pools, batch_size, seed)
+        self.plans, weights = list[BatchPlan](), []
+        for kind in kinds:
+            own = [(indices[buckets[indices] == kind], share) for indices, share in pools]
+            self.plans.append(BatchPlan(own, batch_size, seed))
+            weights.append(
+                sum(share * len(part) / len(whole) for (part, share), (whole, _) in zip(own, pools, strict=True))
+            )
+        exact = np.array(weights) / sum(weights) * _CYCLE
+        self.turns = np.maximum(1, np.floor(exact).astype(int))
+        for _ in range(_CYCLE - self.turns.sum()):
+            self.turns[np.argmax(exact - self.turns)] += 1
+
+    def reseeded(self, seed: int) -> BucketedPlan:
+        """See `BatchPlan`."""
+        other = copy(self)
+        other._seed, other._passes, other.plans = seed, {}, [plan.reseeded(seed) for plan in self.plans]
+        return other
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """Whose turn a step is, and which one of that bucket's (from 0)."""
+        cycle, place = divmod(step, self.turns.sum())
+        order = np.random.default_rng([self.seed, 2**32, cycle]).permutation(
+            np.repeat(np.arange(len(self.turns)), self.turns)
+        )
+        bucket = int(order[place])
+        return bucket, int(cycle * self.turns[bucket] + (order[:place] == bucket).sum())
+
+    def indices(self, step: int) -> np.ndarray:
+        """The global batch of `step` (from 0): indices of samples of one bucket, [batch_size]."""
+        bucket, number = self.turn(step)
+        return self.plans[bucket].indices(number)
+
+
+_BLOCK = 32
+
+
+def spread(values: np.ndarray, count: int) -> np.ndarray:
+    """`values`, or `count` of them at even distances if there are more."""
+    return values if len(values) <= count else values[np.arange(count) * len(values) // count]
+
+
+def shared(count: int, width: int, evaluate: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`width` figures of each of `count` held-out samples, [count, width] in fp64, on every process.
+
+    `evaluate(rows)` gives those of a block of samples: [len(rows), width], or [width] where only the block's mean is
+    known. A block is one process's work and the same for any number of processes, and so are the figures to the bit.
+    All processes must call this together.
+    """
+    state = process_state()
+    figures = torch.zeros(count, width, dtype=torch.float64)
+    for rows in torch.arange(count).split(_BLOCK)[state.process_index :: state.num_processes]:
+        figures[rows] = evaluate(rows).double().cpu()
+    return sum_over_processes(figures)

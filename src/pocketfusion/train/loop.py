@@ -1,10 +1,11 @@
-"""The one training loop: accelerate, AdamW, EMA, schedules, checkpoints that resume to the sample."""
+"""The one training loop: accelerate, AdamW, EMA, schedules, checkpoints that resume to the sample, an eye on divergence."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,10 +24,8 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.locks import hold
 from pocketfusion.processes import lost_processes_are_told, mean_over_processes
 from pocketfusion.recipe import TrainSettings
-from pocketfusion.train.average import Average
 from pocketfusion.train.batch import Batch, BatchPlan
-from pocketfusion.train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
-from pocketfusion.train.divergence import DivergenceWatch
+from pocketfusion.train.checkpoint import Average, CheckpointWriter, latest_checkpoint, load_checkpoint
 from pocketfusion.train.lean import (
     checkpoint_activations,
     make_optimizer,
@@ -34,12 +33,10 @@ from pocketfusion.train.lean import (
     set_learning_rate,
     slim_teachers,
 )
-from pocketfusion.train.log import TrainLog
+from pocketfusion.train.log import Meter, Trackers, TrainLog
 from pocketfusion.train.micro_batch import parts_by_trial, parts_of
 from pocketfusion.train.place import Goal, check_trackers
 from pocketfusion.train.sharded import can_be_sharded, check_sharded, fsdp_asked, gathered, make_whole, shard
-from pocketfusion.train.throughput import Meter
-from pocketfusion.train.trackers import Trackers
 
 
 class Task(Protocol):
@@ -68,7 +65,7 @@ class Task(Protocol):
         """A picture of what the model does now."""
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out figures; every process calls it, so that they can share the work (`train.held_out.shared`)."""
+        """Held-out figures; every process calls it, so that they can share the work (`train.batch.shared`)."""
 
 
 @dataclass(frozen=True)
@@ -314,3 +311,33 @@ def begin_run(run: Path, fingerprint: dict, accelerator: Accelerator) -> None:
     elif accelerator.is_main_process:
         write_json(state, fingerprint)
     accelerator.wait_for_everyone()
+
+
+class DivergenceWatch:
+    """Compares the mean of the last `window` losses with the lowest such mean since the run (re)started.
+
+    `suspect` is true as soon as one loss is `factor` times that lowest mean, or a step was skipped because its
+    gradients were not finite: no checkpoint should be written then. `skipped` counts such steps in a row.
+    """
+
+    def __init__(self, factor: float = 20.0, window: int = 20, patience: int = 5):
+        self.factor, self.patience, self.lowest = factor, patience, math.inf
+        self.suspect, self.skipped = False, 0
+        self._last: deque[float] = deque(maxlen=window)
+
+    def diverged(self, loss: float, gradient_norm: float = 0.0) -> bool:
+        """Takes a step's loss and gradient norm; true if `patience` steps in a row had no finite gradients, a loss is
+        not finite though its gradients are, or a whole window has stayed far above the lowest."""
+        if not math.isfinite(gradient_norm):
+            self.suspect, self.skipped = True, self.skipped + 1
+            return self.skipped >= self.patience
+        self.skipped = 0
+        if not math.isfinite(loss):
+            return True
+        self.suspect = loss > self.factor * self.lowest
+        self._last.append(loss)
+        if len(self._last) < (self._last.maxlen or 0):
+            return False
+        mean = sum(self._last) / len(self._last)
+        self.lowest = min(self.lowest, mean)
+        return min(self._last) > self.factor * self.lowest
