@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.distill.decoder import DecoderNetwork, error_parts
 from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder
-from pocketfusion.models.slim_autoencoder import load_vae
-from pocketfusion.train.autoencoder import psnr, to_tensor
+from pocketfusion.models.slim_autoencoder import load_vae, to_tensor
+from pocketfusion.train.autoencoder import psnr
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ from pocketfusion.mobile.rewrites.base import shared_copy
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import Decoder, TextEncoder, UNet
+from pocketfusion.models.elastic.presets import snapfusion
 from pocketfusion.models.elastic_unet import ElasticUNet
-from pocketfusion.models.presets import snapfusion
 from pocketfusion.models.sd_configs import CONFIGS
 
 BEFORE = TARGETS["litert-gpu"].model_copy(update={"rewrites": ()})

@@ -30,8 +30,8 @@ from pocketfusion.distill.steps import StepTask, sampling_of
 from pocketfusion.folder import machine
 from pocketfusion.mobile.cost import unet_cost
 from pocketfusion.models.elastic_unet import load_elastic
+from pocketfusion.models.slim_autoencoder import to_tensor
 from pocketfusion.recipe import load_recipe
-from pocketfusion.train.autoencoder import to_tensor
 from pocketfusion.train.start import open_start
 
 Step = Callable[[int], None]

@@ -39,8 +39,8 @@ def child(settings: dict[str, Any]) -> None:
     from pocketfusion.latency.profiling import whole_job
     from pocketfusion.latency.target import load_target
     from pocketfusion.latency.timing_backends import make_backend
-    from pocketfusion.models.architecture import Architecture
-    from pocketfusion.models.presets import snapfusion
+    from pocketfusion.models.elastic.architecture import Architecture
+    from pocketfusion.models.elastic.presets import snapfusion
 
     target = load_target(settings["config"])
     stock = settings["network"] == "base"
@@ -100,8 +100,8 @@ def compare(settings: dict[str, Any], runs: int) -> dict[str, dict[str, Any]]:
 def costs(name: str) -> dict[str, dict[str, int]]:
     """Parameters and multiply-adds (batch 1) by network."""
     from pocketfusion.mobile.cost import unet_cost
-    from pocketfusion.models.architecture import Architecture
-    from pocketfusion.models.presets import snapfusion
+    from pocketfusion.models.elastic.architecture import Architecture
+    from pocketfusion.models.elastic.presets import snapfusion
     from pocketfusion.models.sd_configs import CONFIGS
 
     config = CONFIGS[name]["unet"] | {"mid_block_type": "UNetMidBlock2DCrossAttn"}

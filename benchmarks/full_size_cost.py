@@ -26,8 +26,8 @@ from pocketfusion.distill.decoder import DecoderNetwork
 from pocketfusion.distill.decoder_pruning import half_shape
 from pocketfusion.mobile.cost import unet_cost
 from pocketfusion.mobile.specs import multiply_adds
-from pocketfusion.models.architecture import Architecture
-from pocketfusion.models.presets import snapfusion
+from pocketfusion.models.elastic.architecture import Architecture
+from pocketfusion.models.elastic.presets import snapfusion
 from pocketfusion.models.slim_autoencoder import SlimAutoencoderKL
 from pocketfusion.recipe import Recipe, StepDistillSettings, TrainSettings, load_recipe
 

@@ -37,8 +37,8 @@ def write_folder(name: str, out: Path, unet_form: str, decoder: str, guidance: s
     from transformers import CLIPTokenizer
 
     from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder, tiny_shape
+    from pocketfusion.models.elastic.presets import snapfusion
     from pocketfusion.models.elastic_unet import ElasticUNet
-    from pocketfusion.models.presets import snapfusion
     from pocketfusion.models.sampling import Sampling, write_sampling
     from pocketfusion.models.sd_configs import CONFIGS, random_pipeline
 

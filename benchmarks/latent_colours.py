@@ -29,7 +29,8 @@ def main() -> None:
 
     from pocketfusion.data.sources import open_dataset
     from pocketfusion.models.loading import load_part
-    from pocketfusion.train.autoencoder import VALIDATION, psnr, to_tensor
+    from pocketfusion.models.slim_autoencoder import to_tensor
+    from pocketfusion.train.autoencoder import VALIDATION, psnr
     from pocketfusion.train.batch import spread
 
     data = open_dataset(given.data, given.size)

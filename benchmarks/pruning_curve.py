@@ -11,11 +11,10 @@ from pathlib import Path
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.evaluate.generate import ModelFolder
 from pocketfusion.mobile.cost import unet_cost
+from pocketfusion.models.elastic.transfer import without_units
 from pocketfusion.models.elastic_unet import load_elastic
-from pocketfusion.models.surgery import without_units
 from pocketfusion.prune.harm import noise, predictions, real_calls, unit_harm
-from pocketfusion.prune.plan import Prunable, least_harm, uniform
-from pocketfusion.prune.run import HELD_OUT, TRAINING
+from pocketfusion.prune.pruning import HELD_OUT, TRAINING, Prunable, least_harm, uniform
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def full_size(folder: Path) -> list[Path]:
     from pocketfusion.latency.part_modules import unet_module, unet_samples, with_random_weights
     from pocketfusion.mobile.convert import convert
     from pocketfusion.mobile.quantize import quantize
-    from pocketfusion.models.presets import snapfusion
+    from pocketfusion.models.elastic.presets import snapfusion
     from pocketfusion.models.sd_configs import CONFIGS
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ from pocketfusion.recipe import Recipe
 from pocketfusion.runtime.memory import forget_peak, memory, peak_rss, release
 from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import train
-from pocketfusion.train.room import Planner, works_of
+from pocketfusion.train.memory.room import Planner, works_of
 from pocketfusion.train.start import open_start
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sd15.yaml"

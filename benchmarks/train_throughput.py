@@ -23,9 +23,9 @@ from diffusers.optimization import get_scheduler
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.folder import folder_hash, machine
+from pocketfusion.models.slim_autoencoder import to_tensor
 from pocketfusion.models.text_encoder import load_text_encoder
 from pocketfusion.recipe import Recipe, load_recipe
-from pocketfusion.train.autoencoder import to_tensor
 from pocketfusion.train.teacher import TeacherTask, fast_attention
 
 

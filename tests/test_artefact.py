@@ -316,7 +316,7 @@ def test_a_run_folder_is_one_processs_until_it_dies(tmp_path):
 def test_whoever_works_in_a_run_folder_asks_for_it(tmp_path):
     from loop_task import LineTask, settings
 
-    from pocketfusion.evolve.ledger import Ledger
+    from pocketfusion.evolve.algorithm import Ledger
     from pocketfusion.train.loop import train
     from pocketfusion.train.place import StageRun
     from pocketfusion.train.stage import run_stage

@@ -14,7 +14,7 @@ from pocketfusion.artefact import sha256_file
 from pocketfusion.evaluate.generate import ModelFolder, SamplerSettings
 from pocketfusion.folder import folder_hash
 from pocketfusion.latency.table import LatencyTable
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.sampling import Sampling, read_sampling
 from pocketfusion.models.slim_autoencoder import SlimAutoencoderKL, load_vae
@@ -84,8 +84,8 @@ def test_the_prompt_matters(pipeline):
 def test_the_folder_draws_the_same_in_stock_diffusers(stock):
     from diffusers import DDIMScheduler
 
+    from pocketfusion.models.guided import noise_batch, sample_images
     from pocketfusion.models.text_encoder import TextEncoder
-    from pocketfusion.train.sample import noise_batch, sample_images
 
     text = TextEncoder(stock.text_encoder, stock.tokenizer)
     scheduler = DDIMScheduler.from_config(stock.scheduler.config)
@@ -100,7 +100,7 @@ def test_the_folder_draws_the_same_in_stock_diffusers(stock):
 
 def test_the_bundle_draws_what_the_folder_draws(pipeline, stock):
     """8-bit weights move details, not the picture."""
-    from pocketfusion.train.sample import noise_batch
+    from pocketfusion.models.guided import noise_batch
 
     config = stock.unet.config
     noise = noise_batch([SEED], (config.in_channels, config.sample_size, config.sample_size))

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from pocketfusion.compress.chain import chain_of
 from pocketfusion.distill.decoder_pruning import HALF_RATIO
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.judge import JudgeModel
+from pocketfusion.models.dual_encoder import JudgeModel
 from pocketfusion.models.sd_configs import CONFIGS
 from pocketfusion.recipe import load_recipe
 

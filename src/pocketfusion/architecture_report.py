@@ -15,12 +15,12 @@ from pocketfusion.artefact import atomic_folder, check_new
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, check_folder, folder_hash, write_provenance
 from pocketfusion.mobile.cost import Cost, unet_cost
-from pocketfusion.models.architecture import KIND_NAMES, Architecture
-from pocketfusion.models.base import copy_with_unet
+from pocketfusion.models.elastic.architecture import KIND_NAMES, Architecture
+from pocketfusion.models.elastic.presets import PRESETS, snapfusion_attention, stage_counts
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import ElasticUNet, check_family, load_elastic
-from pocketfusion.models.presets import PRESETS, snapfusion_attention, stage_counts
 from pocketfusion.models.sd_configs import CONFIGS
-from pocketfusion.models.surgery import with_architecture
+from pocketfusion.models.writing import copy_with_unet
 
 #: SnapFusion, Table 1: parameters of SD-v1.5's UNet and of the efficient one. It gives no multiply-adds.
 PAPER_PARAMETERS = {"stock": 860e6, "snapfusion": 848e6}

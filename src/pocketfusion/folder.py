@@ -1,4 +1,4 @@
-"""Model folders: the diffusers layout with safetensors only, plus `provenance.json`."""
+"""Model folders: the diffusers layout with safetensors only, plus `provenance.json` and licence notes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import math
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from pocketfusion.recognise import OTHER_INPUTS, PICKLED, what_file
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
 
 PROVENANCE = "provenance.json"
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -216,3 +218,25 @@ def check_finite(module: nn.Module, name: str) -> None:
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not math.isfinite(float(tensor.float().abs().sum())):
             raise PocketfusionError(f"{name}: the weight {key} holds NaN or infinity: the folder cannot be used")
+
+
+@dataclass(frozen=True)
+class LicenceNote:
+    """What is under which licence (SPDX identifier), and whom to name."""
+
+    what: str
+    spdx: str
+    attribution: str
+
+    def text(self) -> str:
+        """The note as `licences/NAME.txt` holds it."""
+        return f"{self.what}\nSPDX-License-Identifier: {self.spdx}\nAttribution: {self.attribution}\n"
+
+
+def write_licences(folder: Path, notes: Iterable[LicenceNote]) -> None:
+    """Writes `folder/licences/NAME.txt` for each note."""
+    target = folder / "licences"
+    target.mkdir(parents=True, exist_ok=True)
+    for note in notes:
+        name = re.sub(r"[^a-z0-9]+", "-", note.what.lower()).strip("-")
+        (target / f"{name}.txt").write_text(note.text(), encoding="utf-8")

@@ -13,7 +13,7 @@ from pocketfusion.distill.consistency import consistency_loss, consistency_targe
 from pocketfusion.distill.ddim import NoiseSchedule, add_noise, ddim_step, rollout, spans, v_of, v_target
 from pocketfusion.distill.objectives import CFGAware, Mixed, Vanilla, distillation_loss, dynamic_scale, step_objective
 from pocketfusion.models.elastic_unet import ElasticUNet
-from pocketfusion.models.guidance import guidance_embedding, guided_prediction, guided_predictor
+from pocketfusion.models.guided import guidance_embedding, guided_prediction, guided_predictor
 from pocketfusion.train.elastic import random_blocks
 from pocketfusion.train.recovery import StageFeatures, feature_loss
 from pocketfusion.train.teacher import DenoisingObjective

@@ -11,11 +11,19 @@ import pytest
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.data.emoji.build import EmojiSettings, build_emoji
-from pocketfusion.data.emoji.captions import captions_for, may_flip, with_article
-from pocketfusion.data.emoji.concepts import Concept, Drawing, iter_drawings, load_concepts, name_index, plain_hex
-from pocketfusion.data.emoji.packages import DEFAULT_STYLES, STYLES, fetch_packages
-from pocketfusion.data.emoji.render import render_on
-from pocketfusion.data.emoji.scenes import BACKGROUNDS, Scene, render_scene, sample_scene, scene_may_flip
+from pocketfusion.data.emoji.concepts import (
+    Concept,
+    Drawing,
+    captions_for,
+    iter_drawings,
+    load_concepts,
+    may_flip,
+    name_index,
+    plain_hex,
+    with_article,
+)
+from pocketfusion.data.emoji.drawings import DEFAULT_STYLES, STYLES, fetch_packages
+from pocketfusion.data.emoji.scenes import BACKGROUNDS, Scene, render_on, render_scene, sample_scene, scene_may_flip
 from pocketfusion.data.emoji.split import assign_split, frozen_groups
 from pocketfusion.errors import PocketfusionError
 

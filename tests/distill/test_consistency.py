@@ -29,12 +29,12 @@ from pocketfusion.distill.consistency import (
     student_sampling,
 )
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.models.guided import noise_batch, sample_images
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.models.text_encoder import TextEncoder
 from pocketfusion.recipe import load_recipe
 from pocketfusion.train.loop import train
 from pocketfusion.train.place import StageRun
-from pocketfusion.train.sample import noise_batch, sample_images
 from pocketfusion.train.start import open_start
 
 T = 1000

@@ -20,14 +20,14 @@ from pocketfusion.info import describe
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import wrap
-from pocketfusion.models.judge import JudgeModel
+from pocketfusion.models.dual_encoder import JudgeModel
+from pocketfusion.models.guided import noise_batch
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.recipe import DecoderDistillSettings, PictureLossSettings, TrainSettings, load_recipe
 from pocketfusion.train.log import read_log
 from pocketfusion.train.place import StageRun
-from pocketfusion.train.sample import noise_batch
 from processes import launch_two
 
 VAE = "vae/diffusion_pytorch_model.safetensors"

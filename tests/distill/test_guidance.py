@@ -20,15 +20,14 @@ from pocketfusion.distill.guidance import (
 )
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, read_provenance
-from pocketfusion.models.base import copy_with_unet
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import ElasticUNet, as_elastic, as_stock, load_elastic
-from pocketfusion.models.guidance import guidance_embedding
+from pocketfusion.models.guided import guidance_embedding, noise_batch, sample_images
 from pocketfusion.models.sampling import Sampling, read_sampling, write_sampling
-from pocketfusion.models.surgery import with_architecture
 from pocketfusion.models.text_encoder import TextEncoder
+from pocketfusion.models.writing import copy_with_unet
 from pocketfusion.recipe import load_recipe
 from pocketfusion.runtime import denoise as runtime
-from pocketfusion.train.sample import noise_batch, sample_images
 from pocketfusion.train.start import open_start
 from processes import launch_two
 from tiny import tiny_pipeline

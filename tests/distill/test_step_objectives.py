@@ -14,7 +14,7 @@ from pocketfusion.distill.objectives import (
     evenly_shared,
     step_objective,
 )
-from pocketfusion.models.guidance import guided_prediction
+from pocketfusion.models.guided import guided_prediction
 from pocketfusion.train.batch import BatchPlan
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pocketfusion.cli import main
-from pocketfusion.models.judge import JudgeModel
+from pocketfusion.models.dual_encoder import JudgeModel
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 from fakes import ColourJudge
 
 from pocketfusion.data.emoji.concepts import iter_drawings, load_concepts, name_index
-from pocketfusion.data.emoji.packages import DEFAULT_STYLES, fetch_packages
+from pocketfusion.data.emoji.drawings import DEFAULT_STYLES, fetch_packages
 from pocketfusion.data.emoji.scenes import BACKGROUNDS, render_scene, sample_scene
 from pocketfusion.data.shapes import COLOURS
 from pocketfusion.evaluate.score.composition import border_colour, check_scenes, crop, cut, read_scene

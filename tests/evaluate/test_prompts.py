@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from pocketfusion.data.emoji.packages import STYLES
+from pocketfusion.data.emoji.drawings import STYLES
 from pocketfusion.data.emoji.split import assign_split, frozen_groups
 from pocketfusion.evaluate.prompts import fixed_prompts
 

@@ -9,7 +9,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import SamplerSettings
 from pocketfusion.evaluate.score.harness import score_folder
 from pocketfusion.folder import folder_hash
-from pocketfusion.models.judge import JudgeModel
+from pocketfusion.models.dual_encoder import JudgeModel
 
 
 @pytest.fixture

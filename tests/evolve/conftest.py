@@ -10,7 +10,7 @@ import torch
 @pytest.fixture(scope="session")
 def judge(tiny_folder, tmp_path_factory) -> Path:
     """A judge folder over the tiny text encoder."""
-    from pocketfusion.models.judge import JudgeModel
+    from pocketfusion.models.dual_encoder import JudgeModel
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("judge") / "judge"
@@ -25,7 +25,7 @@ def table(tiny_folder, tmp_path_factory) -> Path:
     from pocketfusion.latency.table import Entry, LatencyTable, Overhead, Timing, Whole
     from pocketfusion.latency.timing_backends import settings_here
     from pocketfusion.latency.unet_parts import action_architectures, bare, base_shapes, list_parts
-    from pocketfusion.models.architecture import Architecture
+    from pocketfusion.models.elastic.architecture import Architecture
 
     config = json.loads((tiny_folder / "unet" / "config.json").read_text())
     stock = Architecture.stock(config)

@@ -10,7 +10,7 @@ import numpy as np
 
 from pocketfusion.artefact import atomic_folder
 from pocketfusion.evolve.algorithm import Tools
-from pocketfusion.models.architecture import Architecture, BlockName
+from pocketfusion.models.elastic.architecture import Architecture, BlockName
 
 CONFIG = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -5,8 +5,8 @@ from search_world import CONFIG, STOCK
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evolve.actions import KINDS, Action, apply_all, copies, parse_kinds, reductions
-from pocketfusion.models.architecture import MOST_BLOCKS
-from pocketfusion.models.skips import check_architecture
+from pocketfusion.models.elastic.architecture import MOST_BLOCKS
+from pocketfusion.models.elastic.skips import check_architecture
 
 ALL = tuple(KINDS.values())
 

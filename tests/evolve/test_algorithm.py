@@ -6,10 +6,9 @@ import pytest
 from search_world import CONFIG, STOCK, Network, World
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.evolve.algorithm import OutOfTime, Search, Settings, evolve
-from pocketfusion.evolve.budget import budget_in_ms, check_reachable, smallest
+from pocketfusion.evolve.algorithm import Ledger, OutOfTime, Search, Settings, evolve
 from pocketfusion.evolve.figures import frontier_points
-from pocketfusion.evolve.ledger import Ledger
+from pocketfusion.evolve.values import budget_in_ms, check_reachable, smallest
 
 A, B, C = "down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0"
 MS = {A: 4.0, B: 3.0, C: 2.0}  # 10 + 4 + 3 + 2 + 9 others = 28

@@ -5,9 +5,9 @@ from search_world import CONFIG, milliseconds
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evolve.actions import Action, apply_all, reductions
-from pocketfusion.evolve.baselines import bk_sdm, random_removal
-from pocketfusion.models.architecture import Architecture
-from pocketfusion.models.skips import check_architecture
+from pocketfusion.evolve.removal import bk_sdm, random_removal
+from pocketfusion.models.elastic.architecture import Architecture
+from pocketfusion.models.elastic.skips import check_architecture
 
 #: Stable Diffusion's pattern: 38 blocks of 1 ms, and 10 ms
 SD = {

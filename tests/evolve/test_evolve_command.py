@@ -11,11 +11,11 @@ from pocketfusion.artefact import sha256_folder
 from pocketfusion.cli import main
 from pocketfusion.evolve.actions import Action
 from pocketfusion.evolve.figures import removal_drops
-from pocketfusion.evolve.inputs import open_latency
+from pocketfusion.evolve.search import open_latency
 from pocketfusion.folder import folder_hash, read_provenance
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.loading import load_pipeline
-from pocketfusion.models.surgery import with_architecture
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_minutes_over_says_how_to_go_on(command, inputs, tmp_path):
 def test_remove_writes_a_folder_that_draws(command, tiny_folder, table, tmp_path, method, seed):
     from diffusers import DDIMScheduler
 
+    from pocketfusion.models.guided import sample_images
     from pocketfusion.models.text_encoder import TextEncoder
-    from pocketfusion.train.sample import sample_images
 
     out = tmp_path / method
     arguments = ("--latency", table, "--method", method, "--seed", seed, "--budget-ratio", 0.5, "--out", out)

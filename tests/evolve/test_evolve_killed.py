@@ -20,11 +20,11 @@ def test_a_killed_search_goes_on(kill, end, tiny_folder, tiny_recipe, tiny_data,
         return (tmp_path / "cut.run" / "evaluations.jsonl").read_text().splitlines()
 
     end(*arguments("whole"))
-    kill("pocketfusion.evolve.ledger:Ledger.add", 7, *arguments("cut"))
+    kill("pocketfusion.evolve.algorithm:Ledger.add", 7, *arguments("cut"))
     first = evaluations()
     assert len(first) == 7
-    kill("pocketfusion.evolve.run:_save", 1, *arguments("cut"))  # after the round's training
-    kill("pocketfusion.evolve.run:plot_frontier", 1, *arguments("cut"))
+    kill("pocketfusion.evolve.search:_save", 1, *arguments("cut"))  # after the round's training
+    kill("pocketfusion.evolve.search:plot_frontier", 1, *arguments("cut"))
     assert not (tmp_path / "cut").exists() and len(leftovers(tmp_path)) == 1
     before = evaluations()
     end(*arguments("cut"))

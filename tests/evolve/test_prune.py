@@ -14,12 +14,12 @@ from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.generate import ModelFolder
 from pocketfusion.folder import folder_hash, read_provenance
+from pocketfusion.models.elastic.transfer import without_units
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sd_configs import CONFIGS
-from pocketfusion.models.surgery import without_units
 from pocketfusion.prune.harm import noise, predictions, real_calls, unit_harm
-from pocketfusion.prune.plan import Prunable, least_harm, uniform, uniform_counts
+from pocketfusion.prune.pruning import Prunable, least_harm, uniform, uniform_counts
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pocketfusion.evaluate.generate import ModelFolder, SamplerSettings
 from pocketfusion.evaluate.metrics import clip_score
 from pocketfusion.evaluate.sets import picture_seed
 from pocketfusion.evolve.score import JudgeScorer, ScoreSettings, validation_set
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import load_elastic
-from pocketfusion.models.surgery import with_architecture
 
 
 @pytest.fixture(scope="module")

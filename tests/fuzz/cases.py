@@ -260,7 +260,7 @@ def latency_case(rng: random.Random, world: World) -> Callable[[], str]:
 
     def use() -> str:
         from pocketfusion.latency.table import LatencyTable
-        from pocketfusion.models.architecture import Architecture
+        from pocketfusion.models.elastic.architecture import Architecture
 
         table = LatencyTable.load(file)
         table.check(config, table.settings, force=rng.random() < 0.5)
@@ -274,7 +274,7 @@ def latency_case(rng: random.Random, world: World) -> Callable[[], str]:
 def _table() -> tuple[dict[str, Any], dict[str, Any]]:
     """A UNet's configuration and a table of it."""
     from pocketfusion.latency.unet_parts import base_shapes, list_parts
-    from pocketfusion.models.architecture import Architecture
+    from pocketfusion.models.elastic.architecture import Architecture
 
     config = {
         "sample_size": 8,

@@ -7,7 +7,7 @@ import pytest
 from pocketfusion.latency.profiling import distinct_parts
 from pocketfusion.latency.table import Entry, LatencyTable, Overhead, Settings, Timing, Whole
 from pocketfusion.latency.unet_parts import action_architectures, base_shapes, list_parts
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 from tiny import MAX_LENGTH, tiny_pipeline
 
 

@@ -14,7 +14,7 @@ from pocketfusion.latency.phone_pack import LOGS, MANIFEST, SCRIPT, import_pack,
 from pocketfusion.latency.target import Target
 from pocketfusion.latency.timing_backends import Job, make_backend
 from pocketfusion.latency.unet_parts import list_parts
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 from tiny import MAX_LENGTH, tiny_pipeline
 
 #: The lines of the tool's documented output that matter, with its warm-up statistics before the timed ones.

@@ -15,7 +15,7 @@ from pocketfusion.latency.part_modules import Empty, with_random_weights
 from pocketfusion.latency.profiling import WARMUP, PartJobs, measure, rounds, time_jobs
 from pocketfusion.latency.target import Target, validation_architectures
 from pocketfusion.latency.timing_backends import Job, make_backend
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.sd_configs import CONFIGS
 from tiny import MAX_LENGTH, tiny_pipeline
 

@@ -10,7 +10,7 @@ import pytest
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.latency.breakdown import breakdown, plot_table, removal_savings
 from pocketfusion.latency.table import LatencyTable
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 
 # SD's pattern: 22 ResNets, 16 cross-attention blocks; 3 down- and 3 upsamplers, conv_in, time embedding, conv_out
 PARTS = 22 + 16 + 6 + 3

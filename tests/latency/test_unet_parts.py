@@ -18,7 +18,7 @@ from pocketfusion.latency.target import validation_architectures
 from pocketfusion.latency.unet_parts import Part, action_architectures, list_parts, stage_names
 from pocketfusion.mobile.specs import multiply_adds
 from pocketfusion.mobile.wrappers import nchw, nhwc
-from pocketfusion.models.architecture import FEED_FORWARD_SHARES, Architecture, BlockName
+from pocketfusion.models.elastic.architecture import FEED_FORWARD_SHARES, Architecture, BlockName
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.models.sd_configs import CONFIGS
 from tiny import MAX_LENGTH, tiny_pipeline

@@ -21,8 +21,8 @@ from pocketfusion.cli.export_commands import _parse_lora
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.lora import _names, merge_lora
 from pocketfusion.mobile.lora_file import LoraLayer, check_lora
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import as_elastic
-from pocketfusion.models.surgery import with_architecture
 
 PLAIN = clip_pipeline()  #: read only
 

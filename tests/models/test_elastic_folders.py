@@ -16,12 +16,12 @@ from unets import SD1, SD2, TWO_STAGES, block_names, inputs, run, stock_unet, ze
 from pocketfusion.info import describe_model_folder
 from pocketfusion.mobile import gate, wrappers
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
-from pocketfusion.models.architecture import MID, Architecture
-from pocketfusion.models.base import copy_with_unet
+from pocketfusion.models.elastic.architecture import MID, Architecture
+from pocketfusion.models.elastic.presets import snapfusion
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import ElasticUNet, as_elastic, load_elastic
 from pocketfusion.models.loading import load_pipeline
-from pocketfusion.models.presets import snapfusion
-from pocketfusion.models.surgery import with_architecture
+from pocketfusion.models.writing import copy_with_unet
 
 
 def mixed(architecture: Architecture) -> Architecture:

@@ -11,9 +11,9 @@ from torch import nn
 from unets import NO_MID, ONE_LAYER, SD1, SD2, TWO_STAGES, block_names, inputs, run, stock_unet, zeroed
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.architecture import MID, MOST_BLOCKS, Architecture
+from pocketfusion.models.elastic.architecture import MID, MOST_BLOCKS, Architecture
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import ElasticUNet, as_elastic, as_stock
-from pocketfusion.models.surgery import with_architecture
 
 NAMES = Architecture.stock({**SD1, "mid_block_type": "UNetMidBlock2DCrossAttn"}).names()
 

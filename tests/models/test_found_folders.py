@@ -34,14 +34,14 @@ from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.specs import scheduler_spec
 from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import wrap
-from pocketfusion.models.base import copy_with_unet
 from pocketfusion.models.elastic_unet import load_elastic
-from pocketfusion.models.guidance import guided_prediction
+from pocketfusion.models.guided import guided_prediction
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.noise_schedule import ddim_scheduler, read_ddim_scheduler
 from pocketfusion.models.sampling import Sampling, usual_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.models.text_encoder import load_text_encoder
+from pocketfusion.models.writing import copy_with_unet
 from pocketfusion.recipe import TextSettings
 from tiny import tiny_pipeline
 from tiny_clip import LENGTH, clip_tokenizer, text_config

@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from pocketfusion.distill.decoder import copy_with_vae
 from pocketfusion.distill.decoder_pruning import half_shape, prune_decoder
-from pocketfusion.models.base import copy_folder, copy_with_unet, write_scheduler
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.slim_autoencoder import load_vae
+from pocketfusion.models.writing import copy_folder, copy_with_unet, write_scheduler
 
 CHECKER = {
     "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],

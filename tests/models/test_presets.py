@@ -17,12 +17,12 @@ from pocketfusion.cli import main
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, read_provenance
 from pocketfusion.mobile.cost import unet_cost
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
+from pocketfusion.models.elastic.presets import snapfusion, stage_counts
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import as_elastic
 from pocketfusion.models.loading import load_pipeline
-from pocketfusion.models.presets import snapfusion, stage_counts
 from pocketfusion.models.sd_configs import CONFIGS
-from pocketfusion.models.surgery import with_architecture
 
 #: SnapFusion, Table 3: cross-attention blocks and ResNets per stage, original → ours.
 PAPER = {

@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 from unets import NO_MID, ONE_LAYER, SD1, TWO_STAGES
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.architecture import MID, Architecture, Block, Layer, Stage
+from pocketfusion.models.elastic.architecture import MID, Architecture, Block, Layer, Stage
+from pocketfusion.models.elastic.skips import check_architecture, layer_shapes, stock_skips
 from pocketfusion.models.elastic_unet import ElasticUNet, as_elastic, check_family, load_elastic
-from pocketfusion.models.skips import check_architecture, layer_shapes, stock_skips
 
 CONFIG = {"mid_block_type": "UNetMidBlock2DCrossAttn"} | SD1
 STOCK = Architecture.stock(CONFIG)

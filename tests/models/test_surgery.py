@@ -7,8 +7,8 @@ import torch
 from unets import SD1, SD2, inputs, run, stock_unet
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import as_elastic
-from pocketfusion.models.surgery import with_architecture
 
 CHANGES = ["up_blocks.2.resnets.0", "up_blocks.3.resnets.0", "down_blocks.1.resnets.0"]  # of channels, as copies
 

@@ -15,11 +15,11 @@ from pocketfusion.latency.profiling import PartJobs
 from pocketfusion.latency.unet_parts import list_parts
 from pocketfusion.mobile import gate, wrappers
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
-from pocketfusion.models.architecture import Architecture, Block
+from pocketfusion.models.elastic.architecture import Architecture, Block
+from pocketfusion.models.elastic.transfer import with_architecture, without_units
+from pocketfusion.models.elastic.units import block_units
 from pocketfusion.models.elastic_unet import ElasticUNet, as_elastic, as_stock
 from pocketfusion.models.sd_configs import CONFIGS
-from pocketfusion.models.surgery import with_architecture, without_units
-from pocketfusion.models.units import block_units
 
 RESNET, ATTENTION = "up_blocks.2.resnets.0", "up_blocks.2.attentions.1"  # the ResNet changes channels
 

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.judge import JudgeModel, load_judge
+from pocketfusion.models.dual_encoder import JudgeModel, load_judge
+from pocketfusion.models.slim_autoencoder import to_tensor
 from pocketfusion.recipe import PictureLossSettings, load_recipe
 from pocketfusion.train.autoencoder import (
     AutoencoderTask,
@@ -19,7 +20,6 @@ from pocketfusion.train.autoencoder import (
     fold_whitening,
     gradient_loss,
     latent_statistics,
-    to_tensor,
 )
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, read_provenance
-from pocketfusion.models.architecture import Architecture
-from pocketfusion.models.base import copy_with_unet
+from pocketfusion.models.elastic.architecture import Architecture
+from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
 from pocketfusion.models.loading import load_pipeline
-from pocketfusion.models.surgery import with_architecture
+from pocketfusion.models.writing import copy_with_unet
 from pocketfusion.recipe import ElasticSettings, load_recipe
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.elastic import ElasticTask, RobustTrainer, draw_skipped, train_elastic

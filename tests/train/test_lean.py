@@ -17,14 +17,14 @@ from pocketfusion.cli.train_commands import replaced
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.recipe import StepDistillSettings, load_recipe
-from pocketfusion.train import micro_batch
 from pocketfusion.train.batch import BatchPlan
 from pocketfusion.train.checkpoint import Average, update_ema
-from pocketfusion.train.lean import InputsAs, checkpoint_activations, slim_teachers
 from pocketfusion.train.log import ModelFlops, read_log
 from pocketfusion.train.loop import train
-from pocketfusion.train.micro_batch import parts_of
-from pocketfusion.train.room import Planner, works_of
+from pocketfusion.train.memory import micro_batch
+from pocketfusion.train.memory.lean import InputsAs, checkpoint_activations, slim_teachers
+from pocketfusion.train.memory.micro_batch import parts_of
+from pocketfusion.train.memory.room import Planner, works_of
 
 
 @pytest.fixture(scope="module")

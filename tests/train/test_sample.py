@@ -7,10 +7,9 @@ from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import Attention
 
 from pocketfusion.models.elastic_unet import load_elastic
-from pocketfusion.models.guidance import guided_prediction
+from pocketfusion.models.guided import guided_prediction, noise_batch, sample_latents
 from pocketfusion.runtime.manifest import SchedulerSpec
 from pocketfusion.runtime.samplers.sampler import Sampler
-from pocketfusion.train.sample import noise_batch, sample_latents
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.train import sharded
 from pocketfusion.train.checkpoint import CheckpointWriter
 from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import train
+from pocketfusion.train.memory import sharded
 from processes import launch_two
 
 TASK = Path(__file__).parent / "loop_task.py"

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash, read_provenance, write_provenance
-from pocketfusion.models.judge import load_judge
+from pocketfusion.models.dual_encoder import load_judge
+from pocketfusion.models.guided import noise_batch, sample_images, sample_latents
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.recipe import TextSettings, load_recipe
@@ -21,7 +22,6 @@ from pocketfusion.train.judge import contrastive_loss
 from pocketfusion.train.log import read_log
 from pocketfusion.train.loop import train
 from pocketfusion.train.place import StageRun
-from pocketfusion.train.sample import noise_batch, sample_images, sample_latents
 from pocketfusion.train.start import open_start
 from pocketfusion.train.teacher import TeacherTask, train_teacher
 from processes import assert_same_training, launch_two
@@ -93,7 +93,7 @@ def test_the_first_steps_may_train_on_pictures_of_half_the_size(trained, tiny_re
 def test_the_scaling_factor_gives_unit_latents(trained, tiny_data):
     from diffusers import AutoencoderKL
 
-    from pocketfusion.train.autoencoder import to_tensor
+    from pocketfusion.models.slim_autoencoder import to_tensor
 
     vae = AutoencoderKL.from_pretrained(trained / "autoencoder")
     data = open_dataset(tiny_data, 64)

@@ -185,7 +185,7 @@ def emoji_command(
     from rich.table import Table
 
     from pocketfusion.data.emoji.build import EmojiSettings, build_emoji
-    from pocketfusion.data.emoji.packages import DEFAULT_STYLES
+    from pocketfusion.data.emoji.drawings import DEFAULT_STYLES
 
     settings = EmojiSettings(
         styles=tuple(dict.fromkeys(style or DEFAULT_STYLES)),
@@ -262,8 +262,7 @@ def cache_command(
         raise PocketfusionError(f"--precision {precision!r} is none: give no or bf16")
     from pocketfusion.artefact import check_writable_parent
     from pocketfusion.data.buckets import make_buckets
-    from pocketfusion.data.latents.bar import PartsBar
-    from pocketfusion.data.latents.filling import fill
+    from pocketfusion.data.latents.filling import PartsBar, fill
     from pocketfusion.data.latents.finishing import finish
     from pocketfusion.data.latents.layout import Plan, missing_parts
     from pocketfusion.data.remote import is_url, shown

@@ -96,7 +96,7 @@ def evolve_command(
     stage = StageRun.at(out, run, max_minutes, overwrite) if out is not None else None
     quiet_libraries()  # imports them: only after the quick checks
     from pocketfusion.evolve.algorithm import OutOfTime
-    from pocketfusion.evolve.run import Inputs, evolve_folder, rank_folder
+    from pocketfusion.evolve.search import Inputs, evolve_folder, rank_folder
 
     folder = model_folder(folder)
     inputs = Inputs(folder, loaded, data, judge, latency, samples, steps, seed, precision.value, force, skip_bad)
@@ -309,7 +309,7 @@ def prune_command(
     quiet_libraries()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from pocketfusion.prune.run import prune_folder
+    from pocketfusion.prune.pruning import prune_folder
 
     folder = model_folder(folder)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

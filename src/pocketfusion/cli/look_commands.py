@@ -18,7 +18,7 @@ from pocketfusion.terminal import Console
 if TYPE_CHECKING:
     from pocketfusion.recipe import Recipe
     from pocketfusion.terminal import Console
-    from pocketfusion.train.room import Planner, Room, Work
+    from pocketfusion.train.memory.room import Planner, Room, Work
 
 
 @app.command("info")
@@ -289,7 +289,7 @@ def plan_command(
     loaded = load_recipe(recipe)
     check_trackers_of(loaded)
     quiet_libraries()
-    from pocketfusion.train.room import Planner, works_of
+    from pocketfusion.train.memory.room import Planner, works_of
 
     works = works_of(loaded)
     if stage is not None:
@@ -311,7 +311,7 @@ def plan_command(
 
 def _check_processes(recipe: Recipe, sections: set[str], processes: int) -> None:
     """Raises PocketfusionError for a section whose batch they cannot share: else it is told hours later."""
-    from pocketfusion.train.micro_batch import parts_of
+    from pocketfusion.train.memory.micro_batch import parts_of
 
     for name, section in recipe:
         if name in sections and section is not None:
@@ -332,7 +332,7 @@ def _machine() -> tuple[str, float]:
 
 
 def _show(console: Console, planner: Planner, work: Work, limit: float) -> None:
-    from pocketfusion.train.room import ladder
+    from pocketfusion.train.memory.room import ladder
 
     count = f"{work.student.parameters / 1e6:,.1f} M parameters"
     console.print(f"\n{work.name}: {count}, batch {work.train.batch_size}")

@@ -111,8 +111,7 @@ def _evolve(work: Work) -> Made:
     """The search; unfinished if its time is over."""
     from pocketfusion.evolve.actions import parse_kinds
     from pocketfusion.evolve.algorithm import OutOfTime
-    from pocketfusion.evolve.inputs import Inputs
-    from pocketfusion.evolve.run import evolve_folder
+    from pocketfusion.evolve.search import Inputs, evolve_folder
 
     options = work.options
     table = work.path("latency")
@@ -218,7 +217,7 @@ def _data(work: Work) -> Made:
 
         return Made({"pictures": make_shapes(out, work.recipe.data.size, overwrite=True)["count"]})
     from pocketfusion.data.emoji.build import EmojiSettings, build_emoji
-    from pocketfusion.data.emoji.packages import DEFAULT_STYLES
+    from pocketfusion.data.emoji.drawings import DEFAULT_STYLES
 
     asked = options.model_dump(include={"scenes", "variants", "skin_tones", "seed"})
     settings = EmojiSettings(styles=options.style or DEFAULT_STYLES, sizes=(work.recipe.data.size,), **asked)

@@ -26,7 +26,7 @@ from pocketfusion.compress.runner import Span, planned
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.outlook import Outlook, prepare
 from pocketfusion.recipe import SECTIONS, Recipe
-from pocketfusion.train.micro_batch import parts_of
+from pocketfusion.train.memory.micro_batch import parts_of
 
 _MEASURABLE = 60e6  #: parameters up to which a network is timed as it is
 _MOMENT = 2.0  #: seconds that a network is timed for
@@ -107,7 +107,7 @@ class Networks:
     @cached_property
     def judge(self) -> Cost:
         """A picture of the judge."""
-        from pocketfusion.models.judge import JudgeModel
+        from pocketfusion.models.dual_encoder import JudgeModel
 
         size, judge = self.recipe.data.size, self.recipe.judge
         config = {"image_size": size, "widths": judge.widths, "embed_dim": judge.embed_dim, "text_width": self.width}

@@ -15,7 +15,7 @@ from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.inputs import PROMPTS, tokenize
 from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
 from pocketfusion.mobile.wrappers import TimeEmbeddingAt, UNet, wrap
-from pocketfusion.models.guidance import guidance_of
+from pocketfusion.models.guided import guidance_of
 from pocketfusion.models.loading import assemble, empty_part, load_part
 from pocketfusion.models.sampling import usual_sampling
 from pocketfusion.quiet import quiet

@@ -12,8 +12,7 @@ from PIL import Image
 
 from pocketfusion.data.buckets import fit
 from pocketfusion.data.pictures import Stored
-from pocketfusion.data.rows import LeftOut
-from pocketfusion.data.samples import Sample
+from pocketfusion.data.rows import LeftOut, Sample
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.networks import available_cores
 

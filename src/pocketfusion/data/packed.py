@@ -12,7 +12,7 @@ import numpy as np
 from pocketfusion.artefact import sha256_file
 from pocketfusion.data.files import json_lines, parse_json, read_text
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.licences import LicenceNote
+from pocketfusion.folder import LicenceNote
 
 FORMAT, VERSION = "pocketfusion-images", 1
 

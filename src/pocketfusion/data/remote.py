@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from pocketfusion.data.found import tell_gaps
-from pocketfusion.data.rows import LeftOut
-from pocketfusion.data.samples import Part, Sample
+from pocketfusion.data.rows import LeftOut, Part, Sample
 from pocketfusion.data.shards import shard_samples
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.licences import LicenceNote
+from pocketfusion.folder import LicenceNote
 from pocketfusion.temporaries import scratch_folder
 
 SCHEMES = ("s3", "gs", "hf", "http", "https")

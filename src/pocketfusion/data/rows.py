@@ -1,4 +1,7 @@
-"""What is said of a picture (captions, split, whether it may be mirrored), checked where it is read; bad samples."""
+"""What is said of a picture (captions, split, whether it may be mirrored), checked where it is read; bad samples.
+
+And what sources of such pictures give: samples by parts, so that no more than one part is ever in memory.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,18 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from reprlib import repr as shorten
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from pocketfusion.data.files import json_lines, parse_json, plain_text, read_bytes
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.folder import LicenceNote
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 MAX_CAPTION = 1 << 20  #: bytes of a caption file
@@ -212,3 +217,59 @@ def _csv_lines(text: str, name: str) -> Iterator[tuple[str, Any]]:
         flip = values.get("flip") or None
         values["flip"] = {"true": True, "false": False}.get(flip.lower(), flip) if flip else None
         yield where, values
+
+
+class Picture(Protocol):
+    """What can be opened when its turn comes, in any thread."""
+
+    def open(self) -> Image.Image:
+        """Mode RGB, upright; raises PocketfusionError that names the picture."""
+
+
+class Sample(NamedTuple):
+    """A picture that is not decoded yet and its row (`id`, `split` or None, `flip`, `captions`, …).
+
+    `key`: how its shard names it; the id too, unless there are several shards.
+    """
+
+    key: str
+    picture: Picture
+    row: dict[str, Any]
+
+
+class Part(NamedTuple):
+    """What is read at one go. `made_of` changes when the source's files do."""
+
+    name: str
+    made_of: str
+
+
+class Source(Protocol):
+    """Captioned pictures by parts."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """What is read one after the other."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Where it is known without reading the pictures."""
+
+    @property
+    def licences(self) -> Sequence[LicenceNote]:
+        """Of the pictures."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What was not read."""
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """What was bad before any part was read."""
+
+    def reading(self, number: int, left_out: LeftOut) -> AbstractContextManager[Iterator[Sample]]:
+        """The samples of a part; their pictures can be opened inside the block."""

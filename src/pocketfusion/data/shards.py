@@ -10,8 +10,7 @@ from typing import Any, BinaryIO
 
 from pocketfusion.data.files import open_file, parse_json, plain_text
 from pocketfusion.data.pictures import PICTURES, UNREAD, Stored
-from pocketfusion.data.rows import MAX_CAPTION, LeftOut, captions, parse_row, split_of_path
-from pocketfusion.data.samples import Sample
+from pocketfusion.data.rows import MAX_CAPTION, LeftOut, Sample, captions, parse_row, split_of_path
 from pocketfusion.errors import PocketfusionError
 
 

@@ -25,6 +25,9 @@ from pocketfusion.data.remote import SCHEMES, RemoteSource, is_url
 from pocketfusion.data.rows import (
     MAX_CAPTION,
     LeftOut,
+    Part,
+    Sample,
+    Source,
     hold_out,
     parse_row,
     rank,
@@ -34,10 +37,9 @@ from pocketfusion.data.rows import (
     split_of_path,
     told_of,
 )
-from pocketfusion.data.samples import Part, Sample, Source
 from pocketfusion.data.shards import shard_samples
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.licences import LicenceNote
+from pocketfusion.folder import LicenceNote
 
 _CHUNK = 1000  #: pictures of a part, where they are not in shards
 

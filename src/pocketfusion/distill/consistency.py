@@ -34,12 +34,12 @@ from pocketfusion.distill.guidance import with_guidance_input
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash
 from pocketfusion.models.elastic_unet import ElasticUNet
-from pocketfusion.models.guidance import guidance_of, guided_prediction
+from pocketfusion.models.guided import guidance_of, guided_prediction
 from pocketfusion.models.sampling import Guidance, Sampling, read_sampling
 from pocketfusion.recipe import ConsistencySettings, Recipe
 from pocketfusion.train.batch import Batch, shared
+from pocketfusion.train.memory.sharded import is_sharded
 from pocketfusion.train.place import StageRun
-from pocketfusion.train.sharded import is_sharded
 from pocketfusion.train.stage import finished_result
 from pocketfusion.train.start import Start, identity, open_start, train_on
 from pocketfusion.train.teacher import TeacherTask, fast_attention

@@ -29,13 +29,13 @@ from pocketfusion.folder import (
     weights_hash,
 )
 from pocketfusion.locks import hold
-from pocketfusion.models.base import copy_folder
-from pocketfusion.models.judge import JudgeModel, load_judge
-from pocketfusion.models.slim_autoencoder import DecoderShape, SlimAutoencoderKL, load_vae
+from pocketfusion.models.dual_encoder import JudgeModel, load_judge
+from pocketfusion.models.slim_autoencoder import DecoderShape, SlimAutoencoderKL, load_vae, to_tensor, to_uint8
+from pocketfusion.models.writing import copy_folder
 from pocketfusion.processes import process_state
 from pocketfusion.recipe import DataSettings, DecoderDistillSettings, Recipe
 from pocketfusion.safetensors_header import read_safetensors_header
-from pocketfusion.train.autoencoder import PictureLoss, psnr, to_tensor, to_uint8
+from pocketfusion.train.autoencoder import PictureLoss, psnr
 from pocketfusion.train.batch import Batch, BatchPlan, shared, spread
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun

@@ -27,17 +27,16 @@ from pocketfusion.artefact import sha256_folder
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.locks import try_lock
-from pocketfusion.models.guidance import guidance_of, guided_prediction
+from pocketfusion.models.guided import guidance_of, guided_prediction, noise_batch
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import Sampling, read_sampling
+from pocketfusion.models.slim_autoencoder import to_tensor
 from pocketfusion.models.text_encoder import TextEncoder
 from pocketfusion.recipe import DataSettings, DecoderDistillSettings
 from pocketfusion.terminal import titled
-from pocketfusion.train.autoencoder import to_tensor
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.cache import CaptionTable, cache_latents
-from pocketfusion.train.sample import noise_batch
 
 _PAPER_STEPS = 50
 _BLOCK = 64  #: captions of a pass that keep the shares

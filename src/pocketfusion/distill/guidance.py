@@ -20,7 +20,7 @@ from pocketfusion.distill.compatible import check_teacher
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash
 from pocketfusion.models.elastic_unet import ElasticUNet
-from pocketfusion.models.guidance import guidance_embedding, guidance_of, guided_prediction
+from pocketfusion.models.guided import guidance_embedding, guidance_of, guided_prediction
 from pocketfusion.models.noise_schedule import read_ddim_scheduler
 from pocketfusion.models.sampling import Guidance, Sampling, read_sampling
 from pocketfusion.recipe import GuidanceDistillSettings, Recipe, field_values

@@ -39,7 +39,7 @@ from pocketfusion.distill.objectives import (
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash
 from pocketfusion.models.elastic_unet import ElasticUNet
-from pocketfusion.models.guidance import guidance_of, guided_prediction, guided_predictor, remembered_text
+from pocketfusion.models.guided import guidance_of, guided_prediction, guided_predictor, remembered_text
 from pocketfusion.models.sampling import Guidance, Sampling, read_sampling
 from pocketfusion.processes import mean_over_processes
 from pocketfusion.recipe import Recipe, StepDistillSettings

@@ -13,7 +13,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash
 
 if TYPE_CHECKING:
-    from pocketfusion.models.judge import Judge
+    from pocketfusion.models.dual_encoder import Judge
 
 CLIP_MODEL = "ViT-g-14"  #: SnapFusion's and BK-SDM's; BK-SDM's weights are laion2b_s34b_b88k
 CLIP_SCORE = "100 × mean cosine (BK-SDM prints the mean cosine itself)"
@@ -72,7 +72,7 @@ def open_judge(path: Path) -> Judge:
     """
     import torch
 
-    from pocketfusion.models.judge import load_judge
+    from pocketfusion.models.dual_encoder import load_judge
 
     judge = load_judge(path)
     wanted, given = judge.model.config.text_width, judge.text.width

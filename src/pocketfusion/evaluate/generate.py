@@ -80,7 +80,7 @@ class ModelFolder:
 
         from pocketfusion.folder import folder_hash
         from pocketfusion.mobile.specs import scheduler_spec
-        from pocketfusion.models.guidance import guidance_of
+        from pocketfusion.models.guided import guidance_of
         from pocketfusion.models.loading import load_pipeline
         from pocketfusion.models.noise_schedule import ddim_scheduler
         from pocketfusion.models.sampling import read_sampling
@@ -124,8 +124,8 @@ class ModelFolder:
     def _draw_batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplerSettings) -> np.ndarray:
         import torch
 
-        from pocketfusion.train.autoencoder import to_uint8
-        from pocketfusion.train.sample import noise_batch, sample_latents
+        from pocketfusion.models.guided import noise_batch, sample_latents
+        from pocketfusion.models.slim_autoencoder import to_uint8
 
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         with torch.no_grad(), self._precision():
@@ -167,7 +167,7 @@ class ModelFolder:
         """Latents [B, C, h, w] by the runtime's sampler, with the noise that it takes on a phone."""
         import torch
 
-        from pocketfusion.models.guidance import guided_predictor, remembered_text
+        from pocketfusion.models.guided import guided_predictor, remembered_text
         from pocketfusion.runtime.denoise import NoiseStream, seeded_noise
 
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels

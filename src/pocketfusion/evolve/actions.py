@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.architecture import FEED_FORWARD_SHARES, MID, MOST_BLOCKS, Architecture, BlockName
-from pocketfusion.models.skips import is_sound
+from pocketfusion.models.elastic.architecture import FEED_FORWARD_SHARES, MID, MOST_BLOCKS, Architecture, BlockName
+from pocketfusion.models.elastic.skips import is_sound
 
 ActionKind = Literal["remove", "remove-self-attention", "narrow-feed-forward", "drop", "duplicate"]
 #: What `--actions` calls the kinds. SnapFusion has the first and the last; removing self-attention alone is

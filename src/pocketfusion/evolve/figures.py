@@ -8,7 +8,7 @@ from typing import Any
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.evolve.actions import short_name
-from pocketfusion.models.architecture import BlockName
+from pocketfusion.models.elastic.architecture import BlockName
 
 _COLOURS = {"resnets": ("#f2b183", "#c8551b"), "attentions": ("#9fc5e8", "#1f5fbf")}  #: before, after training
 _KINDS = {"attentions": "cross-attention", "resnets": "ResNet"}

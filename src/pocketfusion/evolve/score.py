@@ -14,8 +14,8 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.evaluate.metrics import clip_score
 from pocketfusion.evaluate.sets import choose_sets, members, picture_seed
 from pocketfusion.models.elastic_unet import ElasticUNet
-from pocketfusion.train.autoencoder import to_uint8
-from pocketfusion.train.sample import noise_batch, sample_latents
+from pocketfusion.models.guided import noise_batch, sample_latents
+from pocketfusion.models.slim_autoencoder import to_uint8
 from pocketfusion.train.teacher import fast_attention
 
 VALIDATION = "val_combo"

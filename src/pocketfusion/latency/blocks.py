@@ -21,7 +21,7 @@ from pocketfusion.latency.unet_parts import list_parts
 from pocketfusion.mobile.rewrites.base import shared_copy
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.wrappers import nchw, nhwc
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.sd_configs import CONFIGS
 
 #: Largest picture side of the decoder's blocks here: at 512 a software GPU takes minutes for each.

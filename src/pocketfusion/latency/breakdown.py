@@ -12,7 +12,7 @@ from typing import Any
 from pocketfusion.artefact import atomic_file
 from pocketfusion.latency.table import LatencyTable
 from pocketfusion.latency.unet_parts import KIND_NAMES, level_sizes, list_parts, stage_names
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 
 _OTHER = "other"  #: samplers, conv_in, conv_out, time embedding
 

@@ -12,7 +12,7 @@ from torch import nn
 from pocketfusion.latency.unet_parts import Part
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.wrappers import UNet, nchw, nhwc
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.elastic_unet import ElasticUNet
 
 #: Standard deviation of random weights: activations stay finite through any number of blocks.

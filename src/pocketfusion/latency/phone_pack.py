@@ -29,7 +29,7 @@ from pocketfusion.latency.table import Entry, LatencyTable, Settings, Timing
 from pocketfusion.latency.target import Target
 from pocketfusion.latency.timing_backends import Backend, Job
 from pocketfusion.latency.unet_parts import bare, base_shapes
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 
 MANIFEST, SCRIPT, LOGS = "pack.json", "run.sh", "logs"
 

@@ -23,7 +23,7 @@ from pocketfusion.latency.target import Target
 from pocketfusion.latency.timing_backends import Backend, Job, Runner
 from pocketfusion.latency.unet_parts import Part, action_architectures, bare, base_shapes, list_parts, unknown_part
 from pocketfusion.mobile.specs import multiply_adds
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.runtime.memory import available_memory
 
 #: Called with what is being done, how much of it is done and how much there is.

@@ -13,7 +13,7 @@ from pocketfusion.artefact import write_json
 from pocketfusion.bounded import MB, check_numbers, read_bytes
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.latency.unet_parts import Part, base_shapes, list_parts, unknown_part
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 
 
 class _Value(BaseModel):

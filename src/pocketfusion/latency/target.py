@@ -19,7 +19,7 @@ from pocketfusion.folder import check_folder
 from pocketfusion.latency.timing_backends import Job
 from pocketfusion.mobile import specs
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
-from pocketfusion.models.architecture import MID, Architecture, BlockName
+from pocketfusion.models.elastic.architecture import MID, Architecture, BlockName
 from pocketfusion.models.elastic_unet import check_family
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sd_configs import CONFIGS, random_pipeline

@@ -13,9 +13,9 @@ from itertools import product
 from typing import Any, Literal
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.architecture import FEED_FORWARD_SHARES, Architecture, Block, BlockName, Layer
-from pocketfusion.models.presets import paper_stages
-from pocketfusion.models.skips import Shape, check_architecture, layer_shapes
+from pocketfusion.models.elastic.architecture import FEED_FORWARD_SHARES, Architecture, Block, BlockName, Layer
+from pocketfusion.models.elastic.presets import paper_stages
+from pocketfusion.models.elastic.skips import Shape, check_architecture, layer_shapes
 
 PartKind = Literal["conv_in", "time", "resnet", "shortcut", "attention", "downsample", "upsample", "conv_out"]
 #: What a table prints for each kind, in this order.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pocketfusion.mobile.specs import multiply_adds
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.elastic_unet import ElasticUNet
 
 

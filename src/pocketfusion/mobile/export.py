@@ -33,7 +33,7 @@ from pocketfusion.mobile.selfcheck import known_result
 from pocketfusion.mobile.styles import write_styles
 from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
-from pocketfusion.models.guidance import guidance_of
+from pocketfusion.models.guided import guidance_of
 from pocketfusion.models.learnt_tokens import add_embedding
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sampling import read_sampling

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pocketfusion.mobile.wrappers import StablePipeline
-from pocketfusion.models.guidance import guidance_embedding
+from pocketfusion.models.guided import guidance_embedding
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import Guidance
 

@@ -30,7 +30,7 @@ from pocketfusion.mobile.targets import TargetName
 from pocketfusion.mobile.unet_form import unet_form
 from pocketfusion.mobile.weight_recipe import NetworkRecipe
 from pocketfusion.mobile.wrappers import wrap
-from pocketfusion.models.guidance import guidance_of
+from pocketfusion.models.guided import guidance_of
 from pocketfusion.models.learnt_tokens import teach
 from pocketfusion.models.loading import assemble, empty_part
 from pocketfusion.models.tiny_autoencoder import check_vae, load_decoder

@@ -18,7 +18,7 @@ from pocketfusion.mobile.specs import tokenizer_spec
 from pocketfusion.mobile.targets import TargetName
 from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
 from pocketfusion.mobile.wrappers import wrap
-from pocketfusion.models.guidance import guidance_of
+from pocketfusion.models.guided import guidance_of
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.sampling import usual_sampling
 from pocketfusion.quiet import quiet

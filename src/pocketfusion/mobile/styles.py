@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from pocketfusion.bounded import MB, read_json
-from pocketfusion.data.emoji.packages import STYLES
+from pocketfusion.data.emoji.drawings import STYLES
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime.manifest import check_styles
 

@@ -18,10 +18,10 @@ from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import read_json
-from pocketfusion.models.architecture import MID, Architecture, BlockName
-from pocketfusion.models.elastic_blocks import ElasticStage
+from pocketfusion.models.elastic.architecture import MID, Architecture, BlockName
+from pocketfusion.models.elastic.elastic_blocks import ElasticStage
+from pocketfusion.models.elastic.skips import check_architecture, layer_shapes
 from pocketfusion.models.loading import load_part
-from pocketfusion.models.skips import check_architecture, layer_shapes
 
 #: What a UNet of SD's 1.x and 2.x family sets, key by key; other keys are free or at diffusers' default.
 _FAMILY: dict[str, tuple[Any, ...]] = {
@@ -81,7 +81,7 @@ class ElasticUNet(UNet2DConditionModel):
     not SD-family or the architecture cannot run on it.
     """
 
-    skip_list: Any = list  #: what holds the skips on their way; `train.sharded` needs another type
+    skip_list: Any = list  #: what holds the skips on their way; `train.memory.sharded` needs another type
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]
 
     def __init__(self, architecture: dict[str, Any] | None = None, **config: Any):

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin  # noqa: F401  (pipelines look for ModelMixin here to load it)
 from diffusers.models.autoencoders.vae import Decoder
 
@@ -97,3 +99,13 @@ def load_vae(folder: Path) -> AutoencoderKL:
             "model's AutoencoderKL there, and give the tiny one to export with --vae"
         )
     return load_part(kind, folder).requires_grad_(False).eval()
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] → fp32 [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] → uint8 [B, H, W, 3]."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -14,9 +14,8 @@ import torch
 from transformers import BertModel, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import read_json
+from pocketfusion.folder import LicenceNote, read_json
 from pocketfusion.models.learnt_tokens import spell_out
-from pocketfusion.models.licences import LicenceNote
 from pocketfusion.models.loading import load_part
 from pocketfusion.recipe import TextSettings
 

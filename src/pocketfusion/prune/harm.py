@@ -22,10 +22,13 @@ from torch import nn
 
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.evaluate.sets import choose_sets
+from pocketfusion.models.elastic.units import Units
 from pocketfusion.models.elastic_unet import ElasticUNet
-from pocketfusion.models.guidance import guidance_embedding
-from pocketfusion.prune.plan import Place
-from pocketfusion.train.autoencoder import to_tensor
+from pocketfusion.models.guided import guidance_embedding
+from pocketfusion.models.slim_autoencoder import to_tensor
+
+Place = tuple[str, Units]  #: a block's name and one of its parts
+
 
 _BATCH = 16
 #: Steps at which latents are taken where a folder does not say how it is sampled.

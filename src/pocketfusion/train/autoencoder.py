@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash, read_provenance
-from pocketfusion.models.judge import JudgeModel, load_judge
+from pocketfusion.models.dual_encoder import JudgeModel, load_judge
 from pocketfusion.models.loading import load_part
+from pocketfusion.models.slim_autoencoder import to_tensor, to_uint8
 from pocketfusion.recipe import PictureLossSettings, Recipe
 from pocketfusion.train.batch import Batch, BatchPlan, shared, spread
 from pocketfusion.train.loop import TrainResult
@@ -99,16 +100,6 @@ class PictureLoss(nn.Module):
 
 
 VALIDATION = ("val_combo", "val_concept")
-
-
-def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, H, W, 3] → fp32 [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [-1, 1] → uint8 [B, H, W, 3]."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -15,19 +15,18 @@ from torch.nn import functional as F
 
 from pocketfusion.artefact import atomic_file, reserve
 from pocketfusion.data.buckets import Bucket
-from pocketfusion.data.latents.bar import PartsBar
-from pocketfusion.data.latents.filling import Encode, fill, wait_until
+from pocketfusion.data.latents.filling import Encode, PartsBar, fill, wait_until
 from pocketfusion.data.latents.finishing import finish
 from pocketfusion.data.latents.layout import MANIFEST, Encoding, Plan, missing_parts
 from pocketfusion.data.latents.reading import LatentCache, open_cache
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.data.sources import PicturesSource
 from pocketfusion.folder import machine
-from pocketfusion.models.judge import pool_states
+from pocketfusion.models.dual_encoder import pool_states
+from pocketfusion.models.slim_autoencoder import to_tensor
 from pocketfusion.models.text_encoder import TextEncoder
 from pocketfusion.processes import lost_processes_are_told, process_state
 from pocketfusion.terminal import titled
-from pocketfusion.train.autoencoder import to_tensor
 
 
 def _cached(path: Path, shape: tuple[int, ...], blocks: Callable[[], Iterator[np.ndarray]], what: str) -> np.ndarray:

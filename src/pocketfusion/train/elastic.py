@@ -11,7 +11,7 @@ from torch import nn
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, folder_hash
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.recipe import ElasticSettings, Recipe
 from pocketfusion.train.batch import Batch

@@ -14,11 +14,11 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance
 from pocketfusion.locks import hold
-from pocketfusion.models.judge import Judge, JudgeModel
+from pocketfusion.models.dual_encoder import Judge, JudgeModel
+from pocketfusion.models.slim_autoencoder import to_tensor
 from pocketfusion.models.text_encoder import TextEncoder, load_text_encoder
 from pocketfusion.processes import gathered_rows, process_state
 from pocketfusion.recipe import JudgeSettings, Recipe
-from pocketfusion.train.autoencoder import to_tensor
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.cache import CaptionTable, cache_pooled
 from pocketfusion.train.loop import TrainResult

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a progress bar, `log.jsonl`, a loss plot and preview pictures, how fast it is, and what trackers are told."""
+"""What a run shows and leaves behind: a bar, its speed, `log.jsonl`, a loss plot, previews; what trackers are told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one training loop: accelerate, AdamW, EMA, schedules, checkpoints that resume to the sample, an eye on divergence."""
+"""The one training loop: accelerate, AdamW, EMA, schedules, checkpoints that resume to the sample, divergence."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from pocketfusion.processes import lost_processes_are_told, mean_over_processes
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan
 from pocketfusion.train.checkpoint import Average, CheckpointWriter, latest_checkpoint, load_checkpoint
-from pocketfusion.train.lean import (
+from pocketfusion.train.log import Meter, Trackers, TrainLog
+from pocketfusion.train.memory.lean import (
     checkpoint_activations,
     make_optimizer,
     offload_teachers,
     set_learning_rate,
     slim_teachers,
 )
-from pocketfusion.train.log import Meter, Trackers, TrainLog
-from pocketfusion.train.micro_batch import parts_by_trial, parts_of
+from pocketfusion.train.memory.micro_batch import parts_by_trial, parts_of
+from pocketfusion.train.memory.sharded import can_be_sharded, check_sharded, fsdp_asked, gathered, make_whole, shard
 from pocketfusion.train.place import Goal, check_trackers
-from pocketfusion.train.sharded import can_be_sharded, check_sharded, fsdp_asked, gathered, make_whole, shard
 
 
 class Task(Protocol):

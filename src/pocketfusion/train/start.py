@@ -20,12 +20,12 @@ from pocketfusion.folder import (
     weights_hash,
 )
 from pocketfusion.locks import hold
-from pocketfusion.models.base import copy_with_unet, write_scheduler
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic
 from pocketfusion.models.noise_schedule import read_ddim_scheduler
 from pocketfusion.models.sampling import Sampling, write_sampling
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
+from pocketfusion.models.writing import copy_with_unet, write_scheduler
 from pocketfusion.recipe import Recipe, TrainSettings
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun

@@ -18,16 +18,16 @@ from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import ENCODER, Provenance, folder_hash, read_provenance, weights_hash
 from pocketfusion.locks import hold
-from pocketfusion.models.base import write_base_folder
+from pocketfusion.models.guided import sample_images
 from pocketfusion.models.loading import load_part
 from pocketfusion.models.sampling import Sampling
 from pocketfusion.models.text_encoder import TextEncoder, check_text_encoder, load_text_encoder
+from pocketfusion.models.writing import write_base_folder
 from pocketfusion.recipe import Recipe, TrainSettings
 from pocketfusion.train.batch import Batch, BatchPlan, in_buckets, of_one_bucket, shared, spread
 from pocketfusion.train.cache import CachedStates, CaptionStates, LiveStates, cache_latents
 from pocketfusion.train.loop import TrainResult
 from pocketfusion.train.place import StageRun
-from pocketfusion.train.sample import sample_images
 from pocketfusion.train.stage import finished_result, run_stage
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")

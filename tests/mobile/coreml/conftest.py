@@ -60,7 +60,7 @@ def make_folder(path: Path, clip: bool = False) -> Path:
     from transformers import CLIPTextModel
 
     from guided import small_unet
-    from pocketfusion.models.architecture import Architecture
+    from pocketfusion.models.elastic.architecture import Architecture
     from pocketfusion.models.elastic_unet import ElasticUNet
     from tiny import tiny_pipeline
     from tiny_clip import clip_tokenizer, text_config

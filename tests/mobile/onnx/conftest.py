@@ -27,7 +27,7 @@ def onnx_folder(once: Callable) -> Path:
 
 
 def evolved_pipeline() -> Any:
-    from pocketfusion.models.architecture import Architecture
+    from pocketfusion.models.elastic.architecture import Architecture
     from pocketfusion.models.elastic_unet import ElasticUNet
 
     stock = unet()

@@ -15,11 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from pocketfusion.artefact import atomic_folder, check_new, reserve, sha256_file
-from pocketfusion.data.emoji.captions import captions_for, may_flip
-from pocketfusion.data.emoji.concepts import Drawing, iter_drawings, load_concepts, name_index
-from pocketfusion.data.emoji.packages import DEFAULT_STYLES, STYLES, fetch_packages, lock_hash
-from pocketfusion.data.emoji.render import render_on
-from pocketfusion.data.emoji.scenes import render_scene, sample_scene, scene_may_flip
+from pocketfusion.data.emoji.concepts import Drawing, captions_for, iter_drawings, load_concepts, may_flip, name_index
+from pocketfusion.data.emoji.drawings import DEFAULT_STYLES, STYLES, fetch_packages, lock_hash
+from pocketfusion.data.emoji.scenes import render_on, render_scene, sample_scene, scene_may_flip
 from pocketfusion.data.emoji.split import assign_split, frozen_groups
 from pocketfusion.data.packed import FORMAT, VERSION
 from pocketfusion.errors import PocketfusionError

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pocketfusion.artefact import atomic_folder, write_json
 from pocketfusion.data.buckets import Bucket, choose_bucket, fit
@@ -31,14 +32,14 @@ from pocketfusion.data.latents.layout import (
     check_part,
     records_file,
 )
-from pocketfusion.data.rows import LeftOut
-from pocketfusion.data.samples import Sample, Source
+from pocketfusion.data.rows import LeftOut, Sample, Source
 from pocketfusion.errors import PocketfusionError, told
+from pocketfusion.terminal import Console, titled
 
 #: (pixels uint8 [B, H, W, 3], halved) → mean and deviation of their latents, fp16 [B, 2C, h, w].
 Encode = Callable[[np.ndarray, bool], np.ndarray]
 #: Hears how many pictures are done since the last call, and of which part.
-Progress = Callable[[int, str], None]
+Tell = Callable[[int, str], None]
 
 
 def fill(
@@ -50,7 +51,7 @@ def fill(
     share: tuple[int, int] = (0, 1),
     batch: int = 32,
     workers: int | None = None,
-    progress: Progress = lambda count, part: None,
+    progress: Tell = lambda count, part: None,
 ) -> int:
     """Makes the parts that are missing of every `share[1]`-th from `share[0]`; returns the pictures encoded.
 
@@ -99,7 +100,7 @@ def _write(
     encode: Encode,
     batch: int,
     workers: int | None,
-    progress: Progress,
+    progress: Tell,
 ) -> int:
     encoding, left_out, began, count = plan.encoding, LeftOut(plan.skip_bad), time.monotonic(), 0
 
@@ -194,3 +195,38 @@ def wait_until(done: Callable[[], bool]) -> None:
     """Looks twice a second: what other processes make on the same disk has no time limit."""
     while not done():
         time.sleep(0.5)
+
+
+class PartsBar:
+    """Context of a bar on standard error; `add` hears what `fill` tells."""
+
+    def __init__(self, what: str, parts: int, shown: bool = True):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        self.bar = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not shown
+        )
+        self.task = self.bar.add_task(titled(what), total=parts, rate="")
+        self.began, self.pictures, self.parts = time.monotonic(), 0, dict[str, int]()
+
+    def __enter__(self) -> PartsBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.update(self.task, completed=len(self.parts) if error[0] is None else max(0, len(self.parts) - 1))
+        self.bar.stop()
+
+    def add(self, count: int, part: str) -> None:
+        """So many more pictures of a part."""
+        new = part not in self.parts
+        self.parts[part] = self.parts.get(part, 0) + count
+        self.pictures += count
+        if new or self.pictures % 64 < count:
+            rate = self.pictures / (time.monotonic() - self.began)
+            said = f"{self.pictures:,} pictures, {rate:,.0f} a second"
+            self.bar.update(self.task, completed=len(self.parts) - 1, rate=said)

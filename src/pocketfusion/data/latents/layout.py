@@ -26,7 +26,7 @@ import numpy as np
 from pocketfusion.artefact import write_json
 from pocketfusion.data.buckets import Bucket
 from pocketfusion.data.files import parse_json, read_text
-from pocketfusion.data.samples import Part, Source
+from pocketfusion.data.rows import Part, Source
 from pocketfusion.errors import PocketfusionError
 
 FORMAT, VERSION = "pocketfusion-latents", 1

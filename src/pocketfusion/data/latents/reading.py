@@ -29,7 +29,7 @@ from pocketfusion.data.latents.layout import (
 )
 from pocketfusion.data.packed import CaptionedImages
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.licences import LicenceNote
+from pocketfusion.folder import LicenceNote
 
 _MAPS = 400  #: files kept open, below the usual limit of 1,024
 

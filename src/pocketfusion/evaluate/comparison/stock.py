@@ -20,7 +20,7 @@ import torch
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.specs import CLASSES
-from pocketfusion.models.guidance import guidance_of
+from pocketfusion.models.guided import guidance_of
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.models.sampling import read_sampling

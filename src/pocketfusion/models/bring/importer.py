@@ -14,11 +14,19 @@ import diffusers
 
 from pocketfusion.artefact import atomic_folder, check_new, check_space, sha256_file, write_json
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.folder import Provenance, check_folder, folder_hash, machine, read_json, write_provenance
-from pocketfusion.models.base import copy_folder, load_text_encoder_in_fp32
+from pocketfusion.folder import (
+    LicenceNote,
+    Provenance,
+    check_folder,
+    folder_hash,
+    machine,
+    read_json,
+    write_licences,
+    write_provenance,
+)
 from pocketfusion.models.bring.clip_words import clip_merges, clip_tokenizer
 from pocketfusion.models.bring.configs import vae_factor
-from pocketfusion.models.bring.networks import write_text_encoder, write_unet, write_vae
+from pocketfusion.models.bring.conversion import write_text_encoder, write_unet, write_vae
 from pocketfusion.models.bring.parts import add_tokens, put_vae, skip_layers
 from pocketfusion.models.bring.prediction import (
     EPSILON_ABOVE,
@@ -29,7 +37,7 @@ from pocketfusion.models.bring.prediction import (
     scheduler,
     stated_prediction,
 )
-from pocketfusion.models.licences import LicenceNote, write_licences
+from pocketfusion.models.writing import copy_folder, load_text_encoder_in_fp32
 from pocketfusion.recognise import EMA, LEFTOVERS, VAE, Checkpoint, recognise, short
 from pocketfusion.safetensors_header import read_safetensors_header
 

@@ -15,7 +15,7 @@ from pocketfusion.artefact import write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import ENCODER, read_json, tensors, weights_hash
 from pocketfusion.models.bring.configs import vae_factor
-from pocketfusion.models.bring.networks import write_vae
+from pocketfusion.models.bring.conversion import write_vae
 from pocketfusion.models.learnt_tokens import learn
 from pocketfusion.models.slim_autoencoder import load_vae
 from pocketfusion.recognise import recognise_vae

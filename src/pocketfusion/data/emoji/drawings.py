@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.licences import LicenceNote
+from pocketfusion.folder import LicenceNote
 
 
 @dataclass(frozen=True)

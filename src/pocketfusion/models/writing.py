@@ -11,9 +11,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from pocketfusion.artefact import write_json
-from pocketfusion.folder import COMPONENTS, PROVENANCE, weight_files
+from pocketfusion.folder import COMPONENTS, PROVENANCE, LicenceNote, weight_files, write_licences
 from pocketfusion.models.elastic_unet import ElasticUNet, as_stock
-from pocketfusion.models.licences import LicenceNote, write_licences
 from pocketfusion.models.sampling import SAMPLING
 from pocketfusion.models.text_encoder import TextEncoder
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.architecture import MID, Architecture, Kind
-from pocketfusion.models.skips import check_architecture
+from pocketfusion.models.elastic.architecture import MID, Architecture, Kind
+from pocketfusion.models.elastic.skips import check_architecture
 
 _PATTERN = {
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],

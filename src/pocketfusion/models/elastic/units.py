@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.architecture import Block, Part
+from pocketfusion.models.elastic.architecture import Block, Part
 
 PART_NAMES: dict[Part, str] = {
     "inner_channels": "ResNet inner channels",

@@ -12,9 +12,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from pocketfusion.models.architecture import Block, BlockName, Layer, Stage
-from pocketfusion.models.skips import Shape
-from pocketfusion.models.units import narrow
+from pocketfusion.models.elastic.architecture import Block, BlockName, Layer, Stage
+from pocketfusion.models.elastic.skips import Shape
+from pocketfusion.models.elastic.units import narrow
 
 
 class Shortcut(nn.Module):

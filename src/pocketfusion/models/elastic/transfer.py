@@ -10,9 +10,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.architecture import Architecture, Block
+from pocketfusion.models.elastic.architecture import Architecture, Block
+from pocketfusion.models.elastic.units import Units, block_units, narrow
 from pocketfusion.models.elastic_unet import ElasticUNet
-from pocketfusion.models.units import Units, block_units, narrow
 
 Weights = dict[str, torch.Tensor]
 

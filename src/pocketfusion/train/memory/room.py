@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.recipe import Recipe, TrainSettings
-from pocketfusion.train.lean import MOMENT_BYTES, checkpoint_activations
-from pocketfusion.train.micro_batch import parts_of
-from pocketfusion.train.sharded import stages_of
+from pocketfusion.train.memory.lean import MOMENT_BYTES, checkpoint_activations
+from pocketfusion.train.memory.micro_batch import parts_of
+from pocketfusion.train.memory.sharded import stages_of
 
 _TEXT = {"minilm": 22_700_000}
 _CLIP = 123_000_000  #: parameters of ViT-L/14's text encoder, which a folder's is taken for

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.models.architecture import Architecture
+from pocketfusion.models.elastic.architecture import Architecture
 
 
 @dataclass(frozen=True)

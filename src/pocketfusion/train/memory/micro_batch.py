@@ -13,7 +13,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.processes import process_state
 from pocketfusion.recipe import TrainSettings
 from pocketfusion.runtime.memory import available_memory, forget_peak, memory, peak_rss, release
-from pocketfusion.train.lean import MOMENT_BYTES
+from pocketfusion.train.memory.lean import MOMENT_BYTES
 
 _FILLED = 0.85  #: share of the memory that a trial may take: later batches have more guided samples
 

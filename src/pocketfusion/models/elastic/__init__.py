@@ -1,0 +1,1 @@
+"""The UNet whose blocks come and go: its architecture, its parts, and their weights."""
