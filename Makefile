@@ -33,6 +33,14 @@ web/node_modules/.package-lock.json: web/package-lock.json
 	cd web && npm ci --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
+# For one test, and apart: it is 139 MB that the page does not need.
+ONNX := web/tests/onnx/node_modules/.package-lock.json
+WITH_ONNX := $(if $(shell command -v npm),$(ONNX))
+
+$(ONNX): web/tests/onnx/package-lock.json
+	cd web/tests/onnx && npm ci --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
 no-page:
 	@echo 'npm was not found: pocketfusion serve will have no page to show (install npm and make page)'
 
@@ -47,10 +55,10 @@ no-page:
 	touch $@
 
 # Two workers with a thread each: most tests start processes of their own and wait for them.
-test: .venv/ready $(WITH_PAGE)
+test: .venv/ready $(WITH_PAGE) $(WITH_ONNX)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: .venv/ready $(WITH_PAGE)
+test-slow: .venv/ready $(WITH_PAGE) $(WITH_ONNX)
 	.venv/bin/python -m pytest -m slow
 
 lint: .venv/ready
@@ -80,4 +88,4 @@ site: .venv-site/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-site build dist demo.png web/node_modules web/dist src/pocketfusion/serve/page
+	rm -rf .venv .venv-demo .venv-site build dist demo.png web/node_modules web/tests/onnx/node_modules web/dist src/pocketfusion/serve/page

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+WEB = ROOT / "web"
+CHROMIUM = os.environ.get("POCKETFUSION_CHROMIUM", "/usr/bin/chromium")
 #: Minutes in one test: begun first, so that no worker is left alone with it at the end.
 LONGEST = "test_compress_command.py"
 
@@ -233,3 +235,67 @@ def _train(root: Path, tiny_recipe: Path, tiny_data: Path, cli: Callable) -> Non
         done = cli(command, tiny_recipe, "--data", tiny_data, "--out", root / out, *more)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "finished" in done.stdout and "UNEXPECTED" not in done.stdout + done.stderr
+
+
+def missing(what: str) -> None:
+    """Skips the test; fails it where the machine was made for it (POCKETFUSION_TEST_DRIVERS)."""
+    if os.environ.get("POCKETFUSION_TEST_DRIVERS"):
+        pytest.fail(f"{what}, which POCKETFUSION_TEST_DRIVERS promises")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def packages() -> Path:
+    """The folder web/ with its npm packages."""
+    if shutil.which("node") is None:
+        missing("node is not installed (apt-get install npm)")
+    if not (WEB / "node_modules" / ".bin" / "vitest").exists():
+        missing("the page's packages are not installed (npm ci in web/)")
+    return WEB
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_web() -> Path:
+    """Where ONNX Runtime Web is installed, apart from what the page needs."""
+    folder = WEB / "tests" / "onnx" / "node_modules" / "onnxruntime-web"
+    if not folder.is_dir():
+        missing("ONNX Runtime Web is not installed (npm ci in web/tests/onnx)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    if not Path(CHROMIUM).exists():
+        missing(f"{CHROMIUM} is not there (apt-get install chromium)")
+    return CHROMIUM
+
+
+@pytest.fixture(scope="session")
+def vitest(packages: Path) -> Callable[..., None]:
+    """`vitest(file, NAME=value…)` runs a file of tests under web/tests and fails with what failed there.
+
+    `only` is a pattern of test names.
+    """
+
+    def run(file: str, only: str | None = None, **environment: str) -> dict[str, Any]:
+        report = Path(environment["POCKETFUSION_VECTORS"]) / f"{Path(file).stem}-{os.getpid()}.json"
+        command = [str(packages / "node_modules" / ".bin" / "vitest"), "run", file, "--reporter=json"]
+        command += [f"--outputFile={report}", *(["-t", only] if only else [])]
+        done = subprocess.run(
+            command, cwd=packages, env={**os.environ, **environment}, capture_output=True, text=True, timeout=580
+        )
+        if not report.exists():
+            pytest.fail(f"vitest did not run {file}:\n{(done.stdout + done.stderr)[-3000:]}", pytrace=False)
+        result = json.loads(report.read_text())
+        failed = [
+            f"{test['fullName']}\n{message[:3000]}"
+            for suite in result["testResults"]
+            for test in [*suite["assertionResults"], {"status": suite["status"], "fullName": suite["name"], **suite}]
+            if test["status"] == "failed"
+            for message in (test.get("failureMessages") or [test.get("message", "")])
+        ]
+        if failed or not result["numPassedTests"]:
+            pytest.fail("\n\n".join(failed) or f"no test ran in {file}", pytrace=False)
+        return result
+
+    return run

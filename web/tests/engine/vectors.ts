@@ -3,7 +3,7 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
-const folder = process.env.POCKETFUSION_VECTORS;
+export const folder = process.env.POCKETFUSION_VECTORS ?? "";
 if (!folder) throw new Error("POCKETFUSION_VECTORS is not set: run these tests with pytest tests/web/test_engine.py");
 
 export const bytes = (name: string): Uint8Array<ArrayBuffer> => new Uint8Array(readFileSync(join(folder, name)));
