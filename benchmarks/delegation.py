@@ -32,9 +32,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from pocketfusion.artefact import write_json
 from pocketfusion.latency.blocks import all_blocks, with_weights
 from pocketfusion.mobile.delegate.oracle import Oracle
+from pocketfusion.mobile.delegate.proof import Proof, prove
 from pocketfusion.mobile.delegate.stack import choose, find_stacks
-from pocketfusion.mobile.delegation import Proof, prove
-from pocketfusion.mobile.rewrites.base import shared_copy
+from pocketfusion.mobile.rewrites.passes import shared_copy
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import Decoder, TextEncoder, UNet

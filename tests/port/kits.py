@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 from pocketfusion.artefact import write_json
-from pocketfusion.port.odd_prompts import odd_prompts
-from pocketfusion.port.vectors import token_rows, write_vectors
+from pocketfusion.port.vectors import odd_prompts, token_rows, write_vectors
 from pocketfusion.runtime.manifest import embedded_bundle
 from pocketfusion.runtime.tokenizer import PromptTokenizer, clean_text
 

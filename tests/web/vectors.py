@@ -13,8 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.port.odd_prompts import odd_prompts
-from pocketfusion.port.vectors import sampler_table, token_rows
+from pocketfusion.port.vectors import odd_prompts, sampler_table, token_rows
 from pocketfusion.runtime.denoise import guidance_embedding, timestep_embedding
 from pocketfusion.runtime.manifest import TokenizerSpec, embedded_bundle
 from pocketfusion.runtime.samplers.sampler import Sampler

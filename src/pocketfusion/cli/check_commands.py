@@ -13,7 +13,7 @@ from pocketfusion.cli.shared_options import BundleArg, OutArg, ReplaceOutOpt
 from pocketfusion.errors import PocketfusionError
 
 if TYPE_CHECKING:
-    from pocketfusion.mobile.delegate.report import GraphCheck, Report
+    from pocketfusion.mobile.delegate.check import GraphCheck, Report
     from pocketfusion.terminal import Console
 
 #: Rows of a table's lists that are printed; all are in the JSON.

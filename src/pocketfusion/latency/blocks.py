@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from pocketfusion.latency.part_modules import meta_unet, part_module, part_samples
 from pocketfusion.latency.unet_parts import list_parts
-from pocketfusion.mobile.rewrites.base import shared_copy
+from pocketfusion.mobile.rewrites.passes import shared_copy
 from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.wrappers import nchw, nhwc
 from pocketfusion.models.elastic.architecture import Architecture

@@ -14,7 +14,7 @@ from pocketfusion.mobile.flatbuffer import drop_unused, module_chains, read, ren
 from pocketfusion.mobile.placeholders import fill, without_convolutions
 from pocketfusion.mobile.products import mend_products
 from pocketfusion.mobile.rewrites import rewrite
-from pocketfusion.mobile.rewrites.base import contiguous
+from pocketfusion.mobile.rewrites.passes import contiguous
 from pocketfusion.mobile.targets import TARGETS, Target
 from pocketfusion.quiet import quiet
 from pocketfusion.temporaries import scratch_folder

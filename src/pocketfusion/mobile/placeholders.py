@@ -19,7 +19,7 @@ from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.flatbuffer import operation_name, short_path
-from pocketfusion.mobile.rewrites.base import view
+from pocketfusion.mobile.rewrites.passes import view
 
 #: Placeholders' values differ by 1 / _STEPS, exactly representable in float32.
 _STEPS = 4096

@@ -14,7 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.rewrites.base import view
+from pocketfusion.mobile.rewrites.passes import view
 
 CLAMP = 3.0  #: of the latents: 3 tanh(z / 3)
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.rewrites.base import shared_copy
+from pocketfusion.mobile.rewrites.passes import shared_copy
 from pocketfusion.mobile.tiny_decoder import TinyDecoder
 
 #: A `diffusers.StableDiffusionPipeline`: its components are set at run time, where mypy does not see them.

@@ -16,7 +16,7 @@ import torch
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.info import describe
 from pocketfusion.mobile import gate
-from pocketfusion.mobile.coreml import packages
+from pocketfusion.mobile.coreml import mlpackage
 from pocketfusion.mobile.coreml.executor import Executor
 from pocketfusion.mobile.coreml.verdict import judge
 from pocketfusion.mobile.export import export
@@ -34,12 +34,12 @@ def test_bundle(coreml_bundle: Path) -> None:
         "packages": {name: [f"{name}.mlpackage"] for name in NETWORKS},
     }
     paths = {file.path for file in manifest.files.values()}
-    assert {f"unet.mlpackage/{name}" for name in (packages.MODEL, packages.WEIGHTS, packages.CONTENTS)} <= paths
+    assert {f"unet.mlpackage/{name}" for name in (mlpackage.MODEL, mlpackage.WEIGHTS, mlpackage.CONTENTS)} <= paths
     on_disk = {path.relative_to(coreml_bundle).as_posix() for path in coreml_bundle.rglob("*") if path.is_file()}
     assert on_disk == paths | {"bundle.json"}, "torch.export's debugging notes are not shipped"
     for name, network in manifest.networks:
         assert network.weights == "float16" and network.sqnr_db >= 55 and network.fp16_sqnr_db >= 45
-        assert manifest.network_size(name) == packages.size(coreml_bundle / f"{name}.mlpackage")
+        assert manifest.network_size(name) == mlpackage.size(coreml_bundle / f"{name}.mlpackage")
     unet = manifest.networks.unet
     assert unet.guidance_delta == pytest.approx(1, abs=1e-2) and unet.fp16_guidance_delta == pytest.approx(1, abs=1e-2)
     assert manifest.provenance["export"]["ios"] == 17 and manifest.provenance["export"]["weights"]["unet"] == "float16"
@@ -83,7 +83,7 @@ def test_apples_layout(apple_bundle: tuple[Path, Path]) -> None:
     torch.manual_seed(4)
     sample, states, t = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 32), torch.full((2,), 500.0)
     chunks = [bundle / name for name in manifest.coreml.packages["unet"]]
-    first, second = (packages.size(chunk) for chunk in chunks)
+    first, second = (mlpackage.size(chunk) for chunk in chunks)
     assert 0.3 < first / second < 3
     unet = Executor(chunks)
     assert unet.inputs == {"sample": (2, 4, 8, 8), "timestep": (2,), "encoder_hidden_states": (2, 32, 1, 16)}
@@ -169,7 +169,7 @@ def test_check_finds_what_fp16_breaks(apple_bundle: tuple[Path, Path], tmp_path:
 def test_info_and_the_runtime_on_it(coreml_bundle: Path, cli: Callable, tmp_path: Path) -> None:
     about = describe(coreml_bundle)
     assert about["target"] == "coreml" and about["coreml"]["ios"] == 17 and not about["problems"]
-    assert about["networks"]["unet"]["size"] == packages.size(coreml_bundle / "unet.mlpackage")
+    assert about["networks"]["unet"]["size"] == mlpackage.size(coreml_bundle / "unet.mlpackage")
     done = cli("info", coreml_bundle)
     assert done.returncode == 0 and re.search(r"target +coreml, iOS 17 and later", done.stdout)
     for command in (["generate", "a cat", "--bundle"], ["bench"], ["serve"]):
@@ -183,7 +183,7 @@ def test_info_and_the_runtime_on_it(coreml_bundle: Path, cli: Callable, tmp_path
 def test_a_damaged_package(damage: str, coreml_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(coreml_bundle, tmp_path / "b")
     package = bundle / "decoder.mlpackage"
-    program, weights = package / packages.MODEL, package / packages.WEIGHTS
+    program, weights = package / mlpackage.MODEL, package / mlpackage.WEIGHTS
     if damage == "program":
         program.write_bytes(program.read_bytes()[:-50])
     elif damage == "weights":
@@ -191,7 +191,7 @@ def test_a_damaged_package(damage: str, coreml_bundle: Path, tmp_path: Path) -> 
     elif damage == "missing":
         weights.unlink()
     else:
-        spec = packages.read_spec(package)
+        spec = mlpackage.read_spec(package)
         function = spec.mlProgram.functions["main"]
         operations = function.block_specializations[function.opset].operations
         next(one for one in operations if one.type == "conv").type = "conv_of_tomorrow"
@@ -210,23 +210,23 @@ def test_the_same_network_gives_the_same_bytes(coreml_bundle: Path, tmp_path: Pa
 
     source, opened = coreml_bundle / "decoder.mlpackage", tmp_path / "opened.mlpackage"
     shutil.copytree(source, opened)  # coremltools rewrites the list of a package that it opens
-    packages.save(ct.models.MLModel(str(opened), skip_model_load=True), tmp_path / "again.mlpackage")
-    for name in (packages.WEIGHTS, packages.CONTENTS):
+    mlpackage.save(ct.models.MLModel(str(opened), skip_model_load=True), tmp_path / "again.mlpackage")
+    for name in (mlpackage.WEIGHTS, mlpackage.CONTENTS):
         assert (source / name).read_bytes() == (tmp_path / "again.mlpackage" / name).read_bytes()
 
 
 def _enlarge_the_last_convolution(package: Path) -> None:
     """Its weights in the file become as large as fp16 has them: sums of them leave it, and no norm follows."""
-    constants, found = packages.Constants(package), []
-    for one in packages.read_program(package)[1].operations:
+    constants, found = mlpackage.Constants(package), []
+    for one in mlpackage.read_program(package)[1].operations:
         if one.type == "const" and one.attributes["val"].WhichOneof("value") == "blobFileValue":
             values = constants.value(one.attributes["val"])
             found += [values.numpy()] if values.ndim == 4 and values.is_floating_point() else []
     raw = found[-1].astype("<f2").tobytes()
-    content = (package / packages.WEIGHTS).read_bytes()
+    content = (package / mlpackage.WEIGHTS).read_bytes()
     assert content.count(raw) == 1
     large = (np.sign(found[-1]) * 6e4).astype("<f2").tobytes()
-    (package / packages.WEIGHTS).write_bytes(content.replace(raw, large))
+    (package / mlpackage.WEIGHTS).write_bytes(content.replace(raw, large))
 
 
 def _rehash(bundle: Path) -> None:

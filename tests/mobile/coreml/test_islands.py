@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pocketfusion.mobile.coreml import packages
+from pocketfusion.mobile.coreml import mlpackage
 from pocketfusion.mobile.coreml.executor import Executor
 from pocketfusion.mobile.gate import sqnr
 
@@ -29,7 +29,7 @@ class Norm(nn.Module):
 def kinds(package: Path) -> dict[str, set[int]]:
     """The types of each operation's results: 10 is FLOAT16, 11 FLOAT32."""
     found: dict[str, set[int]] = {}
-    for one in packages.read_program(package)[1].operations:
+    for one in mlpackage.read_program(package)[1].operations:
         found.setdefault(one.type, set()).add(one.outputs[0].type.tensorType.dataType)
     return found
 

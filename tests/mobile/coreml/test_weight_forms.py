@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pocketfusion.mobile.coreml import packages
+from pocketfusion.mobile.coreml import mlpackage
 from pocketfusion.mobile.coreml.compression import compress
 from pocketfusion.mobile.coreml.executor import Executor
 from pocketfusion.mobile.gate import sqnr
@@ -57,11 +57,11 @@ def test_weights_are_unpacked_as_coremltools_does(ios: int, form: str, exact: di
     bits, operation, least = FORMS[ios, form]
     small, dense = tmp_path / "small.mlpackage", tmp_path / "dense.mlpackage"
     compress(exact[ios], small, form, ios, Two())
-    stored = [one.type for one in packages.read_program(small)[1].operations]
+    stored = [one.type for one in mlpackage.read_program(small)[1].operations]
     assert stored.count(operation) == 1 and sum(one.startswith("constexpr") for one in stored) == 1
-    saved = packages.size(exact[ios]) - packages.size(small)
+    saved = mlpackage.size(exact[ios]) - mlpackage.size(small)
     assert saved == pytest.approx(64 * 64 * (16 - bits) / 8, abs=1500)  # scales, palettes and the graph's text
-    packages.save(cto.decompress_weights(ct.models.MLModel(str(small), skip_model_load=True)), dense)
+    mlpackage.save(cto.decompress_weights(ct.models.MLModel(str(small), skip_model_load=True)), dense)
     inputs = {"x": SAMPLES["x"].numpy()}
     found, plain, original = (Executor(path)(**inputs) for path in (small, dense, exact[ios]))
     np.testing.assert_allclose(found["a"], plain["a"], rtol=1e-3, atol=1e-3)  # coremltools' own sums are in fp16
@@ -73,9 +73,9 @@ def test_weights_are_unpacked_as_coremltools_does(ios: int, form: str, exact: di
 def test_a_palette_has_its_number_of_colours(exact: dict[int, Path], tmp_path: Path) -> None:
     """By hand: with one-hot pictures the layer's outputs are its weights, of which there are 16 different ones."""
     compress(exact[17], tmp_path / "p.mlpackage", "palette4", 17, Two())
-    program = packages.read_program(tmp_path / "p.mlpackage")[1]
+    program = mlpackage.read_program(tmp_path / "p.mlpackage")[1]
     (palette,) = [one for one in program.operations if one.type == "constexpr_lut_to_dense"]
-    assert packages.Constants(tmp_path / "p.mlpackage").value(palette.attributes["lut"]).numel() == 16
+    assert mlpackage.Constants(tmp_path / "p.mlpackage").value(palette.attributes["lut"]).numel() == 16
     picture = np.zeros((1, 64, 3, 3), np.float32)
     picture[0, 5] = 1
     weights = Executor(tmp_path / "p.mlpackage")(x=picture)["a"][0, :, 0, 0]
@@ -94,7 +94,7 @@ def test_a_weight_with_an_outlier_stays_float16_in_int8(tmp_path: Path) -> None:
         module.body.weight[:, 0, 0, 0] = torch.linspace(0.9, 1.1, 64)  # the scale leaves little for the others
     convert(module, SAMPLES, tmp_path / "e.mlpackage", TARGETS["coreml"])
     compress(tmp_path / "e.mlpackage", tmp_path / "s.mlpackage", "int8", 17, module)
-    stored = [one.type for one in packages.read_program(tmp_path / "s.mlpackage")[1].operations]
+    stored = [one.type for one in mlpackage.read_program(tmp_path / "s.mlpackage")[1].operations]
     assert not any(one.startswith("constexpr") for one in stored)
 
 
@@ -109,10 +109,10 @@ def test_channels_that_do_not_divide_by_16_share_a_palette(tmp_path: Path) -> No
     compress(tmp_path / "e.mlpackage", tmp_path / "s.mlpackage", "palette4", 18, module)
     (palette,) = [
         one
-        for one in packages.read_program(tmp_path / "s.mlpackage")[1].operations
+        for one in mlpackage.read_program(tmp_path / "s.mlpackage")[1].operations
         if one.type == "constexpr_lut_to_dense"
     ]
-    assert packages.Constants(tmp_path / "s.mlpackage").value(palette.inputs["lut"].arguments[0].value).numel() == 16
+    assert mlpackage.Constants(tmp_path / "s.mlpackage").value(palette.inputs["lut"].arguments[0].value).numel() == 16
     inputs = {"x": SAMPLES["x"].numpy()}
     exact, found = (Executor(tmp_path / f"{name}.mlpackage")(**inputs)["a"] for name in "es")
     assert sqnr(exact, found) > 16

@@ -426,7 +426,7 @@ def ask(name: str, oracle: object, folder: Path) -> dict[str, object]:
     """The delegate's answer to a case: accepted, and if so its largest relative error in fp32, else its words."""
     from pocketfusion.mobile.delegate.graph import load
     from pocketfusion.mobile.delegate.oracle import Oracle, parity
-    from pocketfusion.mobile.delegate.surgery import SIGNATURE, float_weights
+    from pocketfusion.mobile.delegate.submodel import SIGNATURE, float_weights
 
     assert isinstance(oracle, Oracle)
     path = folder / "case.tflite"

@@ -11,11 +11,11 @@ import pytest
 from op_cases import CASES, apply
 from op_models import ModelBuilder
 
+from pocketfusion.mobile.delegate import calibration, locate
 from pocketfusion.mobile.delegate import check as check_module
-from pocketfusion.mobile.delegate import cures, samples
+from pocketfusion.mobile.delegate.calibration import calibrate
 from pocketfusion.mobile.delegate.check import check
 from pocketfusion.mobile.delegate.graph import load
-from pocketfusion.mobile.delegate.ranges import calibrate
 from pocketfusion.mobile.delegate.stack import GpuStack
 from pocketfusion.runtime.denoise import seeded_noise
 from pocketfusion.runtime.manifest import NETWORKS, embedded_bundle, read_manifest
@@ -132,11 +132,11 @@ def test_the_worst_of_several_runs_counts(tmp_path):
 
 def test_bundle_is_checked_with_its_own_inputs():
     """The embedded bundle: each network's calls while a picture is drawn, the UNet's from its noise on."""
-    inputs = samples.recorded(embedded_bundle(), 1)
+    inputs = calibration.recorded(embedded_bundle(), 1)
     assert [(name, len(inputs[name])) for name in NETWORKS] == [("text_encoder", 2), ("unet", 3), ("decoder", 1)]
     assert all(tensor.name in one for one in inputs["unet"] for tensor in UNET.inputs)
     first = inputs["unet"][0]["sample"]
-    np.testing.assert_array_equal(first[0], seeded_noise(samples.SEED, *first.shape[1:]))
+    np.testing.assert_array_equal(first[0], seeded_noise(calibration.SEED, *first.shape[1:]))
     assert not np.array_equal(first, inputs["unet"][1]["sample"])
     assert not np.array_equal(inputs["text_encoder"][0]["input_ids"], inputs["text_encoder"][1]["input_ids"])
 
@@ -218,7 +218,7 @@ def test_cures_are_rewrites():
     pytest.importorskip("torch")
     from pocketfusion.mobile.rewrites import PASSES
 
-    named = set(re.findall(r"rewrite `([\w-]+)`|or `([\w-]+-norm)`", inspect.getsource(cures)))
+    named = set(re.findall(r"rewrite `([\w-]+)`|or `([\w-]+-norm)`", inspect.getsource(locate)))
     assert {name for pair in named for name in pair if name} <= PASSES.keys() | {"time-embedding"}
 
 

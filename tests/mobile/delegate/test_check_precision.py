@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from pocketfusion.cli.check_commands import _details
-from pocketfusion.mobile.delegate.check import check
+from pocketfusion.mobile.delegate.check import GraphCheck, check
 from pocketfusion.mobile.delegate.oracle import Parity
-from pocketfusion.mobile.delegate.report import GraphCheck
 from pocketfusion.runtime.engines import gpu_options
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 

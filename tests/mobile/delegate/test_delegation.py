@@ -15,8 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from pocketfusion.latency.blocks import all_blocks, with_weights
 from pocketfusion.mobile.delegate.oracle import Oracle
+from pocketfusion.mobile.delegate.proof import partitions, prove
 from pocketfusion.mobile.delegate.stack import GpuStack
-from pocketfusion.mobile.delegation import partitions, prove
 from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import nchw, nhwc
 

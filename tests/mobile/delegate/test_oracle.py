@@ -17,7 +17,7 @@ from pocketfusion.mobile.delegate.graph import load
 from pocketfusion.mobile.delegate.locate import locate
 from pocketfusion.mobile.delegate.oracle import Oracle, parity, verdict
 from pocketfusion.mobile.delegate.stack import GpuStack, choose, find_stacks
-from pocketfusion.mobile.delegate.surgery import SIGNATURE, extract, float_weights, key
+from pocketfusion.mobile.delegate.submodel import SIGNATURE, extract, float_weights, key
 
 LOG = """INFO: something
 ERROR: Following operations are not supported by GPU delegate:

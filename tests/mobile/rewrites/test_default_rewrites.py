@@ -16,8 +16,8 @@ from pocketfusion.mobile.delegate.graph import load
 from pocketfusion.mobile.flatbuffer import operations
 from pocketfusion.mobile.gate import run
 from pocketfusion.mobile.rewrites import rewrite
+from pocketfusion.mobile.rewrites.activations import SiLUNHWC
 from pocketfusion.mobile.rewrites.norms import GroupNormNHWC
-from pocketfusion.mobile.rewrites.silu import SiLUNHWC
 from pocketfusion.mobile.targets import Limits, Target
 
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
 
 from pocketfusion.mobile.rewrites import PASSES, rewrite
+from pocketfusion.mobile.rewrites.activations import ClampedGELU, ClampedQuickGELU
 from pocketfusion.mobile.rewrites.attention import UNetAttention, query_rows
 from pocketfusion.mobile.rewrites.convolution import SerialConv, parts_needed
-from pocketfusion.mobile.rewrites.gelu import ClampedGELU, ClampedQuickGELU
 from pocketfusion.mobile.rewrites.linear import SerialLinear
 from pocketfusion.mobile.rewrites.norms import GroupNormNHWC, ScaledLayerNorm
 from pocketfusion.mobile.targets import TARGETS, Limits, Target

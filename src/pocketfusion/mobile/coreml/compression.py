@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.coreml import packages
+from pocketfusion.mobile.coreml import mlpackage
 from pocketfusion.mobile.coreml.options import OLDEST
 from pocketfusion.mobile.flatbuffer import short_path
 from pocketfusion.mobile.quantize import KEPT, MIN_WEIGHT_SQNR, rounding_sqnr
@@ -58,7 +58,7 @@ def compress(source: Path, target: Path, form: str, ios: int, module: nn.Module)
             raise PocketfusionError(
                 f"coremltools cannot store {source.name}'s weights as {form} ({reason}): choose another form"
             ) from error
-    packages.save(smaller, target)
+    mlpackage.save(smaller, target)
 
 
 def _config(cto: Any, form: str, ios: int) -> Any:
@@ -92,8 +92,8 @@ def _outliers(package: Path) -> Iterator[str]:
 
 def _weights(package: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The constants that forms are for, by their names in the program."""
-    constants = packages.Constants(package)
-    for operation in packages.read_program(package)[1].operations:
+    constants = mlpackage.Constants(package)
+    for operation in mlpackage.read_program(package)[1].operations:
         if operation.type != "const" or operation.attributes["val"].WhichOneof("value") != "blobFileValue":
             continue
         values = constants.value(operation.attributes["val"])
@@ -109,4 +109,4 @@ def in_chunks(package: Path, names: tuple[Path, Path]) -> None:
         ct.models.utils.bisect_model(str(package), str(scratch), check_output_correctness=False)
         for number, path in enumerate(names, start=1):
             made = scratch / f"{package.stem}_chunk{number}.mlpackage"
-            packages.save(ct.models.MLModel(str(made), skip_model_load=True), path)
+            mlpackage.save(ct.models.MLModel(str(made), skip_model_load=True), path)

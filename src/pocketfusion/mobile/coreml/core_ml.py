@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.coreml import apple, packages
+from pocketfusion.mobile.coreml import apple, mlpackage
 from pocketfusion.mobile.coreml.compression import compress, in_chunks
 from pocketfusion.mobile.coreml.executor import Arithmetic, Executor
 from pocketfusion.mobile.coreml.options import OLDEST
@@ -51,15 +51,15 @@ class CoreML:
         name = apple.NAMES[network] if self._apple else network
         file = bundle / f"{name}.mlpackage"
         if kind in ("float32", "float16"):
-            packages.copy(exact, file)
+            mlpackage.copy(exact, file)
         else:
             compress(exact, file, kind, self._ios, module)
         found = [file]
-        if network == "unet" and packages.size(file) > CHUNK_ABOVE:
+        if network == "unet" and mlpackage.size(file) > CHUNK_ABOVE:
             chunk = f"{name}Chunk" if self._apple else f"{name}_chunk"
             found = [bundle / f"{chunk}{number}.mlpackage" for number in (1, 2)]
             in_chunks(file, (found[0], found[1]))
-            packages.remove(file)
+            mlpackage.remove(file)
         self._packages[network] = found
         return _Program(found, network, kind, self._apple)
 
@@ -67,7 +67,7 @@ class CoreML:
         found: dict[str, Path] = {}
         for network in NETWORKS:
             for package in self._packages[network]:
-                for file in packages.files(package):  # the program of the first is the network's file
+                for file in mlpackage.files(package):  # the program of the first is the network's file
                     name = file.relative_to(bundle).as_posix()
                     found[name if network in found else network] = file
         return found | (apple.write_tokenizer(tokenizer, bundle) if self._apple else {})
@@ -83,7 +83,7 @@ class CoreML:
 class _Program:
     def __init__(self, found: list[Path], network: str, kind: str, apple_layout: bool) -> None:
         self.label = self.form = kind
-        self.size = sum(packages.size(package) for package in found)
+        self.size = sum(mlpackage.size(package) for package in found)
         self._found, self._network, self._apple = found, network, apple_layout
         self.runs: dict[str, Run] = {"": self._in("float32")}
         if kind != "float32":

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.coreml.mil_operations import OPERATIONS
-from pocketfusion.mobile.coreml.packages import FLOAT16, Constants, read_program
+from pocketfusion.mobile.coreml.mlpackage import FLOAT16, Constants, read_program
 
 Arithmetic = Literal["float32", "rounded"]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pocketfusion.mobile.delegate.graph import File, Graph, Operation
 from pocketfusion.mobile.delegate.oracle import Oracle, parity
-from pocketfusion.mobile.delegate.surgery import SIGNATURE, extract, key
+from pocketfusion.mobile.delegate.submodel import SIGNATURE, extract, key
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,89 @@
-"""Does a bundle or a `.tflite` file run on the GPU delegate, all of it and rightly: the whole check."""
+"""Does a bundle or a `.tflite` file run on the GPU delegate, all of it and rightly: the whole check and its report."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.delegate import bisect, locate, samples
+from pocketfusion.mobile.delegate import bisect, calibration, locate
+from pocketfusion.mobile.delegate.calibration import Ranges, activation_bytes, calibrate
 from pocketfusion.mobile.delegate.graph import File, Graph, load
 from pocketfusion.mobile.delegate.locate import Refused
 from pocketfusion.mobile.delegate.oracle import Oracle, Parity, Verdict, parity
-from pocketfusion.mobile.delegate.ranges import Ranges, activation_bytes, calibrate
-from pocketfusion.mobile.delegate.report import GraphCheck, Report
 from pocketfusion.mobile.delegate.stack import GpuStack, advice, choose, find_stacks
-from pocketfusion.mobile.delegate.surgery import SIGNATURE, extract, float_weights, key
+from pocketfusion.mobile.delegate.submodel import SIGNATURE, extract, float_weights, key
 from pocketfusion.runtime.manifest import NETWORKS, Bundle
 from pocketfusion.temporaries import scratch_folder
+
+
+@dataclass(frozen=True)
+class GraphCheck:
+    """One signature of one file.
+
+    `refused`: the operations that the delegate does not take, and those that it takes but computes wrongly (`faults`).
+    `verdict`: "gpu", "static" (no GPU stack was asked), "refused" or "failed". `failure`: why the graph failed as a
+    whole; `culprit`: the shortest run of operations that fails alone, for that or for wrong numbers. `inputs`:
+    "recorded" or "seeded". `notes`: what was left out, and why. `precision`: what the bundle's manifest says that the
+    GPU computes this network in; wrong numbers in fp16 do not count against one in fp32.
+    """
+
+    network: str
+    signature: str
+    operations: int
+    verdict: str
+    refused: tuple[Refused, ...]
+    failure: str
+    culprit: str
+    parities: tuple[Parity, ...]
+    ranges: Ranges | None
+    inputs: str
+    notes: tuple[str, ...]
+    precision: str = "fp16"
+
+    def counts(self, parity: Parity) -> bool:
+        """Whether the comparison is in a precision that the network is used in: fp32 is everywhere."""
+        return parity.precision in ("fp32", self.precision)
+
+    @property
+    def passed(self) -> bool:
+        return not self.refused and not self.failure and all(one.right for one in self.parities if self.counts(one))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole check; `stacks` are the drivers that were asked, none for a static one.
+
+    `target`: what a bundle was made for; None for a lone file.
+    """
+
+    path: Path
+    target: str | None
+    stacks: tuple[GpuStack, ...]
+    graphs: tuple[GraphCheck, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(graph.passed for graph in self.graphs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON values; numbers that are not finite become null."""
+        stacks = [{"name": s.name, "adapter": s.adapter, "precisions": s.precisions} for s in self.stacks]
+        graphs = [asdict(graph) | {"passed": graph.passed} for graph in self.graphs]
+        about = {"path": str(self.path), "target": self.target, "passed": self.passed}
+        return _finite(about | {"stacks": stacks, "graphs": graphs})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
 
 PRECISIONS = ("fp32", "fp16")
 #: Calls whose results are compared: the network's first and last of the recorded ones.
@@ -43,7 +109,7 @@ def check(
     Raises PocketfusionError for what is neither, a damaged file, custom operations, an unknown stack, a driver that is
     named and does not work, and if the drivers here have none of `precisions`.
     """
-    files, recorded, needs = _files(path), dict[str, samples.Inputs](), _precisions(path)
+    files, recorded, needs = _files(path), dict[str, calibration.Inputs](), _precisions(path)
     target = Bundle.open(path, verify=False).manifest.target if path.is_dir() else None
     progress("looking for GPU stacks")
     stacks = () if static else find_stacks()
@@ -54,7 +120,7 @@ def check(
         raise PocketfusionError(f"no GPU stack here computes in {' or '.join(precisions)} ({here}): {advice()}")
     if path.is_dir() and not static:
         progress("drawing a picture for the networks' inputs")
-        recorded = samples.recorded(path, threads)
+        recorded = calibration.recorded(path, threads)
     graphs = []
     for name, file in files.items():
         for graph in file.graphs:
@@ -86,7 +152,7 @@ class _Check:
         name: str,
         file: File,
         graph: Graph,
-        inputs: samples.Inputs | None,
+        inputs: calibration.Inputs | None,
         precision: str,
         threads: int,
         timeout: float,
@@ -94,7 +160,7 @@ class _Check:
     ) -> None:
         self.name, self.file, self.graph, self.threads, self.timeout = name, file, graph, threads, timeout
         self.precision = precision
-        self.inputs, self.source = (inputs, "recorded") if inputs else (samples.seeded(graph), "seeded")
+        self.inputs, self.source = (inputs, "recorded") if inputs else (calibration.seeded(graph), "seeded")
         self.title = name if len(file.graphs) == 1 else f"{name} {graph.name}"
         self.progress = lambda stage: progress(f"{self.title}: {stage}")
         self.notes: list[str] = []

@@ -19,7 +19,7 @@ from ai_edge_litert.schema_py_generated import BuiltinOperator
 from pocketfusion.mobile.delegate.child import Answer, Child
 from pocketfusion.mobile.delegate.graph import File, Graph
 from pocketfusion.mobile.delegate.stack import GpuStack
-from pocketfusion.mobile.delegate.surgery import extract
+from pocketfusion.mobile.delegate.submodel import extract
 from pocketfusion.temporaries import scratch_folder
 
 #: Largest error, relative to the largest value, that still counts as right.

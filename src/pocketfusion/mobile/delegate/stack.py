@@ -24,7 +24,7 @@ import numpy as np
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.delegate.child import Answer, Child
-from pocketfusion.mobile.delegate.surgery import one_operation
+from pocketfusion.mobile.delegate.submodel import one_operation
 from pocketfusion.temporaries import scratch_folder
 
 ICD_VARIABLE, LAVAPIPE_VARIABLE = "POCKETFUSION_VULKAN_ICD", "POCKETFUSION_LAVAPIPE"

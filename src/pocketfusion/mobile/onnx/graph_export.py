@@ -13,7 +13,7 @@ from torch import nn
 from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.rewrites import rewrite
-from pocketfusion.mobile.rewrites.base import contiguous
+from pocketfusion.mobile.rewrites.passes import contiguous
 from pocketfusion.mobile.targets import Target
 from pocketfusion.quiet import quiet
 

@@ -11,16 +11,13 @@ from collections.abc import Iterable
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.rewrites.attention import ATTENTION
-from pocketfusion.mobile.rewrites.base import Rewrite, shared_copy
+from pocketfusion.mobile.rewrites.activations import GELU, SILU_NHWC
+from pocketfusion.mobile.rewrites.attention import ATTENTION, MASKS, SPLIT_ATTENTION
 from pocketfusion.mobile.rewrites.convolution import SERIALISE_CONV
-from pocketfusion.mobile.rewrites.gelu import GELU
 from pocketfusion.mobile.rewrites.linear import GEGLU_SPLIT, LINEAR_TO_CONV, SERIALISE_MATMUL
-from pocketfusion.mobile.rewrites.masks import MASKS
 from pocketfusion.mobile.rewrites.norms import GROUP_NORM, LAYER_NORM
-from pocketfusion.mobile.rewrites.sampling import PADDING, SUBPIXEL, UPSAMPLE
-from pocketfusion.mobile.rewrites.silu import SILU_NHWC
-from pocketfusion.mobile.rewrites.split_attention import SPLIT_ATTENTION
+from pocketfusion.mobile.rewrites.passes import Rewrite, shared_copy
+from pocketfusion.mobile.rewrites.resampling import PADDING, SUBPIXEL, UPSAMPLE
 from pocketfusion.mobile.targets import TARGETS, Target
 
 __all__ = ["PASSES", "Rewrite", "rewrite"]

@@ -3,6 +3,15 @@
 Three separate projections and [batch * heads, tokens, width] tensors: no delegate takes the 5-D tensors of fused
 projections. Unscaled scores overflow fp16, so Q is scaled first. The scores of all heads of SD-1.5's 64x64 attention
 are 268 MB in fp16: they are computed for as many queries at a time as the limits allow.
+
+CLIP's causal mask is an additive constant that fp16 can hold. The library's own mask is a choice between the scores
+and minus infinity, made anew in the graph. Where a delegate turns that into 0 * infinity, or float32's lowest number
+into fp16, the answer is NaN. -10,000 added to a score is as final: exp(-10,000) is zero in every float.
+
+For Apple's Neural Engine one head at a time on [B, C, 1, N]. Apple's notes on transformers for it
+(machinelearning.apple.com, 2022, "Deploying Transformers on the Apple Neural Engine") ask for channels first,
+projections as 1x1 convolutions, and heads in products of their own, so that no tensor is reshaped into heads. The same
+numbers as the plain form; not measured on that hardware here.
 """
 
 from __future__ import annotations
@@ -13,11 +22,12 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bert.modeling_bert import BertSelfAttention
-from transformers.models.clip.modeling_clip import CLIPAttention
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoder
 
-from pocketfusion.mobile.rewrites.base import Rewrite, replace
-from pocketfusion.mobile.rewrites.masks import causal_mask
+from pocketfusion.mobile.rewrites.passes import Rewrite, replace
 from pocketfusion.mobile.targets import Limits
 
 
@@ -144,7 +154,7 @@ def plain(attention: Attention) -> bool:
     return attention.to_k is not None and all(getattr(attention, name) is None for name in extras)
 
 
-def _apply(module: nn.Module, limits: Limits) -> int:
+def _parts(module: nn.Module, limits: Limits) -> int:
     def make(child: nn.Module) -> nn.Module | None:
         if isinstance(child, Attention) and plain(child):
             return UNetAttention(child, limits)
@@ -160,5 +170,90 @@ ATTENTION = Rewrite(
     reason="memory",
     summary="at most 4-D, Q scaled before QK^T, scores stored for a slice of the queries at a time",
     source="this project (docs/mobile.md)",
-    apply=_apply,
+    apply=_parts,
+)
+
+
+#: What is added to a score that must not count.
+MASKED = -1e4
+
+
+def causal_mask(tokens: int) -> nn.Buffer:
+    """[1, 1, tokens, tokens]: 0 up to and at each token's own place, `MASKED` after it."""
+    return nn.Buffer(torch.full((1, 1, tokens, tokens), MASKED, device="cpu").triu(1), persistent=False)
+
+
+class MaskedEncoder(nn.Module):
+    """`CLIPEncoder` whose layers get the causal mask as a constant, or where its config has `use_attention_mask` the
+    whole mask that `wrappers.TextEncoder` passes."""
+
+    def __init__(self, encoder: CLIPEncoder):
+        super().__init__()
+        self.layers = encoder.layers
+        self.causal = causal_mask(encoder.config.max_position_embeddings)
+        self.given = bool(getattr(encoder.config, "use_attention_mask", False))
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None, **ignored: Any) -> Any:
+        x, tokens = inputs_embeds, inputs_embeds.shape[1]
+        mask = attention_mask if self.given else self.causal[:, :, :tokens, :tokens]
+        for layer in self.layers:
+            x = layer(x, mask)
+        return BaseModelOutput(last_hidden_state=x)
+
+
+def _masks(module: nn.Module, limits: Limits) -> int:
+    return replace(module, lambda child: MaskedEncoder(child) if isinstance(child, CLIPEncoder) else None)
+
+
+MASKS = Rewrite(
+    name="masks",
+    reason="fp16 range",
+    summary="CLIP's causal mask as an additive constant of -10,000",
+    source="LiteRT issue 8593",
+    apply=_masks,
+)
+
+
+class SplitAttention(AttentionParts):
+    """diffusers' `Attention`, computed head by head."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **ignored: Any
+    ) -> torch.Tensor:
+        picture = hidden_states.ndim == 4
+        x = hidden_states.flatten(2)[:, :, None] if picture else hidden_states.transpose(1, 2)[:, :, None]
+        if self.group_norm is not None:
+            x = self.group_norm(x.squeeze(2))[:, :, None]
+        states = x if encoder_hidden_states is None else encoder_hidden_states.transpose(1, 2)[:, :, None]
+        size = self.to_q.out_features // self.heads
+        q, v = _project(self.to_q, x) * size**-0.5, _project(self.to_v, states)
+        k = _project(self.to_k, states).permute(0, 3, 2, 1)  # [B, M, 1, C]
+        parts = []
+        for rows in (slice(i, i + size) for i in range(0, size * self.heads, size)):
+            scores = k[..., rows].transpose(1, 2) @ q[:, rows].transpose(1, 2)  # [B, 1, M, N]
+            parts.append((v[:, rows].transpose(1, 2) @ scores.softmax(2)).transpose(1, 2))
+        y = _project(self.to_out[0], torch.cat(parts, dim=1))
+        y = y.reshape(hidden_states.shape) if picture else y.squeeze(2).transpose(1, 2)
+        if self.residual:
+            y = y + hidden_states
+        return y if self.rescale == 1 else y / self.rescale
+
+
+def _project(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """[B, C, 1, N] -> [B, C', 1, N]"""
+    return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
+
+
+def _split(module: nn.Module, limits: Limits) -> int:
+    return replace(
+        module, lambda child: SplitAttention(child) if isinstance(child, Attention) and plain(child) else None
+    )
+
+
+SPLIT_ATTENTION = Rewrite(
+    name="split-attention",
+    reason="speed",
+    summary="channels first, projections as 1x1 convolutions, a product for each head",
+    source="Apple, Deploying Transformers on the Apple Neural Engine (2022); not measured on it",
+    apply=_split,
 )

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from torch import nn
 
-from pocketfusion.mobile.rewrites.base import Rewrite, replace, view
+from pocketfusion.mobile.rewrites.passes import Rewrite, replace, view
 from pocketfusion.mobile.targets import Limits
 
 

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import nn
 
-from pocketfusion.mobile.rewrites.base import Rewrite, replace
+from pocketfusion.mobile.rewrites.passes import Rewrite, replace
 from pocketfusion.mobile.targets import Limits
 
 

@@ -18,7 +18,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from pocketfusion.mobile.rewrites.base import Rewrite, replace, view
+from pocketfusion.mobile.rewrites.passes import Rewrite, replace, view
 from pocketfusion.mobile.targets import Limits
 
 

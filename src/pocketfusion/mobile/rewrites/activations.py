@@ -1,9 +1,11 @@
-"""GELU by tanh of a clamped polynomial, for devices without the operation or with one that overflows in fp16.
+"""GELU without an operation that devices lack or overflow in, and SiLU in the order of its neighbours.
 
-*Squeezing* clips the argument of the usual cubic (x + 0.044715 x^3, whose cube leaves fp16 at 40). That cubic is
-itself off by 5e-4 from the erf form that Stable Diffusion's weights were trained with. Here the odd polynomial has
-degree 9, fitted to artanh(2 Phi(x) - 1), and the result is within 4e-6 of erf's everywhere. It is evaluated in
-(x / 4)^2, where all coefficients are normal fp16 numbers.
+GELU is tanh of a clamped polynomial. *Squeezing* clips the argument of the usual cubic (x + 0.044715 x^3, whose cube
+leaves fp16 at 40). That cubic is itself off by 5e-4 from the erf form that Stable Diffusion's weights were trained
+with. Here the odd polynomial has degree 9, fitted to artanh(2 Phi(x) - 1), and the result is within 4e-6 of erf's
+everywhere. It is evaluated in (x / 4)^2, where all coefficients are normal fp16 numbers.
+
+SiLU between a norm and a convolution in NHWC is in it too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 from transformers.activations import GELUActivation, QuickGELUActivation
 
-from pocketfusion.mobile.rewrites.base import Rewrite, replace
+from pocketfusion.mobile.rewrites.passes import Rewrite, replace
 from pocketfusion.mobile.targets import Limits
 
 #: artanh(2 Phi(x) - 1) = x * sum(c_i * (x / 4)^(2 i)) for |x| <= 6: least-squares, reweighted towards equal errors.
@@ -74,4 +76,26 @@ GELU = Rewrite(
     summary="tanh of a clamped polynomial, within 4e-6 of the erf form; CLIP's quick GELU with a clamped sigmoid",
     source="Squeezing Large-Scale Diffusion Models for Mobile (arXiv 2307.01193); the polynomial is this project's",
     apply=_apply,
+)
+
+
+class SiLUNHWC(nn.Module):
+    """SiLU applied in NHWC order, so that the transposes of its neighbours (norm before, convolution after) cancel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 4:
+            return torch.nn.functional.silu(x)
+        return torch.nn.functional.silu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _nhwc(module: nn.Module, limits: Limits) -> int:
+    return replace(module, lambda child: SiLUNHWC() if isinstance(child, nn.SiLU) else None)
+
+
+SILU_NHWC = Rewrite(
+    name="silu-nhwc",
+    reason="speed",
+    summary="SiLU in NHWC order, so that its neighbours' transposes cancel",
+    source="this project (docs/export.md)",
+    apply=_nhwc,
 )
