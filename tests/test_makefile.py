@@ -1,6 +1,7 @@
-"""`make demo` installs what the sources are now: anew after any change of them, and not without one."""
+"""`make demo` installs what the sources are now; an old Python is told; the links of a release are whole."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,3 +98,19 @@ def test_a_python_that_is_too_old_is_told_before_anything_is_installed(clone: Pa
     done = subprocess.run(["make", target, f"PYTHON={old}"], cwd=clone, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and f"{old} is 3.8.1: name another by PYTHON=python3.1" in done.stderr
     assert not [path for path in clone.iterdir() if path.name.startswith(".venv")]
+
+
+def test_a_release_has_no_link_that_leads_nowhere_on_an_index(tmp_path: Path) -> None:
+    for name in ("README.md", "pyproject.toml", "docs", "examples", "runs", "LICENSE", "NOTICE"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    command = [sys.executable, ROOT / ".ci" / "absolute_links.py", tmp_path, "https://example.org/pf/"]
+    subprocess.run(command, check=True)
+    targets = re.findall(r"\]\(([^)]+)\)", (tmp_path / "README.md").read_text())
+    assert len(targets) > 20 and [one for one in targets if not one.startswith(("https://", "http://", "#"))] == []
+    assert any("/raw/v" in one and one.endswith(".png") for one in targets)
+    with (tmp_path / "pyproject.toml").open("rb") as file:
+        assert tomllib.load(file)["project"]["urls"]["Repository"] == "https://example.org/pf"
+    (tmp_path / "README.md").write_text("[x](docs/no.md)")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "leads to docs/no.md, which is not there" in done.stderr
