@@ -262,7 +262,6 @@ def test_an_adapter_of_another_base_is_refused(plain: Path, tmp_path: Path) -> N
 
 def test_the_command(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pocketfusion.cli import app, export_commands
-    from pocketfusion.cli import export as _  # noqa: F401  (registers the command)
     from pocketfusion.mobile import export as exporter
     from pocketfusion.mobile import outlook
 

@@ -71,7 +71,7 @@ def test_the_inside_of_fsdp2_is_as_it_is_asked_for(monkeypatch):
                 assert torch.equal(model(x), plain(x))
             sharded.make_whole(model)
         except (AttributeError, IndexError, PocketfusionError) as error:
-            pytest.fail(f"FSDP2 of torch {torch.__version__} is built otherwise: mend train/sharded.py ({error})")
+            pytest.fail(f"FSDP2 of torch {torch.__version__} is built otherwise: mend memory/sharded.py ({error})")
         assert type(model) is nn.Sequential and not sharded.is_sharded(model) and type(model[0].weight) is nn.Parameter
         assert torch.equal(model(x), plain(x)) and not (model._forward_hooks or model._forward_pre_hooks)
         monkeypatch.setattr(FSDPModule, "_get_fsdp_state", lambda module: SimpleNamespace(_lazy_init=lambda: None))
