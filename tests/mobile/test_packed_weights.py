@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,14 @@ INPUTS = {
 
 def _run(path: Path) -> np.ndarray:
     return gate.run(path, [INPUTS], "y", DEFAULT_SIGNATURE)
+
+
+def test_a_conversion_keeps_no_weights_in_memory(tmp_path: Path) -> None:
+    net = _Net()
+    weight = weakref.ref(net.unet.layers[0].weight)
+    convert(net, {"x": torch.zeros(1, 6, 6, 8), "ids": torch.zeros(1, 4, dtype=torch.int32)}, tmp_path / "net.tflite")
+    del net
+    assert weight() is None
 
 
 def test_layers_are_named_after_their_modules(exact: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pocketfusion.errors import PocketfusionError
 from pocketfusion.runtime import networks
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 from pocketfusion.runtime.networks import KeptWeights
@@ -102,3 +103,18 @@ def test_a_pipeline_keeps_all_three(tiny_bundle, tmp_path, mode):
         drawn.append(pipeline.generate("a red apple", seed=1, num_inference_steps=2).images[0].tobytes())
         pipeline.close()
     assert drawn[0] == drawn[1] == drawn[2] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_numbers_that_are_not_finite_may_be_of_the_kept_weights(bundle, tmp_path):
+    def draw() -> None:
+        pipeline = Pipeline.load(bundle.path, 1, cache=tmp_path)
+        pipeline.generate("a red apple", seed=1, num_inference_steps=1)
+        pipeline.close()
+
+    draw()
+    (file,) = tmp_path.glob(f"{bundle.manifest.files['unet'].sha256[:32]}*")
+    with file.open("r+b") as packed:  # of the size that it had
+        packed.seek(4096)
+        packed.write(b"\xff" * (1 << 20))
+    with pytest.raises(PocketfusionError, match=f"too high, or the weights kept in {tmp_path} are damaged: empty"):
+        draw()

@@ -6,9 +6,6 @@ as its neighbours leave them and all share the machine's moods. Timed by the med
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import median
@@ -24,7 +21,7 @@ from pocketfusion.latency.timing_backends import Backend, Job, Runner
 from pocketfusion.latency.unet_parts import Part, action_architectures, bare, base_shapes, list_parts, unknown_part
 from pocketfusion.mobile.specs import multiply_adds
 from pocketfusion.models.elastic.architecture import Architecture
-from pocketfusion.runtime.memory import available_memory
+from pocketfusion.runtime.memory import available_memory, release_garbage
 
 #: Called with what is being done, how much of it is done and how much there is.
 Progress = Callable[[str, int, int], None]
@@ -200,7 +197,7 @@ def time_jobs(
         path = backend.prepare(job)
         size += path.stat().st_size if path else 4 * sum(p.numel() for p in job.module().parameters())
     progress(f"{stage}: preparing", len(jobs), len(jobs))
-    _release_memory()
+    release_garbage()
     wholes = [key for key in jobs if key.startswith(WHOLE)]
     together = not wholes or _RESIDENT * size < available_memory()
     groups = [list(jobs)] if together else [[k for k in jobs if k not in wholes], *([key] for key in wholes)]
@@ -213,13 +210,5 @@ def time_jobs(
         progress(f"{stage}: loading", len(keys), len(keys))
         times |= rounds(runners, runs, progress, f"{stage}: timing")
         del runners
-        _release_memory()
+        release_garbage()
     return times, together
-
-
-def _release_memory() -> None:
-    """Gives freed memory back to the system: an export of full size leaves gigabytes behind, which loading needs."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # glibc
-        trim(0)

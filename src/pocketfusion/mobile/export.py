@@ -49,6 +49,7 @@ from pocketfusion.runtime.manifest import (
     Network,
     Networks,
 )
+from pocketfusion.runtime.memory import release_garbage
 from pocketfusion.runtime.specs import SamplerName
 from pocketfusion.runtime.trust.vocabulary import check_parts
 
@@ -160,7 +161,9 @@ def export(
             exact = work / f"{network}-{settings.conversion_key(folder, network)}{backend.suffix}"
             if not exact.exists():
                 _convert_network(networks[network], inputs[network], exact, settings)
-            plain[network].to("meta")  # only its file is looked at from here on: the memory is the runtime's
+            for module in (plain[network], networks[network]):  # a UNet whose time comes from outside is a copy
+                module.to("meta")  # only its file is looked at from here on: the memory is the runtime's
+            release_garbage()
             stage()
             stored = backend.store(exact, partial, network, networks[network], kinds[network])
             forms[network] = stored.form

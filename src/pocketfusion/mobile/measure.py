@@ -12,6 +12,7 @@ from torch import nn
 
 from pocketfusion.mobile import gate, specs
 from pocketfusion.mobile.inputs import GateInputs
+from pocketfusion.mobile.rewrites.base import on_meta
 from pocketfusion.mobile.unet_form import UNetForm, joined
 from pocketfusion.runtime.specs import TensorSpec
 
@@ -54,12 +55,14 @@ class Described:
 
 @torch.no_grad()
 def describe(module: nn.Module, inputs: specs.Samples, plain: nn.Module, one: specs.Samples) -> Described:
-    """Of `module`, that is converted with `inputs`; the multiply-adds are of the `plain` one on `one` sample."""
+    """Of `module`, that is converted with `inputs`; the multiply-adds are of the `plain` one on `one` sample. Nothing
+    is computed but shapes."""
+    shapes, shape = ({name: value.to("meta") for name, value in samples.items()} for samples in (inputs, one))
     return Described(
         specs.tensor_specs(inputs),
-        specs.tensor_specs(module(**inputs)),
+        specs.tensor_specs(on_meta(module)(**shapes)),
         sum(p.numel() for p in plain.parameters()),
-        specs.multiply_adds(plain, one),
+        specs.multiply_adds(on_meta(plain), shape),
     )
 
 

@@ -196,7 +196,8 @@ def check_finite(latents: Array, unet: Network, step: int, steps: int, timestep:
     """Raises PocketfusionError if the `latents` after a step (counted from 1) hold NaN or infinity."""
     if not np.isfinite(latents).all():
         what = "NaN" if np.isnan(latents).any() else "infinity"
+        kept = f", or the weights kept in {unet.kept_in} are damaged: empty that folder" if unet.kept_in else ""
         raise PocketfusionError(
             f"{unet.path}: the network produced {what} at step {step} of {steps} (timestep {timestep:g}): "
-            "the bundle is unsound, or the guidance is too high"
+            f"the bundle is unsound, or the guidance is too high{kept}"
         )

@@ -129,6 +129,7 @@ class Network:
         the runtime, the GPU does not take all of it (or there is none), or the disk is too full for that file.
         """
         self.path, self.spec, self.runtime = path, spec, runtime
+        self.kept_in: Path | None = None  #: the folder of the packed weights that it computes with
         self._packed: IO[bytes] | None = None
         self._engine: Engine
         if runtime != "litert":
@@ -152,6 +153,7 @@ class Network:
                     engine = Compiled(path, spec, signature, gpu_options(spec))
                 elif kept is not None:
                     engine = kept.load(sha256, packed_size(spec), with_packed)
+                    self.kept_in = kept.folder if engine else None
                 if engine is None and mapped:
                     # held until the network is closed: the mapping is of this file, which has no name in any folder
                     self._packed = _temporary_file(spec)

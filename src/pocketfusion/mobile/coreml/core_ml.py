@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.convert import forget_trace
 from pocketfusion.mobile.coreml import apple, mlpackage
 from pocketfusion.mobile.coreml.compression import compress, in_chunks
 from pocketfusion.mobile.coreml.executor import Arithmetic, Executor
@@ -46,6 +47,7 @@ class CoreML:
             samples = {name: torch.from_numpy(np.array(values)) for name, values in call.items()}
         half = self._settings.kinds()[network] != "float32"
         convert(module, samples, file, self._settings.device, self._ios, half)
+        forget_trace()
 
     def store(self, exact: Path, bundle: Path, network: str, module: nn.Module, kind: Any) -> _Program:
         name = apple.NAMES[network] if self._apple else network

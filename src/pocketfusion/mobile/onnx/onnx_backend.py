@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from pocketfusion.mobile.convert import forget_trace
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.measure import Run
 from pocketfusion.mobile.onnx import diffusers_layout
@@ -39,6 +40,7 @@ class ONNX:
             module = diffusers_layout.wrap(network, module)
             samples, dynamic = diffusers_layout.samples(network, samples)
         convert(module, samples, file, self._settings.device, dynamic)
+        forget_trace()
 
     def store(self, exact: Path, bundle: Path, network: str, module: nn.Module, kind: Any) -> _Stored:
         file = self._file(bundle, network)

@@ -55,6 +55,13 @@ def shared_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, shared).eval()
 
 
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of `module`'s structure on `meta`, for its shapes: no weight is copied."""
+    shapes: dict[int, torch.Tensor] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    shapes |= {id(one): nn.Parameter(one.detach().to("meta"), requires_grad=False) for one in module.parameters()}
+    return copy.deepcopy(module, shapes).eval()
+
+
 def view(weight: torch.Tensor) -> nn.Parameter:
     """A parameter that shares the memory of `weight`, a slice or reshape of another one."""
     return nn.Parameter(weight.detach(), requires_grad=False)
