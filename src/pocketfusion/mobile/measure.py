@@ -12,7 +12,7 @@ from torch import nn
 
 from pocketfusion.mobile import gate, specs
 from pocketfusion.mobile.inputs import GateInputs
-from pocketfusion.mobile.rewrites.base import on_meta
+from pocketfusion.mobile.rewrites.passes import on_meta
 from pocketfusion.mobile.unet_form import UNetForm, joined
 from pocketfusion.runtime.specs import TensorSpec
 
