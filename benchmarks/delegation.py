@@ -34,9 +34,9 @@ from pocketfusion.latency.blocks import all_blocks, with_weights
 from pocketfusion.mobile.delegate.oracle import Oracle
 from pocketfusion.mobile.delegate.proof import Proof, prove
 from pocketfusion.mobile.delegate.stack import choose, find_stacks
+from pocketfusion.mobile.devices import TARGETS
+from pocketfusion.mobile.pipeline_specs import Samples
 from pocketfusion.mobile.rewrites.passes import shared_copy
-from pocketfusion.mobile.specs import Samples
-from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import Decoder, TextEncoder, UNet
 from pocketfusion.models.elastic.presets import snapfusion
 from pocketfusion.models.elastic_unet import ElasticUNet

@@ -28,7 +28,7 @@ from pocketfusion.artefact import write_json
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.distill.steps import StepTask, sampling_of
 from pocketfusion.folder import machine
-from pocketfusion.mobile.cost import unet_cost
+from pocketfusion.mobile.pipeline_specs import unet_cost
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.slim_autoencoder import to_tensor
 from pocketfusion.recipe import load_recipe

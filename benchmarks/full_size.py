@@ -99,7 +99,7 @@ def compare(settings: dict[str, Any], runs: int) -> dict[str, dict[str, Any]]:
 
 def costs(name: str) -> dict[str, dict[str, int]]:
     """Parameters and multiply-adds (batch 1) by network."""
-    from pocketfusion.mobile.cost import unet_cost
+    from pocketfusion.mobile.pipeline_specs import unet_cost
     from pocketfusion.models.elastic.architecture import Architecture
     from pocketfusion.models.elastic.presets import snapfusion
     from pocketfusion.models.sd_configs import CONFIGS

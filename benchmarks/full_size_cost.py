@@ -24,8 +24,7 @@ from pocketfusion.artefact import write_json
 from pocketfusion.distill.ddim import step_ratio
 from pocketfusion.distill.decoder import DecoderNetwork
 from pocketfusion.distill.decoder_pruning import half_shape
-from pocketfusion.mobile.cost import unet_cost
-from pocketfusion.mobile.specs import multiply_adds
+from pocketfusion.mobile.pipeline_specs import multiply_adds, unet_cost
 from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.elastic.presets import snapfusion
 from pocketfusion.models.slim_autoencoder import SlimAutoencoderKL

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pocketfusion.data.sources import open_dataset
 from pocketfusion.evaluate.generate import ModelFolder
-from pocketfusion.mobile.cost import unet_cost
+from pocketfusion.mobile.pipeline_specs import unet_cost
 from pocketfusion.models.elastic.transfer import without_units
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.prune.harm import noise, predictions, real_calls, unit_harm

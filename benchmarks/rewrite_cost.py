@@ -32,10 +32,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from pocketfusion.artefact import write_json
 from pocketfusion.latency.blocks import with_weights
 from pocketfusion.mobile.convert import convert
+from pocketfusion.mobile.devices import TARGETS, Target
 from pocketfusion.mobile.flatbuffer import operations
 from pocketfusion.mobile.rewrites.convolution import SerialConv
 from pocketfusion.mobile.rewrites.linear import SerialLinear
-from pocketfusion.mobile.targets import TARGETS, Target
 from pocketfusion.mobile.wrappers import nchw, nhwc
 from pocketfusion.runtime.output import cpu_name
 

@@ -32,7 +32,7 @@ def full_size(folder: Path) -> list[Path]:
     from decoder_latency import decoder_job
     from pocketfusion.latency.part_modules import unet_module, unet_samples, with_random_weights
     from pocketfusion.mobile.convert import convert
-    from pocketfusion.mobile.quantize import quantize
+    from pocketfusion.mobile.quantization.weight_forms import quantize
     from pocketfusion.models.elastic.presets import snapfusion
     from pocketfusion.models.sd_configs import CONFIGS
 

@@ -12,7 +12,7 @@ import pytest
 
 from pocketfusion.bounded import check_numbers, parse_json, read_bytes, read_yaml
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.weight_recipe import WeightRecipe
+from pocketfusion.mobile.quantization.weight_forms import WeightRecipe
 from pocketfusion.recipe import load_recipe
 from pocketfusion.safetensors_header import read_safetensors_header
 

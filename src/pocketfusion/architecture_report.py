@@ -14,7 +14,7 @@ from rich.table import Table
 from pocketfusion.artefact import atomic_folder, check_new
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import Provenance, check_folder, folder_hash, write_provenance
-from pocketfusion.mobile.cost import Cost, unet_cost
+from pocketfusion.mobile.pipeline_specs import Cost, unet_cost
 from pocketfusion.models.elastic.architecture import KIND_NAMES, Architecture
 from pocketfusion.models.elastic.presets import PRESETS, snapfusion_attention, stage_counts
 from pocketfusion.models.elastic.transfer import with_architecture

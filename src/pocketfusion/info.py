@@ -182,7 +182,7 @@ def _multiply_adds(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
 
 
 def _count_on_meta(path: Path) -> tuple[dict[str, int] | None, str, list[str]]:
-    from pocketfusion.mobile.specs import multiply_adds, samples
+    from pocketfusion.mobile.pipeline_specs import multiply_adds, samples
     from pocketfusion.mobile.wrappers import wrap
     from pocketfusion.models.loading import assemble, empty_part
 

@@ -17,8 +17,8 @@ from pocketfusion.distill.decoder_pruning import prune_decoder
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import read_provenance
 from pocketfusion.info import describe
+from pocketfusion.mobile.devices import TARGETS
 from pocketfusion.mobile.rewrites import rewrite
-from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.dual_encoder import JudgeModel
 from pocketfusion.models.guided import noise_batch

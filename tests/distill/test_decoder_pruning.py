@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 
 from pocketfusion.distill.decoder_pruning import Space, half_shape, prune_decoder, tiny_shape
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.specs import multiply_adds
+from pocketfusion.mobile.pipeline_specs import multiply_adds
 from pocketfusion.models.sd_configs import CONFIGS
 from pocketfusion.models.slim_autoencoder import DecoderShape, SlimAutoencoderKL, load_vae
 

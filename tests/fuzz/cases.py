@@ -144,14 +144,14 @@ def tokenizer_case(rng: random.Random, world: World) -> Callable[[], str]:
 
 def _use_bundle(rng: random.Random, path: Path) -> str:
     """What `info` and `generate` do with a bundle, on the same consoles."""
-    from pocketfusion.cli.look_commands import _print
+    from pocketfusion.cli.look_commands import _tell
     from pocketfusion.info import describe_bundle
     from pocketfusion.runtime.pipeline import Pipeline
     from pocketfusion.terminal import Console, printable_json
 
     about = describe_bundle(path)
     screen = io.StringIO()
-    _print(Console(file=screen, markup=False, highlight=False, soft_wrap=True), about)
+    _tell(Console(file=screen, markup=False, highlight=False, soft_wrap=True), about)
     screen.write(printable_json(json.dumps(about, ensure_ascii=False)))
     no_escapes(screen.getvalue())
     mode = rng.choice(["resident", "pipelined", "sequential", None])

@@ -16,7 +16,7 @@ from pocketfusion.latency.part_modules import (
 from pocketfusion.latency.profiling import distinct_parts
 from pocketfusion.latency.target import validation_architectures
 from pocketfusion.latency.unet_parts import Part, action_architectures, list_parts, stage_names
-from pocketfusion.mobile.specs import multiply_adds
+from pocketfusion.mobile.pipeline_specs import multiply_adds
 from pocketfusion.mobile.wrappers import nchw, nhwc
 from pocketfusion.models.elastic.architecture import FEED_FORWARD_SHARES, Architecture, BlockName
 from pocketfusion.models.elastic_unet import ElasticUNet

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile import gate, pack
-from pocketfusion.mobile.coreml import options
+from pocketfusion.mobile import gate, target_options
+from pocketfusion.mobile.devices import TARGETS
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.outlook import prepare
-from pocketfusion.mobile.outside_loops import check_guidance
+from pocketfusion.mobile.quantization import packing
 from pocketfusion.mobile.rewrites import rewrite
-from pocketfusion.mobile.targets import TARGETS
+from pocketfusion.mobile.target_options import check_guidance
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "find_spec", lambda name: object())
+    monkeypatch.setattr(target_options, "find_spec", lambda name: object())
 
 
 def refused(folder: Path, message: str, **given: Any) -> None:
@@ -32,7 +32,7 @@ def refused(folder: Path, message: str, **given: Any) -> None:
 
 
 def test_the_extra_is_named(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    monkeypatch.setattr(target_options, "find_spec", lambda name: None)
     refused(tiny_folder, r"--target coreml needs coremltools: pip install '\.\[compress,coreml\]'", target="coreml")
 
 
@@ -80,7 +80,7 @@ def test_apples_layout_of_a_masked_clip(tiny_folder: Path, tmp_path: Path, insta
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "clip_text_model"}))
     settings = ExportSettings(target="coreml", layout="apple")
     with pytest.raises(PocketfusionError, match="CLIP's text encoder and no mask"):
-        options.check_options(settings, folder)
+        target_options.check_options(settings, folder)
 
 
 @pytest.mark.parametrize("guidance", ["embedded", "folded"])
@@ -106,7 +106,7 @@ def test_every_form_has_its_gates() -> None:
     forms = {form for target in TARGETS.values() for form in target.forms}
     for gates in (gate.MIN_SQNR, gate.MIN_PADDING_SQNR, gate.MAX_GUIDANCE_ERROR):
         assert gates.keys() == forms
-    assert TARGETS["litert-cpu"].forms == pack.FORMS
+    assert TARGETS["litert-cpu"].forms == packing.FORMS
 
 
 class _Attended(nn.Module):

@@ -17,7 +17,7 @@ from pocketfusion.mobile import outlook
 from pocketfusion.mobile.devices import DEVICES, options_for, tile_within, widest_map
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.outlook import prepare
-from pocketfusion.mobile.quantize import quantize
+from pocketfusion.mobile.quantization.weight_forms import quantize
 from pocketfusion.models.loading import assemble, empty_part
 from pocketfusion.models.sd_configs import CONFIGS
 from pocketfusion.runtime.manifest import NETWORKS, Bundle

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from pocketfusion.folder import Provenance, folder_hash, write_provenance
-from pocketfusion.mobile import gate, specs
+from pocketfusion.mobile import gate, pipeline_specs
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
 from pocketfusion.mobile.export import STAGES, export
 from pocketfusion.mobile.flatbuffer import operations
@@ -48,7 +48,7 @@ def test_multiply_adds_by_hand() -> None:
             return {"y": torch.nn.functional.scaled_dot_product_attention(flat, flat, flat)}
 
     conv, attention = 5 * 3 * 9 * 16, 2 * 5 * 5 * 16
-    assert specs.multiply_adds(Net(), {"x": torch.zeros(1, 3, 4, 4)}) == conv + attention
+    assert pipeline_specs.multiply_adds(Net(), {"x": torch.zeros(1, 3, 4, 4)}) == conv + attention
 
 
 def test_unet_equals_the_stock_one(tiny_bundle: Path, tiny_folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile import export as module
 from pocketfusion.mobile.export import export
-from pocketfusion.mobile.specs import sampler_of, scheduler_spec
+from pocketfusion.mobile.pipeline_specs import sampler_of, scheduler_spec
 from pocketfusion.models.sampling import Sampling, write_sampling
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.pipeline import Pipeline

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from pocketfusion.cli.export_commands import _parse_lora
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.lora import _names, merge_lora
-from pocketfusion.mobile.lora_file import LoraLayer, check_lora
+from pocketfusion.mobile.adapters.lora import _names, merge_lora
+from pocketfusion.mobile.adapters.lora_file import LoraLayer, check_lora
 from pocketfusion.models.elastic.transfer import with_architecture
 from pocketfusion.models.elastic_unet import as_elastic
 

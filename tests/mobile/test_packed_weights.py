@@ -14,7 +14,7 @@ from torch import nn
 from pocketfusion.mobile import flatbuffer, gate
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.flatbuffer import operations, read, weights
-from pocketfusion.mobile.pack import nibbles, pack, round_weights
+from pocketfusion.mobile.quantization.packing import nibbles, pack, round_weights
 
 
 class _Block(nn.Module):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from pocketfusion.mobile.inputs import GateInputs
-from pocketfusion.mobile.preview_fit import discs, fit_preview
+from pocketfusion.mobile.bundle_extras import discs, fit_preview
+from pocketfusion.mobile.measure import GateInputs
 
 MATRIX = np.float32([[0.5, 0.1, 0.0], [0.0, 0.4, -0.1], [0.2, 0.0, 0.3], [-0.1, 0.2, 0.1]])
 BIAS = np.float32([0.05, -0.1, 0.0])

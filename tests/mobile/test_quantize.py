@@ -13,7 +13,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile import gate
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.flatbuffer import operations, read, weights
-from pocketfusion.mobile.quantize import MIN_WEIGHT_SQNR, quantize, rounding_sqnr
+from pocketfusion.mobile.quantization.weight_forms import MIN_WEIGHT_SQNR, quantize, rounding_sqnr
 
 
 class _Net(nn.Module):

@@ -14,12 +14,24 @@ from pocketfusion.cli import app
 from pocketfusion.cli import compress_commands as _  # noqa: F401  (registers the command
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash
-from pocketfusion.mobile.budget import candidates, decibels, for_quality, for_size, stored_bytes
-from pocketfusion.mobile.pack import Form
-from pocketfusion.mobile.plan import plan
-from pocketfusion.mobile.sensitivity import Effect, Layer, Sensitivity
-from pocketfusion.mobile.simulate import quantizable, rounded_activations, simulated
-from pocketfusion.mobile.weight_recipe import WeightRecipe
+from pocketfusion.mobile.quantization.mixed_precision import (
+    candidates,
+    for_quality,
+    for_size,
+    plan,
+    stored_bytes,
+)
+from pocketfusion.mobile.quantization.packing import Form
+from pocketfusion.mobile.quantization.sensitivity import (
+    Effect,
+    Layer,
+    Sensitivity,
+    decibels,
+    quantizable,
+    rounded_activations,
+    simulated,
+)
+from pocketfusion.mobile.quantization.weight_forms import WeightRecipe
 
 
 def test_activations_are_rounded_per_token_and_per_picture() -> None:
@@ -180,14 +192,14 @@ def test_packed_layers_bear_the_simulated_ones_names(tiny_bundle: Path, tiny_fol
 
 
 def test_simulated_is_what_the_packed_file_computes(tiny_bundle: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    from pocketfusion.mobile import gate, specs
+    from pocketfusion.mobile import gate, pipeline_specs
     from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
-    from pocketfusion.mobile.pack import pack
+    from pocketfusion.mobile.quantization.packing import pack
     from pocketfusion.mobile.wrappers import wrap
     from pocketfusion.models.loading import load_pipeline
 
     pipeline = load_pipeline(tiny_folder)
-    network, samples = wrap(pipeline)["unet"], specs.samples(pipeline, 2)["unet"]
+    network, samples = wrap(pipeline)["unet"], pipeline_specs.samples(pipeline, 2)["unet"]
     call = {name: value.numpy() for name, value in samples.items()}
 
     def noise(form: Form) -> tuple[float, float]:

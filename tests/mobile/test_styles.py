@@ -9,7 +9,7 @@ import pytest
 
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.styles import styles_of, write_styles
+from pocketfusion.mobile.bundle_extras import styles_of, write_styles
 from pocketfusion.runtime.manifest import Bundle, embedded_bundle
 
 EMOJI = Path(__file__).parents[2] / "models" / "emoji" / "eight"

@@ -21,9 +21,9 @@ from pocketfusion.mobile import gate
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.export import export
 from pocketfusion.mobile.flatbuffer import operations
-from pocketfusion.mobile.quantize import quantize
+from pocketfusion.mobile.quantization.weight_forms import quantize
 from pocketfusion.mobile.rewrites import rewrite
-from pocketfusion.mobile.tiny_decoder import TinyDecoder
+from pocketfusion.mobile.wrappers import TinyDecoder
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.runtime.manifest import Bundle
 from pocketfusion.runtime.pipeline import Pipeline

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.weight_recipe import NetworkRecipe, Rule, WeightRecipe
+from pocketfusion.mobile.quantization.weight_forms import NetworkRecipe, Rule, WeightRecipe
 
 LAYERS = [
     "conv_in",

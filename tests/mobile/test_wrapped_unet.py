@@ -9,9 +9,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile import specs
-from pocketfusion.mobile.unet_form import time_embedding_spec
-from pocketfusion.mobile.wrappers import wrap
+from pocketfusion.mobile import pipeline_specs
+from pocketfusion.mobile.wrappers import time_embedding_spec, wrap
 from tiny import tiny_pipeline
 
 
@@ -28,7 +27,7 @@ def pipeline() -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize("timestep", [0.0, 500.0, 999.0])
 def test_embedding_outside_equals_inside(pipeline: Any, timestep: float) -> None:
-    inputs = specs.samples(pipeline, 2)["unet"] | {"timestep": torch.full((2,), timestep)}
+    inputs = pipeline_specs.samples(pipeline, 2)["unet"] | {"timestep": torch.full((2,), timestep)}
     inside = wrap(pipeline)["unet"](**inputs)["noise_pred"]
     del inputs["timestep"]
     embedding = pipeline.unet.time_proj(torch.full((2,), timestep))
@@ -42,7 +41,7 @@ def test_embedding_outside_equals_inside(pipeline: Any, timestep: float) -> None
 
 def test_the_specs_say_how_to_compute_the_embedding(pipeline: Any) -> None:
     spec = time_embedding_spec(pipeline.unet)
-    given = specs.samples(pipeline, 2, time_embedding="outside")["unet"]
+    given = pipeline_specs.samples(pipeline, 2, time_embedding="outside")["unet"]
     assert "timestep" not in given and given["timestep_embedding"].shape == (2, spec.dim)
     half = spec.dim // 2
     # by hand: cosines first, frequencies from 1 to 1/10000 exclusive
@@ -69,7 +68,7 @@ def test_folded_step_equals_diffusers(pipeline: Any, prediction_type: str, batch
     scheduler.set_timesteps(8)
     options = {"time_embedding": "outside", "scheduler_step": True}
     folded, plain = wrap(pipeline, **options)["unet"], wrap(pipeline)["unet"]
-    inputs = specs.samples(pipeline, batch, **options)["unet"]
+    inputs = pipeline_specs.samples(pipeline, batch, **options)["unet"]
     assert inputs["sample"].shape[0] == 1 and inputs["encoder_hidden_states"].shape[0] == batch
     scale = 4.0
     for timestep in scheduler.timesteps[[0, 3, 7]]:

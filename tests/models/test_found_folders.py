@@ -30,9 +30,9 @@ from found import (
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, weight_files
 from pocketfusion.info import describe
+from pocketfusion.mobile.devices import TARGETS
+from pocketfusion.mobile.pipeline_specs import scheduler_spec
 from pocketfusion.mobile.rewrites import rewrite
-from pocketfusion.mobile.specs import scheduler_spec
-from pocketfusion.mobile.targets import TARGETS
 from pocketfusion.mobile.wrappers import wrap
 from pocketfusion.models.elastic_unet import load_elastic
 from pocketfusion.models.guided import guided_prediction

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPTextModel
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile import specs
+from pocketfusion.mobile import pipeline_specs
 from pocketfusion.models.learnt_tokens import add_embedding, spell_out
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.text_encoder import load_text_encoder
@@ -58,7 +58,7 @@ def bundled(loaded: StableDiffusionPipeline, folder: Path) -> PromptTokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(folder / "tokenizer.json"))
-    return PromptTokenizer(folder / "tokenizer.json", specs.tokenizer_spec(loaded))
+    return PromptTokenizer(folder / "tokenizer.json", pipeline_specs.tokenizer_spec(loaded))
 
 
 @pytest.mark.parametrize("vectors", [1, 3, 12])

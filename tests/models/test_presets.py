@@ -16,7 +16,7 @@ from pocketfusion.architecture_report import describe, open_base, table
 from pocketfusion.cli import main
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, read_provenance
-from pocketfusion.mobile.cost import unet_cost
+from pocketfusion.mobile.pipeline_specs import unet_cost
 from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.elastic.presets import snapfusion, stage_counts
 from pocketfusion.models.elastic.transfer import with_architecture

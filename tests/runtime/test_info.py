@@ -67,7 +67,7 @@ def test_altered_bundle_is_shown_and_exits_with_2(run, bundle):
 
 
 def test_model_folder_equals_what_torch_counts(run, folder):
-    from pocketfusion.mobile.specs import multiply_adds, samples
+    from pocketfusion.mobile.pipeline_specs import multiply_adds, samples
     from pocketfusion.mobile.wrappers import wrap
     from pocketfusion.models.loading import load_pipeline
 

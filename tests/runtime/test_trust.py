@@ -18,7 +18,7 @@ from ai_edge_litert import schema_py_generated as schema
 from pocketfusion.artefact import sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile import flatbuffer
-from pocketfusion.mobile.pack import FORMS, pack
+from pocketfusion.mobile.quantization.packing import FORMS, pack
 from pocketfusion.runtime.manifest import NETWORKS, Bundle, embedded_bundle
 from pocketfusion.runtime.networks import Network
 from pocketfusion.runtime.pipeline import Pipeline

@@ -56,8 +56,8 @@ def make(folder: Path, forms: dict[str, Path]) -> None:
 def for_gpu(source: Path, path: Path) -> None:
     """A copy of a small bundle as `export --target litert-gpu` marks one: with what its networks give for noise."""
     from pocketfusion.mobile import gate
+    from pocketfusion.mobile.bundle_extras import known_result
     from pocketfusion.mobile.convert import DEFAULT_SIGNATURE
-    from pocketfusion.mobile.selfcheck import known_result
 
     shutil.copytree(source, path)
     manifest = Bundle.open(source).manifest

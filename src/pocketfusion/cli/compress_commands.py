@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pocketfusion.compress.chain import Chain, Stage
     from pocketfusion.compress.records import Record
-    from pocketfusion.mobile.plan import Plan
+    from pocketfusion.mobile.quantization.mixed_precision import Plan
 
 NameOpt = str | None
 
@@ -164,7 +164,7 @@ def quantize_command(
     from pocketfusion.quiet import quiet
 
     with quiet():  # the libraries' import messages
-        from pocketfusion.mobile.plan import plan
+        from pocketfusion.mobile.quantization.mixed_precision import plan
 
     folder = model_folder(folder)
     console = Console(highlight=False)
@@ -185,7 +185,7 @@ def quantize_command(
     _print(made, console)
     console.print(f"{recipe}: apply it with pocketfusion export {folder} OUT --recipe {recipe}")
     if plot is not None:
-        from pocketfusion.mobile.sensitivity_figure import draw
+        from pocketfusion.mobile.quantization.sensitivity import draw
 
         draw(made.sensitivity, plot)
         console.print(f"{plot}: noise by layer and form")

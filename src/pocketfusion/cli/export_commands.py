@@ -337,4 +337,5 @@ def _print(report: ExportReport, console: Console) -> None:
     steps = f"{report.num_inference_steps} step{'s' if report.num_inference_steps > 1 else ''}"
     drawn = f"sampler {report.sampler}, {steps}, guidance {report.guidance_scale:g}"
     size = f"{report.size / 1e6:.2f} MB, {drawn}"
-    console.print(f"{report.bundle}: {size}; peak memory {report.peak_rss / 1e6:,.0f} MB")
+    peak = f"; peak memory {report.peak_rss / 1e6:,.0f} MB" if report.peak_rss else ""
+    console.print(f"{report.bundle}: {size}{peak}")

@@ -50,7 +50,7 @@ ClipModelOpt = Annotated[str, typer.Option("--clip-model", help="open_clip's nam
 
 
 class TargetOption(str, Enum):
-    """Where a bundle is to run (`mobile.targets`)."""
+    """Where a bundle is to run (`mobile.devices`)."""
 
     litert_cpu = "litert-cpu"
     litert_gpu = "litert-gpu"

@@ -254,8 +254,8 @@ def _profile(work: Work) -> Made:
 
 def _quantize(work: Work) -> Made:
     with quiet():
-        from pocketfusion.mobile.plan import plan
-        from pocketfusion.mobile.sensitivity_figure import draw
+        from pocketfusion.mobile.quantization.mixed_precision import plan
+        from pocketfusion.mobile.quantization.sensitivity import draw
 
     options = work.options
     work.place.run.mkdir(parents=True, exist_ok=True)

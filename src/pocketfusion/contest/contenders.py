@@ -18,7 +18,7 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.quiet import quiet
 
 if TYPE_CHECKING:
-    from pocketfusion.mobile.targets import TargetName
+    from pocketfusion.mobile.devices import TargetName
 
 Call = dict[str, np.ndarray]
 #: A loaded UNet: from its inputs, by a bundle's names, to its prediction [B, H, W, C].
@@ -106,7 +106,7 @@ class Exported:
         from pocketfusion.contest.unet_subject import open_unet
         from pocketfusion.mobile.backends import backend_of
         from pocketfusion.mobile.export_settings import ExportSettings
-        from pocketfusion.mobile.specs import tensor_specs
+        from pocketfusion.mobile.pipeline_specs import tensor_specs
 
         settings, form = ExportSettings(target=self._target, size=subject.size), _form(weights)
         backend = backend_of(settings)

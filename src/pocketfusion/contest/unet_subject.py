@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from pocketfusion.contest.contenders import Call, Subject
-from pocketfusion.mobile import specs
+from pocketfusion.mobile import pipeline_specs
 from pocketfusion.mobile.export_settings import ExportSettings
-from pocketfusion.mobile.inputs import PROMPTS, tokenize
-from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
-from pocketfusion.mobile.wrappers import TimeEmbeddingAt, UNet, wrap
+from pocketfusion.mobile.measure import PROMPTS, tokenize
+from pocketfusion.mobile.wrappers import TimeEmbeddingAt, UNet, time_embedding_spec, unet_form, wrap
 from pocketfusion.models.guided import guidance_of
 from pocketfusion.models.loading import assemble, empty_part, load_part
 from pocketfusion.models.sampling import usual_sampling
@@ -25,14 +24,16 @@ from pocketfusion.runtime.samplers.sampler import Sampler
 PROMPT = PROMPTS[1]
 
 
-def open_unet(subject: Subject, time: TimeEmbeddingAt = "inside") -> tuple[nn.Module, specs.Samples, dict[str, Any]]:
+def open_unet(
+    subject: Subject, time: TimeEmbeddingAt = "inside"
+) -> tuple[nn.Module, pipeline_specs.Samples, dict[str, Any]]:
     """The UNet in fp32 with a bundle's inputs and outputs, sample inputs, and how its time embedding is computed."""
     folder = Path(subject.folder)
     with quiet():
         pipeline = assemble(folder, lambda kind, part: (load_part if part.name == "unet" else empty_part)(kind, part))
     ExportSettings(size=subject.size).resize(pipeline)
     form = unet_form(guidance_of(pipeline.unet, usual_sampling(folder).guidance), "litert-cpu")
-    samples = specs.samples(pipeline, form.batch, time)["unet"]
+    samples = pipeline_specs.samples(pipeline, form.batch, time)["unet"]
     said = time_embedding_spec(pipeline.unet).model_dump() if time == "outside" else {}
     return UNet(pipeline.unet, time).eval(), samples, said
 
@@ -86,7 +87,7 @@ class Scene:
         self.steps, self.scale = defaults.num_inference_steps, defaults.guidance_scale
         self.guidance = guidance_of(pipeline.unet, sampling.guidance)
         self.sampler = settings.drawn_with(folder, pipeline, self.steps)
-        latents, image = specs.latent_spec(pipeline), specs.image_spec(pipeline)
+        latents, image = pipeline_specs.latent_spec(pipeline), pipeline_specs.image_spec(pipeline)
         self.shape, self.image_size = (latents.height, latents.width, latents.channels), (image.width, image.height)
         networks = wrap(pipeline)
         self._decoder = networks["decoder"]
@@ -97,7 +98,7 @@ class Scene:
     @torch.no_grad()
     def _encoded(self, pipeline: Any, encoder: nn.Module) -> np.ndarray:
         """Of the empty prompt and the prompt; of the prompt alone where guidance is in the UNet."""
-        texts = tokenize(pipeline, specs.tokenizer_spec(pipeline).max_length)[:2]
+        texts = tokenize(pipeline, pipeline_specs.tokenizer_spec(pipeline).max_length)[:2]
         calls = [{name: torch.from_numpy(values) for name, values in one.items()} for one in texts]
         states = [encoder(**one)["prompt_embeds"].numpy() for one in calls]
         return np.concatenate(states if self.guidance == "classifier-free" else states[1:])

@@ -79,7 +79,7 @@ class ModelFolder:
         import torch
 
         from pocketfusion.folder import folder_hash
-        from pocketfusion.mobile.specs import scheduler_spec
+        from pocketfusion.mobile.pipeline_specs import scheduler_spec
         from pocketfusion.models.guided import guidance_of
         from pocketfusion.models.loading import load_pipeline
         from pocketfusion.models.noise_schedule import ddim_scheduler

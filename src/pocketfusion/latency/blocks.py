@@ -18,8 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from pocketfusion.latency.part_modules import meta_unet, part_module, part_samples
 from pocketfusion.latency.unet_parts import list_parts
+from pocketfusion.mobile.pipeline_specs import Samples
 from pocketfusion.mobile.rewrites.passes import shared_copy
-from pocketfusion.mobile.specs import Samples
 from pocketfusion.mobile.wrappers import nchw, nhwc
 from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.sd_configs import CONFIGS

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pocketfusion.latency.unet_parts import Part
-from pocketfusion.mobile.specs import Samples
+from pocketfusion.mobile.pipeline_specs import Samples
 from pocketfusion.mobile.wrappers import UNet, nchw, nhwc
 from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.models.elastic_unet import ElasticUNet

@@ -19,7 +19,7 @@ from pocketfusion.latency.table import Entry, LatencyTable, Overhead, Timing, Wh
 from pocketfusion.latency.target import Target
 from pocketfusion.latency.timing_backends import Backend, Job, Runner
 from pocketfusion.latency.unet_parts import Part, action_architectures, bare, base_shapes, list_parts, unknown_part
-from pocketfusion.mobile.specs import multiply_adds
+from pocketfusion.mobile.pipeline_specs import multiply_adds
 from pocketfusion.models.elastic.architecture import Architecture
 from pocketfusion.runtime.memory import available_memory, release_garbage
 

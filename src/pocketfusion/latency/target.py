@@ -17,7 +17,7 @@ from torch import nn
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder
 from pocketfusion.latency.timing_backends import Job
-from pocketfusion.mobile import specs
+from pocketfusion.mobile import pipeline_specs
 from pocketfusion.mobile.wrappers import StablePipeline, wrap
 from pocketfusion.models.elastic.architecture import MID, Architecture, BlockName
 from pocketfusion.models.elastic_unet import check_family
@@ -40,9 +40,9 @@ class Target:
         found = pipeline.unet.config.get("architecture")
         self.architecture = Architecture.model_validate(found) if found else Architecture.stock(config)
         self.evolved = self.architecture != Architecture.stock(config)
-        self.text_length = specs.tokenizer_spec(pipeline).max_length
+        self.text_length = pipeline_specs.tokenizer_spec(pipeline).max_length
         self._modules = {key: module for key, module in wrap(pipeline).items() if key != "unet"}
-        self._samples = specs.samples(pipeline, batch=1)
+        self._samples = pipeline_specs.samples(pipeline, batch=1)
 
     def networks(self) -> tuple[dict[str, Job], dict[str, nn.Module]]:
         """Text encoder and decoder, batch 1: as jobs, and their modules."""

@@ -17,9 +17,9 @@ from pocketfusion.errors import PocketfusionError
 from pocketfusion.latency.part_modules import Empty, with_random_weights
 from pocketfusion.latency.table import Settings
 from pocketfusion.mobile.convert import convert
-from pocketfusion.mobile.pack import FORMS
-from pocketfusion.mobile.quantize import quantize
-from pocketfusion.mobile.specs import Samples
+from pocketfusion.mobile.pipeline_specs import Samples
+from pocketfusion.mobile.quantization.packing import FORMS
+from pocketfusion.mobile.quantization.weight_forms import quantize
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.networks import MAX_THREADS
 from pocketfusion.runtime.output import cpu_name

@@ -1,7 +1,7 @@
 """A runtime's part of an export: what its files are, how they are made and run, and what the manifest says of them.
 
-One class a runtime, the only place that knows of it: `export` has the order of things, `targets` what a target wants,
-`gate` how near is near enough. A runtime more is a class more here, a row in `targets`, and a target in the manifest.
+One class a runtime, the only place that knows of it: `export` has the order of things, `devices` what a target wants,
+`gate` how near is near enough. A runtime more is a class more here, a row in `devices`, and a target in the manifest.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from pocketfusion.mobile import gate
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.measure import Run
-from pocketfusion.mobile.pack import Form, pack
-from pocketfusion.mobile.quantize import coarsest, quantize
-from pocketfusion.mobile.specs import Samples
-from pocketfusion.mobile.weight_recipe import NetworkRecipe
+from pocketfusion.mobile.pipeline_specs import Samples
+from pocketfusion.mobile.quantization.packing import Form, pack
+from pocketfusion.mobile.quantization.weight_forms import NetworkRecipe, coarsest, quantize
 from pocketfusion.runtime.manifest import Manifest
 from pocketfusion.runtime.trust.litert_file import verify
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,18 +19,13 @@ from pocketfusion.artefact import atomic_folder, sha256_file, write_json
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import folder_hash, read_provenance
 from pocketfusion.locks import locked
-from pocketfusion.mobile import specs
+from pocketfusion.mobile import pipeline_specs
+from pocketfusion.mobile.adapters.lora import merge_lora
 from pocketfusion.mobile.backends import backend_of
+from pocketfusion.mobile.bundle_extras import copy_licences, fit_preview, known_result, write_styles
 from pocketfusion.mobile.export_settings import ExportSettings
-from pocketfusion.mobile.inputs import reference_runs, tiled
-from pocketfusion.mobile.licences import copy_licences
-from pocketfusion.mobile.lora import merge_lora
-from pocketfusion.mobile.measure import Described, NetworkReport, describe, measure, run_file
-from pocketfusion.mobile.preview_fit import fit_preview
-from pocketfusion.mobile.selfcheck import known_result
-from pocketfusion.mobile.styles import write_styles
-from pocketfusion.mobile.unet_form import time_embedding_spec, unet_form
-from pocketfusion.mobile.wrappers import StablePipeline, wrap
+from pocketfusion.mobile.measure import Described, NetworkReport, describe, measure, reference_runs, run_file, tiled
+from pocketfusion.mobile.wrappers import StablePipeline, time_embedding_spec, unet_form, wrap
 from pocketfusion.models.guided import guidance_of
 from pocketfusion.models.learnt_tokens import add_embedding
 from pocketfusion.models.loading import load_pipeline
@@ -49,7 +42,7 @@ from pocketfusion.runtime.manifest import (
     Network,
     Networks,
 )
-from pocketfusion.runtime.memory import release_garbage
+from pocketfusion.runtime.memory import peak_rss, release_garbage
 from pocketfusion.runtime.specs import SamplerName
 from pocketfusion.runtime.trust.vocabulary import check_parts
 
@@ -71,7 +64,7 @@ class ExportReport:
     bundle: str
     size: int
     networks: list[NetworkReport]
-    peak_rss: int
+    peak_rss: int | None
     lora_layers_left_out: int = 0
     sampler: SamplerName = "ddim"
     num_inference_steps: int = 0
@@ -133,12 +126,12 @@ def export(
     networks = wrap(pipeline, form.time_embedding, form.scheduler_step)
     backend = backend_of(settings)
     backend.check(guidance)
-    inputs = specs.samples(pipeline, form.batch, form.time_embedding, form.scheduler_step)
+    inputs = pipeline_specs.samples(pipeline, form.batch, form.time_embedding, form.scheduler_step)
     if settings.decoder_tile:
         side = settings.decoder_tile
         inputs["decoder"]["latents"] = inputs["decoder"]["latents"][:, :side, :side].contiguous()
-    spec, tokenizer = specs.tokenizer_spec(pipeline), _tokenizer(pipeline)
-    latents, image = specs.latent_spec(pipeline), specs.image_spec(pipeline)
+    spec, tokenizer = pipeline_specs.tokenizer_spec(pipeline), _tokenizer(pipeline)
+    latents, image = pipeline_specs.latent_spec(pipeline), pipeline_specs.image_spec(pipeline)
     sampler, scheduler = settings.drawn_with(folder, pipeline, defaults.num_inference_steps)
     work = out.absolute().parent / f".{out.name}.work"
     with _kept_until_whole(work), atomic_folder(out, overwrite=overwrite) as partial:
@@ -150,7 +143,7 @@ def export(
         del encoder
         if settings.decoder_tile:
             reference = tiled(reference, plain["decoder"], settings.decoder_tile)
-        one = specs.samples(pipeline, batch=1)
+        one = pipeline_specs.samples(pipeline, batch=1)
         described = {n: describe(networks[n], inputs[n], plain[n], one[n]) for n in NETWORKS}
         rows: dict[str, NetworkReport] = {}
         forms: dict[str, str] = {}
@@ -238,12 +231,6 @@ def _tokenizer(pipeline: StablePipeline) -> Tokenizer:
     return tokenizer
 
 
-def peak_rss() -> int:
-    """The process's largest resident memory so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 @contextmanager
 def _kept_until_whole(work: Path) -> Iterator[None]:
     """One export at a time has `work`, which lasts over a kill alone: a run that ends, well or not, removes it."""
@@ -254,7 +241,7 @@ def _kept_until_whole(work: Path) -> Iterator[None]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _convert_network(module: nn.Module, samples: specs.Samples, file: Path, settings: ExportSettings) -> None:
+def _convert_network(module: nn.Module, samples: pipeline_specs.Samples, file: Path, settings: ExportSettings) -> None:
     backend_of(settings).convert(module, samples, file)
 
 

@@ -15,16 +15,14 @@ import numpy as np
 from pocketfusion.artefact import check_new, sha256_file
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder, folder_hash
-from pocketfusion.mobile.coreml.options import OLDEST, check_options
-from pocketfusion.mobile.devices import DeviceName
-from pocketfusion.mobile.few_steps import check_names, chosen_sampler, few_step_sampling
-from pocketfusion.mobile.inputs import STEPS
-from pocketfusion.mobile.lora_file import check_lora
-from pocketfusion.mobile.onnx.onnx_options import check_onnx_options
+from pocketfusion.mobile.adapters.few_steps import check_names, chosen_sampler, few_step_sampling
+from pocketfusion.mobile.adapters.lora_file import check_lora
+from pocketfusion.mobile.devices import TARGETS, DeviceName, Target, TargetName
+from pocketfusion.mobile.measure import STEPS
+from pocketfusion.mobile.pipeline_specs import sampler_of, scheduler_spec
+from pocketfusion.mobile.quantization.weight_forms import NetworkRecipe, WeightRecipe
 from pocketfusion.mobile.rewrites import PASSES
-from pocketfusion.mobile.specs import sampler_of, scheduler_spec
-from pocketfusion.mobile.targets import TARGETS, Target, TargetName
-from pocketfusion.mobile.weight_recipe import NetworkRecipe, WeightRecipe
+from pocketfusion.mobile.target_options import OLDEST, check_onnx_options, check_options
 from pocketfusion.mobile.wrappers import StablePipeline
 from pocketfusion.models.learnt_tokens import read_embedding
 from pocketfusion.models.sampling import Sampling, read_sampling, usual_sampling
@@ -51,7 +49,7 @@ class ExportSettings:
     adapters to merge, each with its scale. `embedding`: textual inversions to add. `gpu_fp32`: networks that need fp32
     on the GPU, for the manifest (`check` says which). `gate_steps`: sampling steps, for each of two prompts, that the
     gate compares. `made_for`: the device whose settings these are (`devices.options_for`), for the manifest.
-    `few_steps`: a method's name, whose settings then are the bundle's (`mobile.few_steps`). `sampler`, and `eta` of
+    `few_steps`: a method's name, whose settings then are the bundle's (`adapters.few_steps`). `sampler`, and `eta` of
     TCD: the bundle's, in place of the folder's. `ios`: the oldest iOS that loads a Core ML bundle, 17 where None.
     `layout`: `apple` for Core ML files as Apple's Swift package StableDiffusion reads them, `diffusers` for ONNX files
     as its OnnxStableDiffusionPipeline does.

@@ -19,17 +19,14 @@ from torch import nn
 from pocketfusion.artefact import check_space
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.folder import check_folder
-from pocketfusion.mobile import specs
-from pocketfusion.mobile.devices import check_files, options_for
+from pocketfusion.mobile import pipeline_specs
+from pocketfusion.mobile.devices import TargetName, check_files, options_for
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.flatbuffer import short_path
-from pocketfusion.mobile.pack import storable
-from pocketfusion.mobile.quantize import KEPT, for_target
+from pocketfusion.mobile.quantization.packing import storable
+from pocketfusion.mobile.quantization.weight_forms import KEPT, NetworkRecipe, for_target
 from pocketfusion.mobile.rewrites import rewrite
-from pocketfusion.mobile.targets import TargetName
-from pocketfusion.mobile.unet_form import unet_form
-from pocketfusion.mobile.weight_recipe import NetworkRecipe
-from pocketfusion.mobile.wrappers import wrap
+from pocketfusion.mobile.wrappers import unet_form, wrap
 from pocketfusion.models.guided import guidance_of
 from pocketfusion.models.learnt_tokens import teach
 from pocketfusion.models.loading import assemble, empty_part
@@ -148,11 +145,11 @@ def prepare(
 
 
 def _outlook(folder: Path, pipeline: Any, settings: ExportSettings, options: Mapping[str, Any]) -> Outlook:
-    kinds, networks, one = settings.kinds(), wrap(pipeline), specs.samples(pipeline, batch=1)
+    kinds, networks, one = settings.kinds(), wrap(pipeline), pipeline_specs.samples(pipeline, batch=1)
     rows = []
     for name in NETWORKS:
         shape = {key: value.to("meta") for key, value in one[name].items()}
-        macs = specs.multiply_adds(networks[name], shape)
+        macs = pipeline_specs.multiply_adds(networks[name], shape)
         rows.append(_network(name, networks[name], kinds[name], settings, macs))
     # the gate's prompts, steps and pictures, in PyTorch, in the file, and of the UNet fed by the text encoder's file
     text, unet, decoder = (row.macs for row in rows)
@@ -160,7 +157,7 @@ def _outlook(folder: Path, pipeline: Any, settings: ExportSettings, options: Map
     gate = 12 * text + (12 * settings.gate_steps + 3) * unet + (7 if tiled else 5) * decoder
     weights, largest = sum(row.fp32 for row in rows), max(row.fp32 for row in rows)
     integer = settings.target == "litert-cpu" and all(row.weights.endswith("dynamic") for row in rows[1:])
-    image, sampling = specs.image_spec(pipeline), settings.sampling(folder)
+    image, sampling = pipeline_specs.image_spec(pipeline), settings.sampling(folder)
     guidance = guidance_of(pipeline.unet, sampling.guidance)
     once = (
         settings.defaults(folder, sampling).guidance_scale <= 1 and not settings.scheduler_step

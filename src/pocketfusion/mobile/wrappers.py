@@ -1,17 +1,26 @@
-"""The three networks with the bundle's inputs and outputs: named, fixed shapes, float32 or int32, NHWC."""
+"""The three networks with the bundle's inputs and outputs: named, fixed shapes, float32 or int32, NHWC.
+
+The decoder may be one of TAESD's class (diffusers' `AutoencoderTiny`). A UNet has several forms; the plain one's calls
+are told as calls of such a file.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from transformers import CLIPTextModel
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.rewrites.passes import shared_copy
-from pocketfusion.mobile.tiny_decoder import TinyDecoder
+from pocketfusion.mobile.rewrites.passes import shared_copy, view
+from pocketfusion.models.sampling import Guidance
+from pocketfusion.runtime.manifest import TimeEmbedding
 
 #: A `diffusers.StableDiffusionPipeline`: its components are set at run time, where mypy does not see them.
 StablePipeline = Any
@@ -172,3 +181,131 @@ def wrap(
         "decoder": decoder_of(vae),
     }
     return {name: network.eval() for name, network in wrapped.items()}
+
+
+CLAMP = 3.0  #: of the latents: 3 tanh(z / 3)
+
+
+class TinyDecoder(nn.Module):
+    """`latents` [B, H, W, C], the sampler's -> `image` [B, 8H, 8W, 3] in [-1, 1], as `mobile.wrappers.Decoder`.
+
+    Its parameters are the autoencoder's but for the first and last convolution's. Doubling and the convolution behind
+    it become diffusers' `Upsample2D`, so that the rewrites for that one hold here.
+    """
+
+    def __init__(self, vae: AutoencoderTiny):
+        """Raises PocketfusionError for another doubling than TAESD's."""
+        super().__init__()
+        config = vae.config
+        if config.upsampling_scaling_factor != 2 or config.upsample_fn != "nearest":
+            raise PocketfusionError(
+                f"the AutoencoderTiny scales by {config.upsampling_scaling_factor} ({config.upsample_fn!a}): only "
+                "doubling to the nearest can be exported"
+            )
+        first, *middle, last = vae.decoder.layers
+        self.scale = 1 / (CLAMP * float(config.scaling_factor))
+        self.conv_in = _scaled(first, CLAMP, 1.0, 0.0)
+        layers: list[nn.Module] = []
+        for layer in middle:
+            if layers and isinstance(layers[-1], nn.Upsample):
+                layers[-1] = _upsample(layer)
+            else:
+                layers.append(layer)
+        self.layers = nn.Sequential(*layers)
+        self.conv_out = _scaled(last, 2.0, 2.0, -1.0)
+
+    def forward(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = torch.tanh(latents * self.scale).permute(0, 3, 1, 2)
+        return {"image": self.conv_out(self.layers(self.conv_in(z))).permute(0, 2, 3, 1)}
+
+
+def _scaled(conv: nn.Conv2d, by: float, bias_by: float, plus: float) -> nn.Conv2d:
+    """A convolution of `by` times the weights and `bias_by` times the bias `plus` a number."""
+    with torch.device("meta"):
+        new = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1)
+    new.weight = view(conv.weight.detach() * by)
+    new.bias = view(conv.bias.detach() * bias_by + plus)  # type: ignore[union-attr]  # TAESD's ends have one
+    return new
+
+
+def _upsample(conv: nn.Module) -> Upsample2D:
+    """Nearest-neighbour doubling with the convolution behind it."""
+    assert isinstance(conv, nn.Conv2d)
+    with torch.device("meta"):
+        new = Upsample2D(conv.in_channels, use_conv=True, out_channels=conv.out_channels, bias=False)
+    new.conv = conv
+    return new
+
+
+Call = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class UNetForm:
+    """Rows of a call, where the time embedding is computed, and whether the DDIM step is in the graph.
+
+    See `wrappers.UNet` for the tensors. `batch` is 2 with classifier-free guidance in one call, 1 in two calls or
+    with guidance embedded or folded.
+    """
+
+    batch: int
+    time_embedding: TimeEmbeddingAt = "inside"
+    scheduler_step: bool = False
+
+    @property
+    def output(self) -> str:
+        """The name of the file's output."""
+        return "prev_sample" if self.scheduler_step else "noise_pred"
+
+    def calls(self, call: Mapping[str, np.ndarray], time_proj: torch.nn.Module) -> list[Call]:
+        """Calls of the file whose outputs, one after the other, are the rows of the plain UNet's `call`.
+
+        With the DDIM step in the graph, the coefficients (scale, 0, 1) give back the prediction: of the negative
+        prompt with scale 0, of the prompt with scale 1.
+        """
+        rows = len(call["timestep"])
+        inputs = dict(call)
+        if self.time_embedding == "outside":
+            inputs["timestep_embedding"] = time_proj(torch.from_numpy(inputs.pop("timestep"))).numpy()
+        parts = [{key: value[i : i + self.batch] for key, value in inputs.items()} for i in range(0, rows, self.batch)]
+        if not self.scheduler_step:
+            return parts
+        result = []
+        for part in parts:
+            for scale in range(self.batch) if self.batch == 2 else (1,):
+                coefficients = np.array([[scale, 0.0, 1.0]], np.float32)
+                result.append({**part, "sample": part["sample"][:1], "step_coefficients": coefficients})
+        return result
+
+
+def unet_form(guidance: Guidance, target: str, two_calls: bool = False, scheduler_step: bool = False) -> UNetForm:
+    """The form for `target`: on GPUs the time embedding comes from outside, as fp16 sines are wrong.
+
+    Raises PocketfusionError for a step in the graph whose two predictions are two calls' outputs.
+    """
+    batch = 2 if guidance == "classifier-free" and not two_calls else 1
+    if scheduler_step and two_calls and guidance == "classifier-free":
+        raise PocketfusionError(
+            "--scheduler-step guides in the UNet's graph, and --two-calls asks for the two predictions one after the "
+            "other: leave one of them out"
+        )
+    return UNetForm(batch, "outside" if target == "litert-gpu" else "inside", scheduler_step)
+
+
+def time_embedding_spec(unet: Any) -> TimeEmbedding:
+    """How the runtime computes `timestep_embedding`, from the UNet's config."""
+    config = unet.config
+    return TimeEmbedding.made(
+        dim=config.block_out_channels[0],
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        downscale_freq_shift=config.freq_shift,
+    )
+
+
+def joined(outputs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """The file's outputs [N, ...], `counts` of them for each plain call, as [calls, rows, H, W, C]."""
+    result, start = [], 0
+    for count in counts:
+        result.append(np.concatenate(outputs[start : start + count]))
+        start += count
+    return np.stack(result)

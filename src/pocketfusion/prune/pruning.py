@@ -29,7 +29,7 @@ from pocketfusion.folder import (
     read_provenance,
     write_provenance,
 )
-from pocketfusion.mobile.cost import unet_cost
+from pocketfusion.mobile.pipeline_specs import unet_cost
 from pocketfusion.models.elastic.transfer import without_units
 from pocketfusion.models.elastic.units import block_units
 from pocketfusion.models.elastic_unet import ElasticUNet, load_elastic

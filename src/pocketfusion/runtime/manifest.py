@@ -52,7 +52,7 @@ EMPTY_PROMPT = "empty_prompt_embeds"
 #: A file that a bundle may have: the styles that its model was taught, a JSON list of what prompts end with. An older
 #: reader compares its hash and leaves it, as it does with every file that it does not know.
 STYLES = "styles"
-#: A file that a bundle for GPUs has: what its UNet and decoder give for fixed noise (`mobile.selfcheck`), float32,
+#: A file that a bundle for GPUs has: what its UNet and decoder give for fixed noise (`mobile.bundle_extras`), float32,
 #: little-endian. A reader that does not know it trusts the GPU unseen.
 SELF_CHECK = "selfcheck"
 #: What the name of the file behind an ONNX file ends with, of weights that a protobuf's 2 GB do not hold.

@@ -94,6 +94,6 @@ def make_folder(path: Path, clip: bool = False) -> Path:
 def convert() -> Callable:
     """`coreml.program.convert` of a module that needs no rewrite, for iOS 17 in fp16 unless it is said otherwise."""
     from pocketfusion.mobile.coreml.program import convert
-    from pocketfusion.mobile.targets import TARGETS
+    from pocketfusion.mobile.devices import TARGETS
 
     return lambda module, samples, path, **more: convert(module, samples, path, TARGETS["coreml"], **more)

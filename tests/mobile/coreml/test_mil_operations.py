@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pocketfusion.mobile.coreml.executor import Executor
 from pocketfusion.mobile.coreml.mil_operations import OPERATIONS
-from pocketfusion.mobile.targets import TARGETS
+from pocketfusion.mobile.devices import TARGETS
 
 TARGET = TARGETS["coreml"]
 RUN: set[str] = set()

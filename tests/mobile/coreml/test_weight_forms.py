@@ -41,7 +41,7 @@ class Two(nn.Module):
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     from pocketfusion.mobile.coreml.program import convert
-    from pocketfusion.mobile.targets import TARGETS
+    from pocketfusion.mobile.devices import TARGETS
 
     folder = tmp_path_factory.mktemp("forms")
     for ios in (17, 18):
@@ -86,7 +86,7 @@ def test_a_palette_has_its_number_of_colours(exact: dict[int, Path], tmp_path: P
 
 def test_a_weight_with_an_outlier_stays_float16_in_int8(tmp_path: Path) -> None:
     from pocketfusion.mobile.coreml.program import convert
-    from pocketfusion.mobile.targets import TARGETS
+    from pocketfusion.mobile.devices import TARGETS
 
     module = Two()
     module.body = nn.Conv2d(64, 64, 3, padding=1, bias=False)
@@ -101,7 +101,7 @@ def test_a_weight_with_an_outlier_stays_float16_in_int8(tmp_path: Path) -> None:
 def test_channels_that_do_not_divide_by_16_share_a_palette(tmp_path: Path) -> None:
     """For iOS 18 coremltools would leave such weights in float16: an embedding table of 30,522 rows, say."""
     from pocketfusion.mobile.coreml.program import convert
-    from pocketfusion.mobile.targets import TARGETS
+    from pocketfusion.mobile.devices import TARGETS
 
     module = Two()
     module.body = nn.Conv2d(64, 40, 1, bias=False)

@@ -17,7 +17,7 @@ from pocketfusion.latency.blocks import all_blocks, with_weights
 from pocketfusion.mobile.delegate.oracle import Oracle
 from pocketfusion.mobile.delegate.proof import partitions, prove
 from pocketfusion.mobile.delegate.stack import GpuStack
-from pocketfusion.mobile.targets import TARGETS
+from pocketfusion.mobile.devices import TARGETS
 from pocketfusion.mobile.wrappers import nchw, nhwc
 
 GPU = TARGETS["litert-gpu"]

@@ -143,8 +143,8 @@ def test_guidance_in_the_unet(
 def test_a_tiny_decoder(tmp_path: Path) -> None:
     from menagerie import tiny_autoencoder
 
+    from pocketfusion.mobile.devices import TARGETS
     from pocketfusion.mobile.onnx.graph_export import GRAPH, convert
-    from pocketfusion.mobile.targets import TARGETS
     from pocketfusion.mobile.wrappers import decoder_of
 
     vae = tiny_autoencoder()
@@ -171,8 +171,8 @@ class _Eigenvalues(torch.nn.Module):
 
 
 def test_an_operation_that_onnx_lacks(tmp_path: Path) -> None:
+    from pocketfusion.mobile.devices import TARGETS
     from pocketfusion.mobile.onnx.graph_export import convert
-    from pocketfusion.mobile.targets import TARGETS
 
     with pytest.raises(
         PocketfusionError, match=r"ONNX cannot express the operation aten._linalg_eigh of inner in _Unusual: "

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile import target_options
 from pocketfusion.mobile.export_settings import ExportSettings
-from pocketfusion.mobile.onnx import onnx_options
 from pocketfusion.mobile.outlook import prepare
 from pocketfusion.runtime import runtimes
 from pocketfusion.runtime.networks import Network
@@ -26,7 +26,7 @@ def refused(folder: Path, message: str, **given: Any) -> None:
 
 
 def test_the_export_names_its_extra(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_options, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(target_options, "find_spec", lambda name: None if name == "onnxscript" else object())
     refused(tiny_folder, r"--target onnx needs onnxscript: pip install '\.\[compress,onnx\]'")
 
 
@@ -169,4 +169,4 @@ def test_diffusers_layout_of_other_latents(onnx_folder: Path, tmp_path: Path) ->
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 16}))
     with pytest.raises(PocketfusionError, match="is of latents of 4 channels, and .* has 16: choose --layout bundle"):
-        onnx_options.check_onnx_options(ExportSettings(target="onnx", layout="diffusers"), folder)
+        target_options.check_onnx_options(ExportSettings(target="onnx", layout="diffusers"), folder)

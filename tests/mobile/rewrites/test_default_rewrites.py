@@ -13,12 +13,12 @@ from torch import nn
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.convert import DEFAULT_SIGNATURE, convert
 from pocketfusion.mobile.delegate.graph import load
+from pocketfusion.mobile.devices import Limits, Target
 from pocketfusion.mobile.flatbuffer import operations
 from pocketfusion.mobile.gate import run
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.rewrites.activations import SiLUNHWC
 from pocketfusion.mobile.rewrites.norms import GroupNormNHWC
-from pocketfusion.mobile.targets import Limits, Target
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 7), (2, 12, 9)])

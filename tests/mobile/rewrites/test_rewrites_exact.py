@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
 
+from pocketfusion.mobile.devices import TARGETS, Limits, Target
 from pocketfusion.mobile.rewrites import PASSES, rewrite
 from pocketfusion.mobile.rewrites.activations import ClampedGELU, ClampedQuickGELU
 from pocketfusion.mobile.rewrites.attention import UNetAttention, query_rows
 from pocketfusion.mobile.rewrites.convolution import SerialConv, parts_needed
 from pocketfusion.mobile.rewrites.linear import SerialLinear
 from pocketfusion.mobile.rewrites.norms import GroupNormNHWC, ScaledLayerNorm
-from pocketfusion.mobile.targets import TARGETS, Limits, Target
 
 GPU = TARGETS["litert-gpu"]
 

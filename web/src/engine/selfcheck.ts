@@ -3,7 +3,7 @@
  * against their stored results.
  *
  * A driver's faults raise no exception: fp16 that is not there, a shader that is compiled wrong. The results are the
- * exporter's (`pocketfusion.mobile.selfcheck`), computed on a CPU in floating point as a GPU does.
+ * exporter's (`pocketfusion.mobile.bundle_extras`), computed on a CPU in floating point as a GPU does.
  */
 
 import type { NetworkName } from "./api";

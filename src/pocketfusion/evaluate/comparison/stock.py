@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.specs import CLASSES
+from pocketfusion.mobile.pipeline_specs import CLASSES
 from pocketfusion.models.guided import guidance_of
 from pocketfusion.models.loading import load_pipeline
 from pocketfusion.models.noise_schedule import ddim_scheduler

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.outside_loops import SCALE  # unless an app sets `decoderScaleFactor`
+from pocketfusion.mobile.target_options import SCALE  # unless an app sets `decoderScaleFactor`
 from pocketfusion.mobile.wrappers import nchw
 
 NAMES = {"text_encoder": "TextEncoder", "unet": "Unet", "decoder": "VAEDecoder"}

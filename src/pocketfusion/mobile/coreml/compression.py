@@ -17,9 +17,9 @@ from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.coreml import mlpackage
-from pocketfusion.mobile.coreml.options import OLDEST
 from pocketfusion.mobile.flatbuffer import short_path
-from pocketfusion.mobile.quantize import KEPT, MIN_WEIGHT_SQNR, rounding_sqnr
+from pocketfusion.mobile.quantization.weight_forms import KEPT, MIN_WEIGHT_SQNR, rounding_sqnr
+from pocketfusion.mobile.target_options import OLDEST
 from pocketfusion.quiet import quiet
 from pocketfusion.temporaries import scratch_folder
 

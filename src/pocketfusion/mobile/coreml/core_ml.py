@@ -14,12 +14,11 @@ from pocketfusion.mobile.convert import forget_trace
 from pocketfusion.mobile.coreml import apple, mlpackage
 from pocketfusion.mobile.coreml.compression import compress, in_chunks
 from pocketfusion.mobile.coreml.executor import Arithmetic, Executor
-from pocketfusion.mobile.coreml.options import OLDEST
 from pocketfusion.mobile.coreml.program import convert
 from pocketfusion.mobile.export_settings import ExportSettings
 from pocketfusion.mobile.measure import Run
-from pocketfusion.mobile.outside_loops import check_guidance
-from pocketfusion.mobile.specs import Samples
+from pocketfusion.mobile.pipeline_specs import Samples
+from pocketfusion.mobile.target_options import OLDEST, check_guidance
 from pocketfusion.runtime.manifest import NETWORKS, Manifest
 
 #: A UNet of more bytes is two packages, as a phone loads one at a time into what memory it has left.

@@ -21,9 +21,9 @@ from torch import nn
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.coreml.mlpackage import save
+from pocketfusion.mobile.devices import Target
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.rewrites.passes import contiguous
-from pocketfusion.mobile.targets import Target
 from pocketfusion.quiet import quiet
 
 _ROOTS = ("sqrt", "rsqrt")

@@ -15,8 +15,8 @@ from pocketfusion.mobile.delegate.faults import faults
 from pocketfusion.mobile.delegate.graph import Graph, load
 from pocketfusion.mobile.delegate.oracle import Oracle, Parity, parity
 from pocketfusion.mobile.delegate.rules import rejections
-from pocketfusion.mobile.specs import Samples
-from pocketfusion.mobile.targets import Target
+from pocketfusion.mobile.devices import Target
+from pocketfusion.mobile.pipeline_specs import Samples
 from pocketfusion.temporaries import scratch_folder
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pocketfusion.artefact import write_json
-from pocketfusion.mobile.outside_loops import SCALE
+from pocketfusion.mobile.target_options import SCALE
 from pocketfusion.mobile.wrappers import nchw
 
 FOLDERS = {"text_encoder": "text_encoder", "unet": "unet", "decoder": "vae_decoder"}

@@ -12,9 +12,9 @@ from torch import nn
 
 from pocketfusion.artefact import atomic_folder
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.devices import Target
 from pocketfusion.mobile.rewrites import rewrite
 from pocketfusion.mobile.rewrites.passes import contiguous
-from pocketfusion.mobile.targets import Target
 from pocketfusion.quiet import quiet
 
 #: Version of the operations. Later ones bring nothing to these networks, and every runtime of 2025 has it.

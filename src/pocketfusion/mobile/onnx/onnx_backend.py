@@ -14,8 +14,8 @@ from pocketfusion.mobile.measure import Run
 from pocketfusion.mobile.onnx import diffusers_layout
 from pocketfusion.mobile.onnx.graph_export import OPSET, convert
 from pocketfusion.mobile.onnx.weight_storage import store
-from pocketfusion.mobile.outside_loops import check_guidance
-from pocketfusion.mobile.specs import Samples
+from pocketfusion.mobile.pipeline_specs import Samples
+from pocketfusion.mobile.target_options import check_guidance
 from pocketfusion.runtime.manifest import NETWORKS, ONNX_DATA, Manifest
 from pocketfusion.runtime.runtimes import session
 

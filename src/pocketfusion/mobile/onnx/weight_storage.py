@@ -21,8 +21,8 @@ from onnx import TensorProto, helper
 from pocketfusion.artefact import atomic_file
 from pocketfusion.mobile.flatbuffer import short_path
 from pocketfusion.mobile.onnx.graph_export import GRAPH
-from pocketfusion.mobile.pack import round_weights
-from pocketfusion.mobile.quantize import KEPT, MIN_WEIGHT_SQNR, rounding_sqnr
+from pocketfusion.mobile.quantization.packing import round_weights
+from pocketfusion.mobile.quantization.weight_forms import KEPT, MIN_WEIGHT_SQNR, rounding_sqnr
 from pocketfusion.runtime.manifest import ONNX_DATA
 
 Form = Literal["float32", "float16", "int8"]

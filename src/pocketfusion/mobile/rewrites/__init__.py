@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
+from pocketfusion.mobile.devices import TARGETS, Target
 from pocketfusion.mobile.rewrites.activations import GELU, SILU_NHWC
 from pocketfusion.mobile.rewrites.attention import ATTENTION, MASKS, SPLIT_ATTENTION
 from pocketfusion.mobile.rewrites.convolution import SERIALISE_CONV
@@ -18,7 +19,6 @@ from pocketfusion.mobile.rewrites.linear import GEGLU_SPLIT, LINEAR_TO_CONV, SER
 from pocketfusion.mobile.rewrites.norms import GROUP_NORM, LAYER_NORM
 from pocketfusion.mobile.rewrites.passes import Rewrite, shared_copy
 from pocketfusion.mobile.rewrites.resampling import PADDING, SUBPIXEL, UPSAMPLE
-from pocketfusion.mobile.targets import TARGETS, Target
 
 __all__ = ["PASSES", "Rewrite", "rewrite"]
 

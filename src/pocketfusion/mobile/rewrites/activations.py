@@ -15,8 +15,8 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 from transformers.activations import GELUActivation, QuickGELUActivation
 
+from pocketfusion.mobile.devices import Limits
 from pocketfusion.mobile.rewrites.passes import Rewrite, replace
-from pocketfusion.mobile.targets import Limits
 
 #: artanh(2 Phi(x) - 1) = x * sum(c_i * (x / 4)^(2 i)) for |x| <= 6: least-squares, reweighted towards equal errors.
 _COEFFICIENTS = (0.7978281361, 0.58350064546, -0.03196442494, -0.12526006028, 0.07334056521)

@@ -27,8 +27,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoder
 
+from pocketfusion.mobile.devices import Limits
 from pocketfusion.mobile.rewrites.passes import Rewrite, replace
-from pocketfusion.mobile.targets import Limits
 
 
 def query_rows(heads: int, queries: int, keys: int, limits: Limits) -> int:

@@ -23,8 +23,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from pocketfusion.mobile.devices import Limits
 from pocketfusion.mobile.rewrites.passes import Rewrite, replace, view
-from pocketfusion.mobile.targets import Limits
 
 #: Values of a transformed tile in Winograd's F(4x4, 3x3), and the channels of a texel.
 _WINOGRAD, _TEXEL = 36, 4

@@ -12,8 +12,8 @@ import torch
 from diffusers.models.activations import GEGLU
 from torch import nn
 
+from pocketfusion.mobile.devices import Limits
 from pocketfusion.mobile.rewrites.passes import Rewrite, replace, view
-from pocketfusion.mobile.targets import Limits
 
 
 class PointwiseConv(nn.Module):

@@ -16,8 +16,8 @@ import math
 import torch
 from torch import nn
 
+from pocketfusion.mobile.devices import Limits
 from pocketfusion.mobile.rewrites.passes import Rewrite, replace
-from pocketfusion.mobile.targets import Limits
 
 
 def normalise(x: torch.Tensor, axes: tuple[int, ...], eps: float) -> torch.Tensor:

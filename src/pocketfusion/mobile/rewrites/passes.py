@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pocketfusion.mobile.targets import Limits
+from pocketfusion.mobile.devices import Limits
 
 Reason = Literal["unsupported op", "memory", "fp16 range", "speed"]
 

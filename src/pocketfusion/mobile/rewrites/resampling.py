@@ -18,8 +18,8 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from pocketfusion.mobile.devices import Limits
 from pocketfusion.mobile.rewrites.passes import Rewrite, replace, view
-from pocketfusion.mobile.targets import Limits
 
 
 def double(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Done on the flatbuffer itself because the stock quantizer returns empty tensors for files over 2 GB, which a
 full-size UNet is before it is packed. On smaller files both give the same bytes (tests/mobile/test_packed_weights.py).
-What the forms mean to each runtime is told in docs/quantization.md; `simulate` computes the same in PyTorch.
+What the forms mean to each runtime is told in docs/quantization.md; `sensitivity` computes the same in PyTorch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
-"""What the manifest says of a pipeline, read from its configs: nothing about a model's sizes is assumed."""
+"""What the manifest says of a pipeline, read from its configs: nothing about a model's sizes is assumed.
+
+So is what an architecture costs on any device: parameters and multiply-adds, counted on shapes alone.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pocketfusion.errors import PocketfusionError
 from pocketfusion.mobile.wrappers import StablePipeline, TimeEmbeddingAt
+from pocketfusion.models.elastic.architecture import Architecture
+from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.models.noise_schedule import ddim_scheduler
 from pocketfusion.runtime.specs import (
     ImageSpec,
@@ -157,3 +163,28 @@ def multiply_adds(network: nn.Module, inputs: Samples) -> int:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(**inputs)
     return counter.get_total_flops() // 2
+
+
+class Cost(NamedTuple):
+    """Of one UNet call at batch 1; multiply-adds are those of matrix products (attention's too) and convolutions."""
+
+    parameters: int
+    multiply_adds: int
+
+
+def unet_cost(config: Mapping[str, Any], architecture: Architecture, tokens: int) -> Cost:
+    """`config`'s base with `architecture`, at its own latent size with text states of `tokens` tokens.
+
+    Raises PocketfusionError if the base is not SD-family or the architecture cannot run on it.
+    """
+    plain = {key: value for key, value in config.items() if not key.startswith("_") and key != "architecture"}
+    with torch.device("meta"):
+        unet = ElasticUNet(**plain, architecture=architecture.model_dump(mode="json"))
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs = {
+            "sample": torch.zeros(1, unet.config.in_channels, height, width),
+            "timestep": torch.zeros(1),
+            "encoder_hidden_states": torch.zeros(1, tokens, unet.config.cross_attention_dim),
+        }
+        return Cost(sum(p.numel() for p in unet.parameters()), multiply_adds(unet, inputs))

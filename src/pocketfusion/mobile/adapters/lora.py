@@ -17,7 +17,7 @@ from diffusers.utils.state_dict_utils import (
 from torch import nn
 
 from pocketfusion.errors import PocketfusionError
-from pocketfusion.mobile.lora_file import LoraLayer, check_lora
+from pocketfusion.mobile.adapters.lora_file import LoraLayer, check_lora
 from pocketfusion.mobile.wrappers import StablePipeline
 from pocketfusion.models.elastic_unet import ElasticUNet
 from pocketfusion.quiet import quiet
