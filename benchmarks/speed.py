@@ -1,10 +1,11 @@
-"""The figures of docs/speed.md, printed again: networks by operation, loading with and without kept weights, starts.
+"""The figures of docs/speed.md, printed again: networks by operation, loading with and without kept weights, starts,
+guidance in one call and in two, and the targets.
 
-Usage: python benchmarks/speed.py [--bundle BUNDLE] [--full DIR] [--runs 5] [--threads 1]
+Usage: python benchmarks/speed.py [--bundle BUNDLE] [--full DIR] [--only PART,...] [--runs 5] [--threads 1]
 
-Of the embedded bundle, which takes seconds. `--full DIR` adds SD-1.5's half decoder and SnapFusion's UNet with random
-weights in `int8-dynamic`, 512x512, which are converted into DIR unless it has them (10 GB of memory,
-some ten minutes).
+Of the embedded bundle, which takes seconds. `--full DIR` adds what SD-1.5 is made into, with random weights at
+512x512: its half decoder and SnapFusion's UNet in `int8-dynamic`, the text encoder in `float16`. They are converted
+into DIR unless it has them (9 GB of memory, some fifteen minutes). The last two parts, `calls` and `targets`, want it.
 """
 
 from __future__ import annotations
@@ -17,38 +18,64 @@ import tempfile
 import time
 from pathlib import Path
 
+import targets
 from op_profile import profile
 from pocketfusion.quiet import quiet
 from pocketfusion.runtime.engines import Environment, cpu_options
 from pocketfusion.runtime.manifest import NETWORKS, Bundle, embedded_bundle
 from pocketfusion.runtime.output import cpu_name
 
+MODELS = Path(__file__).parents[1] / "models" / "emoji"
+#: Networks of full size, and the form of their weights.
+FULL = {"text": "float16", "UNet": "int8-dynamic", "UNet, batch 2": "int8-dynamic", "decoder": "int8-dynamic"}
+PARTS = ("profiles", "loading", "starts", "calls", "targets")
 
-def full_size(folder: Path) -> list[Path]:
-    """The two networks' files in `folder`, converted if they are missing."""
-    files = [folder / "decoder-half.tflite", folder / "unet-snapfusion.tflite"]
-    if all(file.exists() for file in files):
+
+def full_size(folder: Path) -> dict[str, Path]:
+    """SD-1.5's text encoder, SnapFusion's UNet and the half decoder in `folder`, converted if they are missing."""
+    files = {name: folder / f"{name.replace(', ', '-').replace(' ', '-').lower()}.tflite" for name in FULL}
+    missing = [name for name, file in files.items() if not file.exists()]
+    if not missing:
         return files
     from decoder_latency import decoder_job
-    from pocketfusion.latency.part_modules import unet_module, unet_samples, with_random_weights
+    from pocketfusion.cli.shared import quiet_libraries
+
+    quiet_libraries()
+    from pocketfusion.latency.part_modules import with_random_weights
+    from pocketfusion.latency.profiling import whole_job
+    from pocketfusion.latency.target import load_target
     from pocketfusion.mobile.convert import convert
     from pocketfusion.mobile.quantization.weight_forms import quantize
     from pocketfusion.models.elastic.presets import snapfusion
-    from pocketfusion.models.sd_configs import CONFIGS
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = CONFIGS["sd-1.5"]["unet"] | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
-    decoder = decoder_job("sd-1.5:half")
-    jobs = (
-        (decoder.module(), decoder.samples),
-        (unet_module(config, snapfusion(config)), unet_samples(config, 77, 1)),
-    )
-    for file, (module, samples) in zip(files, jobs, strict=True):
-        exact = file.with_suffix(".float32.tflite")
-        convert(with_random_weights(module), samples, exact)
-        quantize(exact, file, "int8-dynamic")
+    target = load_target("sd-1.5")
+    jobs = {
+        "text": target.networks()[0]["text_encoder"],
+        "UNet": whole_job(target, snapfusion(target.config), 1),
+        "UNet, batch 2": whole_job(target, snapfusion(target.config), 2),
+        "decoder": decoder_job("sd-1.5:half"),
+    }
+    for name in missing:
+        exact = files[name].with_suffix(".float32.tflite")
+        convert(with_random_weights(jobs[name].module()), jobs[name].samples, exact)
+        quantize(exact, files[name], FULL[name])
         exact.unlink()
     return files
+
+
+def embedded_forms(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """The embedded model's UNets, base and final, for a call of batch 2 and for two of 1; kept in `folder`."""
+    from pocketfusion.latency.profiling import whole_job
+    from pocketfusion.latency.target import load_target
+    from pocketfusion.latency.timing_backends import LiteRTCPU, settings_here
+
+    backend, found = LiteRTCPU(settings_here("litert-cpu", "int8-dynamic", 1), folder), {}
+    for name in ("base", "final"):
+        target = load_target(str(MODELS / name))
+        two, one = (backend.prepare(whole_job(target, target.architecture, batch)) for batch in (2, 1))
+        found[f"the emoji model's {name}"] = two, one
+    return found
 
 
 def loading(file: Path, threads: int) -> tuple[float, float]:
@@ -80,23 +107,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--full", type=Path, metavar="DIR")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, of " + ", ".join(PARTS))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    parts, runs, threads = args.only.split(","), args.runs, args.threads
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"--only has {unknown[0]!r}: choose among {', '.join(PARTS)}")
     bundle = Bundle.open(args.bundle or embedded_bundle())
-    files = [bundle.file(name) for name in NETWORKS] + (full_size(args.full) if args.full else [])
-    print(f"{cpu_name()}, LiteRT on {args.threads} threads; the mean of {args.runs} calls after one, in milliseconds")
-    for file in files:
-        found = profile(file, args.runs, args.threads)
+    full = full_size(args.full) if args.full else {}
+    files = [bundle.file(name) for name in NETWORKS] + list(full.values())
+    print(f"{cpu_name()}, LiteRT on {threads} threads; {runs} calls after one, in milliseconds", flush=True)
+    for file in files if "profiles" in parts else ():
+        found = profile(file, runs, threads)
         print(f"\n{file}: {1000 * found.wall:.1f} a call, {1000 * found.processor:.1f} of the processor\n")
         print("\n".join(found.rows()))
-    print("\n| loading | weights packed | weights kept |\n|---|---|---|")
-    for file in files:
-        packed, kept = loading(file, args.threads)
-        print(f"| {file.name} | {packed:.2f} s | {kept:.2f} s |")
-    print("\n| start | seconds |\n|---|---|")
-    for arguments in (("-c", "import pocketfusion"), ("-m", "pocketfusion", "generate", "--help")):
-        print(f"| `{' '.join(arguments)}` | {start_of(*arguments, runs=args.runs):.2f} |")
+    if "loading" in parts:
+        print("\n| loading | weights packed | weights kept |\n|---|---|---|")
+        for file in files:
+            packed, kept = loading(file, threads)
+            print(f"| {file.name} | {packed:.2f} s | {kept:.2f} s |")
+    if "starts" in parts:
+        print("\n| start | seconds |\n|---|---|")
+        for arguments in (("-c", "import pocketfusion"), ("-m", "pocketfusion", "generate", "--help")):
+            print(f"| `{' '.join(arguments)}` | {start_of(*arguments, runs=runs):.2f} |")
+    if not full:
+        return
+    if "calls" in parts:
+        forms = {"SnapFusion's UNet": (full["UNet, batch 2"], full["UNet"])}
+        print("", *targets.calls(forms, runs, threads), sep="\n", flush=True)
+        print("", *targets.calls(embedded_forms(args.full), 10 * runs, threads), sep="\n", flush=True)
+    if "targets" in parts:
+        del full["UNet, batch 2"]
+        print("", *targets.pictures(full, runs, threads), sep="\n", flush=True)
+        print("", *targets.embedded(MODELS, args.full, runs, threads), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
