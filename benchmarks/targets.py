@@ -124,9 +124,7 @@ def embedded(models: Path, scratch: Path, runs: int, threads: int) -> list[str]:
     seconds = in_turns(plans, runs, threads)
     (first, slow), (last, quick) = seconds.items()
     return [
-        *(
-            f"| embedded model, {base.manifest.image.width} px | seconds | times faster | goal | |",
-            "|---|---|---|---|---|",
-        ),
+        f"| embedded model, {base.manifest.image.width} px | seconds | times faster | goal |",
+        "|---|---|---|---|",
         *(f"| {first} | {slow:.2f} | 1 | |", _row(last, quick, slow / quick, EMBEDDED_GOAL)),
     ]
