@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,27 @@ def test_imports_run_one_way():
 
 def test_every_room_stands_in_the_order():
     assert {room(name) for name in NAMES if name != "pocketfusion"} == set(ORDER)
+
+
+#: Modules of under 80 lines that one module imports and that are a concept of their own, and why.
+CONCEPTS = {
+    "pocketfusion.contest.call_worker": "a process of its own",
+    "pocketfusion.data.shapes": "pictures for tests and trials, drawn here",
+}
+
+
+def test_a_name_is_there_once():
+    names = Counter(file.name for file in NAMES.values() if file.name != "__init__.py")
+    assert [name for name, times in names.items() if times > 1] == []
+
+
+def test_a_module_is_one_idea_of_a_size_to_read():
+    lines = {name: len(file.read_text().splitlines()) for name, file in NAMES.items() if file.name != "__init__.py"}
+    assert max(lines.values()) <= 400
+    assert 150 <= statistics.median(lines.values()) <= 200
+    importers = Counter(other for file in NAMES.values() for other in imported(file))
+    small = {name for name, count in lines.items() if count < 80 and importers[name] == 1}
+    assert small == set(CONCEPTS)  # else it lives in its importer
 
 
 ROWS = re.findall(
