@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -209,18 +210,63 @@ def test_command(tiny_folder: Path, tmp_path: Path, fast_conversion: None) -> No
     assert report["peak_rss"] > 1e8
 
 
+@pytest.mark.parametrize(
+    ("target", "missing", "extra"),
+    [
+        ("litert-cpu", "torch", "compress"),
+        ("onnx", "onnxscript", "compress,onnx"),
+        ("coreml", "coremltools", "compress,coreml"),
+        ("coreml", "sklearn", "compress,coreml"),
+    ],
+)
 def test_command_says_what_to_install(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    target: str, missing: str, extra: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run
 ) -> None:
-    import importlib.util
+    found = shared.find_spec
+    monkeypatch.setattr(shared, "find_spec", lambda name: None if name == missing else found(name) or object())
+    code, _, error = run("export", tiny_folder, tmp_path / "out", "--target", target)
+    error = " ".join(error.split())
+    assert code == 2 and f"needs {missing}: pip install '.[{extra}]'" in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
 
-    from pocketfusion import cli
 
-    found = importlib.util.find_spec
-    monkeypatch.setattr(shared, "find_spec", lambda name: None if name == "torch" else found(name))
-    monkeypatch.setattr(sys, "argv", ["pocketfusion", "export", str(tiny_folder), str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert "torch" in error and "pip install '.[compress]'" in error and "Traceback" not in error
+WRONG_USES = (
+    (("--target", "onnx", "--weights", "palette6"), "'palette6' weights for 'text_encoder' are not known to onnx"),
+    (("--target", "onnx", "--decoder-weights", "int4-block"), "'int4-block' weights for 'decoder' are not known"),
+    (("--weights", "palette6"), "'palette6' weights for 'text_encoder' are not known to litert-cpu"),
+    (("--for", "android", "--unet-weights", "int7"), "'int7' weights for 'unet' are not known to litert-gpu"),
+    (("--target", "coreml", "--layout", "diffusers"), "--layout is 'diffusers' and the target coreml"),
+    (("--target", "coreml", "--ios", "15"), "--ios is 15, too old"),
+    (("--target", "coreml", "--weights", "int4-block"), "int4-block weights for text_encoder need iOS 18"),
+    (("--target", "onnx", "--ios", "17"), "--ios is 17 and the target onnx: it is of coreml"),
+    (("--name", "n"), "exists already"),
+)
+#: Each command in turn in one process: what it ended with and said, and then whether torch was loaded.
+TELL = """
+import contextlib, io, json, sys
+from pocketfusion.cli import main
+said = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["pocketfusion", "export", *arguments]
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            main()
+        except SystemExit as end:
+            said.append((end.code, " ".join(stderr.getvalue().split())))
+print(json.dumps([said, "torch" in sys.modules]))
+"""
+
+
+def test_wrong_uses_are_told_before_the_libraries_load(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    out = [str(tmp_path / ("there" if options == ("--name", "n") else "out")) for options, _ in WRONG_USES]
+    commands = [[str(tiny_folder), one, *options] for one, (options, _) in zip(out, WRONG_USES, strict=True)]
+    commands.append([str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    done = subprocess.run(
+        [sys.executable, "-c", TELL, json.dumps(commands)], capture_output=True, text=True, check=True, timeout=120
+    )
+    told, torch_loaded = json.loads(done.stdout)
+    for (code, text), message in zip(told, [*(m for _, m in WRONG_USES), "no model folder at"], strict=True):
+        assert code == 2 and message in text and text.startswith("error: "), text
+    assert not torch_loaded
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

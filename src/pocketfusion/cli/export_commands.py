@@ -227,8 +227,24 @@ def export_command(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
 ) -> None:
     """Convert a model folder to a bundle for LiteRT, Core ML or ONNX Runtime, checked against PyTorch."""
+    from pocketfusion.artefact import check_different, check_files, check_new, write_json
     from pocketfusion.cli.shared import require, require_compress, require_coreml, require_onnx
+    from pocketfusion.folder import check_folder
+    from pocketfusion.mobile.devices import DEVICES
+    from pocketfusion.mobile.target_options import check_forms, check_ios
 
+    # what needs no library is told before they load
+    chosen = {"text_encoder": text_encoder_weights, "unet": unet_weights, "decoder": decoder_weights}
+    forms = {network: kind or weights for network, kind in chosen.items() if kind or weights}
+    where = target.value if target else DEVICES[device.value].target if device else "litert-cpu"
+    check_forms(where, forms, layout)
+    check_ios(where, ios, forms)
+    if not folder.is_file():
+        check_folder(folder)
+    if not overwrite:
+        check_new(out)
+    check_files(json_file)
+    check_different(out, json_file)
     if target is TargetOption.coreml:
         require_coreml("--target coreml")
     elif target is TargetOption.onnx:
@@ -238,20 +254,16 @@ def export_command(
         require("litert_torch")
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from pocketfusion.artefact import check_different, check_files, write_json
     from pocketfusion.quiet import quiet
 
-    check_files(json_file)
-    check_different(out, json_file)
     with quiet():  # the libraries' import messages
         from pocketfusion.mobile.export import export
         from pocketfusion.mobile.outlook import prepare
 
     folder = model_folder(folder)
     console = Console(highlight=False)
-    chosen = {"text_encoder": text_encoder_weights, "unet": unet_weights, "decoder": decoder_weights}
     given = {
-        "weights": {network: kind or weights for network, kind in chosen.items() if kind or weights},
+        "weights": forms,
         "recipe": recipe,
         "target": None if target is None else target.value,
         "ios": ios,

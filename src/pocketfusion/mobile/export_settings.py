@@ -22,7 +22,7 @@ from pocketfusion.mobile.measure import STEPS
 from pocketfusion.mobile.pipeline_specs import sampler_of, scheduler_spec
 from pocketfusion.mobile.quantization.weight_forms import NetworkRecipe, WeightRecipe
 from pocketfusion.mobile.rewrites import PASSES
-from pocketfusion.mobile.target_options import OLDEST, check_onnx_options, check_options
+from pocketfusion.mobile.target_options import OLDEST, check_forms, check_onnx_options, check_options
 from pocketfusion.mobile.wrappers import StablePipeline
 from pocketfusion.models.learnt_tokens import read_embedding
 from pocketfusion.models.sampling import Sampling, read_sampling, usual_sampling
@@ -79,13 +79,7 @@ class ExportSettings:
 
     def check(self, folder: Path, out: Path | None, overwrite: bool) -> None:
         """Raises PocketfusionError for whatever can be refused before anything is loaded; of `out` if it is given."""
-        for network, kind in self.weights.items():
-            forms = TARGETS[self.target].forms
-            if network not in NETWORKS or kind not in forms:
-                raise PocketfusionError(
-                    f"{kind!r} weights for {network!r} are not known to {self.target}: "
-                    f"choose {', '.join(forms)} for {', '.join(NETWORKS)}"
-                )
+        check_forms(self.target, self.weights, self.layout)
         if self.num_inference_steps is not None and not 1 <= self.num_inference_steps <= 1000:
             raise PocketfusionError(f"--steps is {self.num_inference_steps}: choose 1 to 1000")
         unknown = [name for name in self.rewrites if name not in PASSES]
@@ -104,11 +98,6 @@ class ExportSettings:
         if self.recipe is not None and any(kind != "float32" for kind in self.weights.values()):
             raise PocketfusionError("--recipe and --weights both say how weights are stored: give one of them")
         check_folder(folder)
-        if self.layout not in (layouts := TARGETS[self.target].layouts):
-            raise PocketfusionError(
-                f"--layout is {self.layout!r} and the target {self.target}: its files are laid out as "
-                f"{' or '.join(layouts)}"
-            )
         check_options(self, folder)
         check_onnx_options(self, folder)
         if out is not None:

@@ -1,4 +1,4 @@
-"""What `export --target coreml` and `onnx` may be asked for, checked before anything is loaded.
+"""What `export --target` may be asked for, checked before anything is loaded.
 
 Files in `--layout apple` and `--layout diffusers` are for pipelines of others, which tokenise, guide and step
 themselves, with CLIP's tokenizer and without a mask.
@@ -6,18 +6,36 @@ themselves, with CLIP's tokenizer and without a mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketfusion.errors import INSTALL_COREML, INSTALL_ONNX_EXPORT, PocketfusionError
 from pocketfusion.folder import read_json
+from pocketfusion.mobile.devices import TARGETS
+from pocketfusion.runtime.manifest import NETWORKS
 
 if TYPE_CHECKING:
     from pocketfusion.mobile.export_settings import ExportSettings
 
-#: What they divide latents by before they call the decoder, whatever the model's own factor is.
+
+def check_forms(target: str, weights: Mapping[str, str], layout: str) -> None:
+    """Raises PocketfusionError for a network's form of weights, or a layout, that the target does not have."""
+    known = TARGETS[target]
+    for network, kind in weights.items():
+        if network not in NETWORKS or kind not in known.forms:
+            raise PocketfusionError(
+                f"{kind!r} weights for {network!r} are not known to {target}: choose {', '.join(known.forms)} for "
+                f"{', '.join(NETWORKS)}"
+            )
+    if layout not in known.layouts:
+        raise PocketfusionError(
+            f"--layout is {layout!r} and the target {target}: its files are laid out as {' or '.join(known.layouts)}"
+        )
+
+
+#: What pipelines of others divide latents by before they call the decoder, whatever the model's own factor is.
 SCALE = 0.18215
 
 
@@ -59,13 +77,24 @@ _SINCE = {"int4-block": 18}
 
 def check_options(settings: ExportSettings, folder: Path) -> None:
     """Raises PocketfusionError for what a Core ML bundle cannot be, and for its options on another target."""
+    check_ios(settings.target, settings.ios, settings.weights)
     if settings.target != "coreml":
-        if settings.ios is not None:
-            raise PocketfusionError(f"--ios is {settings.ios} and the target {settings.target}: it is of coreml")
         return
     if find_spec("coremltools") is None:
         raise PocketfusionError(f"--target coreml needs coremltools: {INSTALL_COREML}")
-    ios = OLDEST if settings.ios is None else settings.ios
+    if settings.recipe is not None:
+        raise PocketfusionError("--recipe is of LiteRT's targets: choose Core ML's weights by --weights and its kin")
+    if settings.layout == "apple":
+        check_outside_loop(settings, folder)
+
+
+def check_ios(target: str, given: int | None, weights: Mapping[str, str]) -> None:
+    """Raises PocketfusionError for an iOS that no program is made for, or that lacks a form of weights."""
+    if target != "coreml":
+        if given is not None:
+            raise PocketfusionError(f"--ios is {given} and the target {target}: it is of coreml")
+        return
+    ios = OLDEST if given is None else given
     if ios < OLDEST:
         raise PocketfusionError(
             f"--ios is {ios}, too old: ML Programs with these operations and weights need iOS {OLDEST}, so choose "
@@ -75,16 +104,12 @@ def check_options(settings: ExportSettings, folder: Path) -> None:
         raise PocketfusionError(
             f"--ios is {ios}: choose {' or '.join(str(each) for each in IOS)}; later ones run both"
         )
-    for network, kind in settings.weights.items():
+    for network, kind in weights.items():
         if ios < _SINCE.get(kind, ios):
             raise PocketfusionError(
                 f"{kind} weights for {network} need iOS {_SINCE[kind]} and --ios is {ios}: give --ios {_SINCE[kind]}, "
                 "or choose int8, palette6 or palette4"
             )
-    if settings.recipe is not None:
-        raise PocketfusionError("--recipe is of LiteRT's targets: choose Core ML's weights by --weights and its kin")
-    if settings.layout == "apple":
-        check_outside_loop(settings, folder)
 
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
