@@ -235,7 +235,7 @@ def export_command(
 
     # what needs no library is told before they load
     chosen = {"text_encoder": text_encoder_weights, "unet": unet_weights, "decoder": decoder_weights}
-    forms = {network: kind or weights for network, kind in chosen.items() if kind or weights}
+    forms = {network: form for network, kind in chosen.items() if (form := kind or weights)}
     where = target.value if target else DEVICES[device.value].target if device else "litert-cpu"
     check_forms(where, forms, layout)
     check_ios(where, ios, forms)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import onnxruntime
-import openvino
 
 from pocketfusion.errors import INSTALL_ONNX, INSTALL_OPENVINO, PocketfusionError
 from pocketfusion.runtime.engines import Array, Engine
@@ -29,6 +27,8 @@ class OpenVINO:
 
         `bfloat16` lets it compute so where the processor can, which is its own default; else in float32.
         """
+        import openvino
+
         settings = {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32"}
         self._model = openvino.Core().compile_model(str(path), "CPU", settings)
         self._request = self._model.create_infer_request()
@@ -92,6 +92,8 @@ class OnnxRuntime:
 
 def session(path: Path, num_threads: int) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU; raises RuntimeError if the file is refused."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
     options.log_severity_level = _FATAL
