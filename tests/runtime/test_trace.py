@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pocketfusion.runtime import trace
+from pocketfusion.runtime import trace as tracing
 from pocketfusion.runtime.memory import memory
 from pocketfusion.runtime.pipeline import Pipeline
 
@@ -26,7 +26,7 @@ def test_a_trace_and_its_picture(run, tiny_bundle, tmp_path):
     assert [span["step"] for span in runs] == [1, 2, 3, 4]
     assert all(span["begin"] <= span["end"] for span in trace["spans"])
     assert [s["begin"] for s in trace["spans"]] == sorted(s["begin"] for s in trace["spans"])
-    assert Image.open(tmp_path / "trace.png").size == (trace.WIDTH, trace.HEIGHT)
+    assert Image.open(tmp_path / "trace.png").size == (tracing.WIDTH, tracing.HEIGHT)
 
 
 @pytest.mark.skipif(memory() is None, reason="the system does not tell a process's memory")
@@ -89,16 +89,16 @@ def test_the_picture_shows_where_and_when(tmp_path):
         **{"bundle": "b", "mode": "pipelined", "steps": 1, "spans": spans},
         "memory": [{"seconds": t, "anon": mb * 10**6, "file": 0} for t, mb in samples],
     }
-    trace.draw(record, tmp_path / "p.png")
+    tracing.draw(record, tmp_path / "p.png")
     image = Image.open(tmp_path / "p.png").convert("RGB")
-    left, right, top = trace._LEFT, trace.WIDTH - trace._RIGHT, trace._TOP
+    left, right, top = tracing._LEFT, tracing.WIDTH - tracing._RIGHT, tracing._TOP
     middle, upper = (left + right) // 2, (top + 60, top + 180)
-    blue = tuple(bytes.fromhex(trace._ANON[1:]))
+    blue = tuple(bytes.fromhex(tracing._ANON[1:]))
     assert blue not in colours(image, (left, upper[0], middle - 5, upper[1]))
     assert blue in colours(image, (middle + 5, upper[0], right, upper[1]))
-    lane = top + trace._CHART + 30 + trace._LANE + trace._GAP
-    there, running = (tuple(bytes.fromhex(c[1:])) for c in trace._LANES["unet"][:0:-1])
-    box = (lane + 10, lane + trace._LANE - 12)
+    lane = top + tracing._CHART + 30 + tracing._LANE + tracing._GAP
+    there, running = (tuple(bytes.fromhex(c[1:])) for c in tracing._LANES["unet"][:0:-1])
+    box = (lane + 10, lane + tracing._LANE - 12)
     assert not {there, running} & colours(image, (left, box[0], middle - 8, box[1]))
     quarter = (middle + right) // 2
     assert there in colours(image, (middle + 8, box[0], quarter - 8, box[1]))
@@ -107,5 +107,5 @@ def test_the_picture_shows_where_and_when(tmp_path):
 
 def test_a_picture_without_samples(tmp_path):
     record = {"bundle": "b", "mode": "resident", "steps": 1, "spans": [], "memory": []}
-    trace.draw(record, tmp_path / "p.png")
-    assert Image.open(tmp_path / "p.png").size == (trace.WIDTH, trace.HEIGHT)
+    tracing.draw(record, tmp_path / "p.png")
+    assert Image.open(tmp_path / "p.png").size == (tracing.WIDTH, tracing.HEIGHT)
