@@ -7,6 +7,7 @@ import importlib
 import re
 import statistics
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def dotted(path: Path) -> str:
 NAMES = {dotted(path): file for path, file in MODULES.items()}
 
 
+@cache
 def imported(file: Path) -> set[str]:
     """The project's modules that a module imports, at its top or inside of functions."""
     found: set[str] = set()
